@@ -1,0 +1,5 @@
+"""The `dflare` command."""
+
+from dflare.cli.app import main
+
+__all__ = ["main"]
