@@ -1,9 +1,9 @@
-"""Cross-entropy of blocks against a frozen head, in chunks: full-vocabulary logits never exist at once.
+"""Cross-entropy of blocks against a frozen head, in chunks.
 
-The head does not train and the slot weights carry no gradient, so the gradient by the hidden
-states is known as soon as a chunk's logits are: it is computed in the forward pass and the logits
-are dropped. That is one product with the head for the loss and one for its gradient, and no
-recomputation.
+Full-vocabulary logits never exist for more than a chunk of blocks. The head does not train and the
+slot weights carry no gradient, so the gradient by the hidden states is known as soon as a chunk's
+logits are: it is computed in the forward pass and the logits are dropped. That is one product with
+the head for the loss and one for its gradient, and no recomputation.
 """
 
 from collections.abc import Callable

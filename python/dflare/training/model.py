@@ -176,6 +176,12 @@ class Drafter(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = Rotary(config)
 
+    def layer(self, d: int) -> DraftLayer:
+        """Draft layer d."""
+        layer = self.layers[d]
+        assert isinstance(layer, DraftLayer)
+        return layer
+
     def _fuse(self, taps: Tensor, layer: int) -> Tensor:
         """Context state of one layer, ``[N, S, H]`` (arXiv 2606.02091, section 3; DFlash's fc)."""
         if self.architecture == "dflash":
@@ -202,8 +208,10 @@ class Drafter(nn.Module):
         rotary = self.rotary(positions)
         shared = self._fuse(taps, 0) if self.architecture == "dflash" else None
         return [
-            layer.self_attn.context_kv(self._fuse(taps, d) if shared is None else shared, rotary)
-            for d, layer in enumerate(self.layers)
+            self.layer(d).self_attn.context_kv(
+                self._fuse(taps, d) if shared is None else shared, rotary
+            )
+            for d in range(len(self.layers))
         ]
 
     def draft(
@@ -222,8 +230,8 @@ class Drafter(nn.Module):
         """
         rotary = self.rotary(positions)
         x = embeddings
-        for d, layer in enumerate(self.layers):
-            x = layer(x, rotary, context[d], masks[self.config.window(d)])
+        for d in range(len(self.layers)):
+            x = self.layer(d)(x, rotary, context[d], masks[self.config.window(d)])
         return self.norm(x)
 
     def forward(
@@ -235,7 +243,7 @@ class Drafter(nn.Module):
         shared = self._fuse(taps, 0) if self.architecture == "dflash" else None
 
         def run_layer(d: int, x: Tensor) -> Tensor:
-            layer = self.layers[d]
+            layer = self.layer(d)
             fused = self._fuse(taps, d) if shared is None else shared
             context = layer.self_attn.context_kv(fused, context_rotary)
             return layer(x, rotary, context, masks[self.config.window(d)])
@@ -250,7 +258,7 @@ class Drafter(nn.Module):
 
 
 def initial_fusion_logits(config: DraftConfig) -> Tensor:
-    """Start layer d at tap floor(d / D * T): logit 2 there, 0 elsewhere (the published drafters)."""
+    """Start layer d at tap floor(d / D * T): logit 2 there, 0 elsewhere, as published drafters."""
     layers, taps = config.num_hidden_layers, config.num_taps
     logits = torch.zeros(layers, taps)
     for d in range(layers):

@@ -15,6 +15,8 @@ class Rotary(nn.Module):
         config: Gives theta, the scaling and how much of a head turns.
     """
 
+    frequencies: Tensor
+
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         rope = config.rope
