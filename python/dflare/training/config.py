@@ -46,11 +46,11 @@ class DrafterSection(_Section):
     architecture: Literal["dflare", "dflash"] = "dflare"
     shared_kv: bool = False
     layers: int = Field(gt=0)
-    taps: int | tuple[int, ...] = Field()
+    taps: int | tuple[int, ...]
     block_size: int = Field(ge=2, le=32)
     mask_token_id: int = Field(ge=0)
-    intermediate_size: int | None = Field(None, gt=0)
-    sliding_window: int | None = Field(None, gt=0)
+    intermediate_size: int | None = Field(default=None, gt=0)
+    sliding_window: int | None = Field(default=None, gt=0)
     init: Literal["target", "random"] = "target"
     init_layers: tuple[int, ...] | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -73,7 +73,7 @@ class DataSection(_Section):
     max_length: int = Field(gt=2)
     batch_size: int = Field(gt=0)
     anchors: int = Field(gt=0)
-    held_out: int = Field(64, ge=0)
+    held_out: int = Field(default=64, ge=0)
     tap_cache: str | None = None
 
 
@@ -92,13 +92,13 @@ class ObjectiveSection(_Section):
     """
 
     name: Literal["dpace", "decay"] = "dpace"
-    alpha: float = Field(0.5, ge=0, le=1)
-    gamma: float = Field(7.0, gt=0)
-    gamma_end: float | None = Field(None, gt=0)
-    soft_labels: float = Field(0.0, ge=0, le=1)
-    frequent: int = Field(0, ge=0)
-    random: int = Field(0, ge=0)
-    chunk_tokens: int = Field(2048, gt=0)
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    gamma: float = Field(default=7.0, gt=0)
+    gamma_end: float | None = Field(default=None, gt=0)
+    soft_labels: float = Field(default=0.0, ge=0, le=1)
+    frequent: int = Field(default=0, ge=0)
+    random: int = Field(default=0, ge=0)
+    chunk_tokens: int = Field(default=2048, gt=0)
 
 
 class OptimizerSection(_Section):
@@ -114,13 +114,13 @@ class OptimizerSection(_Section):
         clip: Norm to which gradients are clipped.
     """
 
-    learning_rate: float = Field(6e-4, gt=0)
-    final_share: float = Field(0.0, ge=0, le=1)
-    warmup: float = Field(0.04, ge=0, lt=1)
+    learning_rate: float = Field(default=6e-4, gt=0)
+    final_share: float = Field(default=0.0, ge=0, le=1)
+    warmup: float = Field(default=0.04, ge=0, lt=1)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(1.0, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=1.0, gt=0)
 
 
 class RunSection(_Section):
@@ -144,19 +144,19 @@ class RunSection(_Section):
     """
 
     output: str
-    epochs: int = Field(1, gt=0)
-    steps: int | None = Field(None, gt=0)
-    max_minutes: float | None = Field(None, gt=0)
-    seed: int = Field(0, ge=0)
+    epochs: int = Field(default=1, gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    max_minutes: float | None = Field(default=None, gt=0)
+    seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool | None = None
     checkpoint_activations: bool = False
-    accumulate: int = Field(1, gt=0)
+    accumulate: int = Field(default=1, gt=0)
     shard: bool = False
-    threads: int | None = Field(None, gt=0)
-    log_every: int = Field(10, gt=0)
-    validate_every: int | None = Field(None, gt=0)
-    save_minutes: float = Field(10.0, gt=0)
+    threads: int | None = Field(default=None, gt=0)
+    log_every: int = Field(default=10, gt=0)
+    validate_every: int | None = Field(default=None, gt=0)
+    save_minutes: float = Field(default=10.0, gt=0)
 
 
 class TrainConfig(_Section):
@@ -172,7 +172,9 @@ class TrainConfig(_Section):
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
         if self.drafter.shared_kv and self.drafter.architecture != "dflare":
-            raise ValueError("drafter.shared_kv belongs to architecture dflare; dflash always has it")
+            raise ValueError(
+                "drafter.shared_kv belongs to architecture dflare; dflash always has it"
+            )
         if self.drafter.init_layers and len(self.drafter.init_layers) != self.drafter.layers:
             raise ValueError(
                 f"drafter.init_layers has {len(self.drafter.init_layers)} entries for "

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from dflare.training.errors import DataError
+from dflare.training.errors import ConfigError, DataError
 
 FORMAT = 1
 
@@ -159,8 +159,8 @@ def load_corpus(paths: Sequence[Path], vocab_size: int, max_length: int) -> Corp
                 ) from error
             if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
                 raise DataError(
-                    f"{path}:{number}: token id {tokens.max() if tokens.min() >= 0 else tokens.min()}"
-                    f" is not in the target's vocabulary of {vocab_size}; "
+                    f"{path}:{number}: ids {tokens.min()} to {tokens.max()} are not all in "
+                    f"the target's vocabulary of {vocab_size}; "
                     "generate the data with this target"
                 )
             mask = np.zeros(len(tokens), dtype=bool)
@@ -174,9 +174,9 @@ def load_corpus(paths: Sequence[Path], vocab_size: int, max_length: int) -> Corp
                 unsupervised += 1
     if not ids:
         raise DataError(
-            f"{', '.join(map(str, paths)) or 'no files'}: nothing to learn: {unsupervised} sequences "
-            f'and none with two supervised tokens in a row within {max_length} tokens; check "loss" '
-            "and data.max_length"
+            f"{', '.join(map(str, paths)) or 'no files'}: nothing to learn: {unsupervised} "
+            f"sequences, none with two supervised tokens in a row within {max_length} tokens; "
+            'check "loss" in the files and data.max_length'
         )
     return _join(ids, masks)
 
@@ -195,3 +195,19 @@ def split(corpus: Corpus, held_out: int) -> tuple[Corpus, Corpus]:
     ranked = sorted(range(len(corpus)), key=hashes.__getitem__)
     held = min(held_out, len(corpus) // 2)
     return corpus.select(sorted(ranked[held:])), corpus.select(sorted(ranked[:held]))
+
+
+def check_mask_token(mask_token_id: int, corpus: Corpus, vocab_size: int) -> None:
+    """Refuse a mask token that text holds: as an anchor it could not be told from a masked slot.
+
+    Raises:
+        ConfigError: Names a token that does not occur.
+    """
+    counts = np.bincount(corpus.ids, minlength=vocab_size)
+    if counts[mask_token_id]:
+        unused = np.flatnonzero(counts == 0)
+        raise ConfigError(
+            f"drafter.mask_token_id {mask_token_id} occurs {counts[mask_token_id]} times in the "
+            "data; choose a token that text never holds, such as a reserved one"
+            + (f" ({', '.join(map(str, unused[:5]))} do not occur)" if len(unused) else "")
+        )

@@ -33,8 +33,9 @@ def draft_config(section: DrafterSection, target: Target) -> DraftConfig:
     config = target.config
     if section.mask_token_id >= config.vocab_size:
         raise ConfigError(
-            f"drafter.mask_token_id is {section.mask_token_id}, but the target's vocabulary ends at "
-            f"{config.vocab_size - 1}; choose a token that text never holds, such as a reserved one"
+            f"drafter.mask_token_id is {section.mask_token_id}, but the target's vocabulary ends "
+            f"at {config.vocab_size - 1}; choose a token that text never holds, such as a reserved "
+            "one"
         )
     rope = dict(getattr(config, "rope_parameters", None) or {})
     window = section.sliding_window
@@ -114,7 +115,8 @@ def copy_target_layers(drafter: Drafter, target: Target, layers: tuple[int, ...]
     source = target.decoder.layers
     if not 0 <= min(layers) <= max(layers) < len(source):
         raise ConfigError(
-            f"drafter.init_layers is {list(layers)}, but the target has layers 0 to {len(source) - 1}"
+            f"drafter.init_layers is {list(layers)}, but the target has layers 0 to "
+            f"{len(source) - 1}; choose layers within them"
         )
     for d, layer_id in enumerate(layers):
         old = {name: p.detach().float().cpu() for name, p in source[layer_id].named_parameters()}
@@ -134,8 +136,9 @@ def copy_target_layers(drafter: Drafter, target: Target, layers: tuple[int, ...]
             mlp = [old[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down")]
             if drafter.config.intermediate_size > len(mlp[0]):
                 raise ConfigError(
-                    f"drafter.intermediate_size is {drafter.config.intermediate_size}, the target's "
-                    f"{len(mlp[0])} cannot fill it; set drafter.init=random or a smaller size"
+                    f"drafter.intermediate_size is {drafter.config.intermediate_size}, the "
+                    f"target's {len(mlp[0])} cannot fill it; set drafter.init=random or a smaller "
+                    "size"
                 )
             keep = _strongest(mlp[0], mlp[1], mlp[2], drafter.config.intermediate_size)
             new.mlp.gate_proj.weight.copy_(mlp[0][keep])

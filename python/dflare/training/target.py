@@ -100,7 +100,9 @@ class Target:
             Tapped and final states.
         """
         final = self.decoder(input_ids=ids, **kwargs).last_hidden_state
-        taps = torch.cat([self._seen[tap] for tap in self.taps], -1) if self.taps else final[..., :0]
+        taps = (
+            torch.cat([self._seen[tap] for tap in self.taps], -1) if self.taps else final[..., :0]
+        )
         self._seen.clear()
         return TargetOutput(taps, final)
 
@@ -144,4 +146,5 @@ def load_target(
     except (OSError, ValueError) as error:
         hint = "" if Path(path).exists() else "; no such folder or hub repository, check the name"
         raise ConfigError(f"target {name!r} cannot be loaded: {error}{hint}") from error
-    return Target(model.to(device), taps)
+    torch.nn.Module.to(model, device)
+    return Target(model, taps)
