@@ -3,16 +3,16 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_causal_lm, train_config, write_data
-
 from dflare.checkpoint import check_tensors, read_config
 from dflare.training.export import load_drafter
+from dflare.training.generate import Generator, Sampling
 from dflare.training.slot_cache import ATTENTION
+from dflare.training.speculate import decode
 from dflare.training.target import Target
 from dflare.training.trainer import Interrupted, Trainer
+from tiny_models import tiny_causal_lm, train_config, write_data
 
 
 def target() -> Target:
@@ -126,8 +126,14 @@ def test_a_dflash_export_carries_its_projection(tmp_path):
     assert tensors["fc.weight"].shape == (32, 96) and "layer_fusion_weights" not in tensors
 
 
-def test_one_sequence_is_learned_to_full_accept_length(tmp_path):
-    write_data(tmp_path / "data.jsonl", 1, seed=5)
+def test_one_answer_is_learned_to_full_accept_length(tmp_path):
+    """After overfitting, decoding that prompt accepts whole blocks in every step."""
+    prompt, size = [5, 6, 7, 8], 4
+    (answer,) = Generator(target(), 1, 64, Sampling(max_new_tokens=25)).run([prompt])
+    header = {"dflare_data": 1, "target": "tiny", "vocab_size": 64}
+    line = {"ids": prompt + answer.ids, "loss": [[4, 29]]}
+    assert 3 not in line["ids"]  # the mask token
+    (tmp_path / "data.jsonl").write_text(json.dumps(header) + "\n" + json.dumps(line) + "\n")
     config = train_config(
         tmp_path,
         data__held_out=0,
@@ -138,9 +144,7 @@ def test_one_sequence_is_learned_to_full_accept_length(tmp_path):
     )
     trainer = Trainer(config, target())
     trainer.run()
-    trainer.held_out = trainer.corpus
-    full = trainer.validate()
-    # The last blocks of the text are cut short, so the mean over blocks is a little below B.
-    slots = np.array([min(3, left) for left in range(1, int(trainer.corpus.supervised.sum()))])
-    assert full.correct == [1.0, 1.0, 1.0]
-    assert full.accept_length == pytest.approx(1 + slots.mean())
+    drafter = load_drafter(tmp_path / "run/drafter")
+    (decoded,) = decode(target(), drafter, [prompt], 25, ())
+    assert decoded.ids == answer.ids
+    assert decoded.emitted == [size] * 6  # 24 tokens behind the first one

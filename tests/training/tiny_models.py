@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from dflare.checkpoint import DraftConfig, make_config
 from dflare.training.config import TrainConfig, parse_config
 from dflare.training.model import Drafter
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def tiny_draft_config(**changes) -> DraftConfig:
@@ -97,7 +96,13 @@ def train_config(folder: Path, **changes) -> TrainConfig:
             "held_out": 4,
         },
         "optimizer": {"learning_rate": 1e-3},
-        "run": {"output": str(folder / "run"), "steps": 6, "device": "cpu", "log_every": 2},
+        "run": {
+            "output": str(folder / "run"),
+            "steps": 6,
+            "device": "cpu",
+            "threads": 1,
+            "log_every": 2,
+        },
     }
     for key, value in changes.items():
         section, name = key.split("__")
