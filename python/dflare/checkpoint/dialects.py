@@ -39,9 +39,9 @@ def detect_dialect(content: dict[str, Any], source: object) -> Dialect:
             return ARCHITECTURES[name]
     if "speculators_model_type" in content:
         raise CheckpointError(
-            f"{source}: this is a vllm-project/speculators checkpoint (`speculators_model_type` is "
-            f"{content['speculators_model_type']!r}), which has a context norm for each layer where "
-            "DFlare has one; use a drafter trained by AngelSlim, AngelSpec or `dflare train`"
+            f"{source}: this is a checkpoint of vllm-project/speculators (`speculators_model_type` "
+            f"is {content['speculators_model_type']!r}), which has a context norm for "
+            "each layer where DFlare has one; use a drafter trained by AngelSlim, AngelSpec or `dflare train`"
         )
     if _DFLASH_ARCHITECTURES.intersection(names):
         model_arch = content.get("model_arch", "dflash")
