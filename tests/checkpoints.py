@@ -42,10 +42,11 @@ def random_draft_config(
 ) -> DraftConfig:
     """Return a small configuration; `more` are other fields of DraftConfig.
 
-    Taps are spread over the target, three of them or as many as it has room for.
+    Three taps are spread over the target; a shallow one is tapped wherever it can be.
     """
     if taps is None:
-        taps = spread_taps(num_target_layers, max(1, min(3, num_target_layers - 3)))
+        roomy = num_target_layers > 5
+        taps = spread_taps(num_target_layers, 3) if roomy else tuple(range(num_target_layers - 1))
     values = {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
