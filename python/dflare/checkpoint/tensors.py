@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from dflare.checkpoint.config import DraftConfig
 from dflare.checkpoint.dialects import DFLASH_ADVICE, angelslim_name, layer_of
+from dflare.checkpoint.folder import find_folder
 from dflare.checkpoint.headers import TensorHeader, read_headers
 from dflare.checkpoint.problems import name_some, raise_problems
-from dflare.checkpoint.reader import find_folder
 from dflare.errors import CheckpointError
 
 if TYPE_CHECKING:
