@@ -147,21 +147,10 @@ class CpuAttentionBackend(BlockAttentionBackend):
         )
 
 
-def register_backend() -> None:
-    """Register the backend `dflare` and allow it for the target (CPU) and the draft."""
-    from sglang.srt.arg_groups.choices import (
-        add_attention_backend_choices,
-        add_draft_attention_backend_choices,
-    )
-    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+def create_backend(model_runner) -> AttentionBackend:
+    """Build the backend for the device of a model runner."""
+    if torch.device(model_runner.device).type == "cpu":
+        return CpuAttentionBackend(model_runner)
+    from dflare.engine.cuda_attention import CudaBlockAttentionBackend
 
-    add_attention_backend_choices([ATTENTION_BACKEND])
-    add_draft_attention_backend_choices([ATTENTION_BACKEND])
-
-    @register_attention_backend(ATTENTION_BACKEND)
-    def _create(model_runner) -> AttentionBackend:
-        if torch.device(model_runner.device).type == "cpu":
-            return CpuAttentionBackend(model_runner)
-        from dflare.engine.cuda_attention import CudaBlockAttentionBackend
-
-        return CudaBlockAttentionBackend(model_runner)
+    return CudaBlockAttentionBackend(model_runner)

@@ -18,13 +18,12 @@ def register() -> None:
     except UnsupportedError as error:
         _register_refusal(error)
         return
-    from dflare.engine import hooks
     from dflare.engine.algorithm import register_algorithm
-    from dflare.engine.attention import register_backend
+    from dflare.engine.hooks import register_hooks
 
     register_algorithm()
-    register_backend()
-    hooks.register_hooks()
+    _register_attention_backend()
+    register_hooks()
 
 
 def _register_refusal(error: UnsupportedError) -> None:
@@ -42,3 +41,21 @@ def _register_refusal(error: UnsupportedError) -> None:
         refuse
     )
 
+
+def _register_attention_backend() -> None:
+    """Allow the backend `dflare` for the draft, and for the target on the CPU platform."""
+    from sglang.srt.arg_groups.choices import (
+        add_attention_backend_choices,
+        add_draft_attention_backend_choices,
+    )
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    add_attention_backend_choices([ATTENTION_BACKEND])
+    add_draft_attention_backend_choices([ATTENTION_BACKEND])
+
+    @register_attention_backend(ATTENTION_BACKEND)
+    def _create(model_runner):
+        # Here and not above: this loads the operator library, which only its users need.
+        from dflare.engine.attention import create_backend
+
+        return create_backend(model_runner)
