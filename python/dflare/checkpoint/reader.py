@@ -1,6 +1,7 @@
 """Read a drafter's config.json: find it, tell the dialect, refuse what is not understood."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,15 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "enable_hidden_correction": (None, False),
 }
 _DFLASH_CONFIG_KEYS = {"mask_token_id", "target_layer_ids", "mask_token", "block_size"}
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_DRAFT_FILES = ("*.json", "*.safetensors")
 
 
-def find_folder(path: str | Path) -> Path:
+def find_folder(path: str | Path, files: Sequence[str] = _DRAFT_FILES) -> Path:
     """Return the folder of a checkpoint; one that is not local comes from the Hugging Face hub.
 
     Args:
         path: A folder, or a hub id such as `AngelSlim/Qwen3-4b-dflare`.
+        files: Patterns of what to fetch from the hub.
 
     Raises:
         CheckpointError: No such folder, and no such repository or no way to reach it.
@@ -58,7 +60,7 @@ def find_folder(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=_FILES))
+        return Path(snapshot_download(str(path), allow_patterns=list(files)))
     except (LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
             reason = "the hub has no such repository, or it is private: check the id, or log in"

@@ -1,6 +1,7 @@
 """A drafter's tensors: which there must be, whether they are there, whether they are sound."""
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,8 +150,16 @@ def _shape_problem(
     )
 
 
-def load_tensors(path: str | Path, config: DraftConfig) -> dict[str, "torch.Tensor"]:
-    """Load all weights by AngelSlim name, on the CPU, after `check_tensors`."""
+def load_tensors(
+    path: str | Path, config: DraftConfig, names: Collection[str] | None = None
+) -> dict[str, "torch.Tensor"]:
+    """Load weights by AngelSlim name, on the CPU, after `check_tensors`.
+
+    Args:
+        path: Folder or hub id.
+        config: Its configuration.
+        names: Which to load; default all.
+    """
     from safetensors import safe_open
 
     headers = check_tensors(path, config)
@@ -158,7 +167,7 @@ def load_tensors(path: str | Path, config: DraftConfig) -> dict[str, "torch.Tens
     for file in sorted({header.file for header in headers.values()}):
         with safe_open(file, framework="pt") as weights:
             for name, header in headers.items():
-                if header.file == file:
+                if header.file == file and (names is None or name in names):
                     tensors[name] = weights.get_tensor(header.name)
     return tensors
 
