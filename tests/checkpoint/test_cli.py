@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -116,16 +118,45 @@ def test_convert_writes_what_serving_reads(run, tmp_path):
     assert run("convert", source, tmp_path / "out", "--force")[0] == 0
 
 
-def test_a_hub_that_cannot_be_reached_fails_in_one_line(tmp_path):
+def inspect_from_hub(folder: Path, **environment: str) -> str:
+    """Run `dflare inspect` with a hub id in a fresh process; return its one line of error."""
     command = "from dflare.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", command, "inspect", "AngelSlim/Qwen3-4b-dflare"],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
-        cwd=tmp_path,
+        env=os.environ | {"HF_HOME": str(folder), **environment},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("dflare: AngelSlim/Qwen3-4b-dflare: no such folder, and the hub")
     assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("dflare: AngelSlim/Qwen3-4b-dflare: no such folder, and ")
+    return done.stderr
+
+
+def test_a_hub_that_cannot_be_reached_fails_in_one_line(tmp_path):
+    text = inspect_from_hub(tmp_path, HF_HUB_OFFLINE="1")
+    assert "the hub cannot be reached and nothing is cached: check the network" in text
+
+
+def test_a_repository_that_the_hub_does_not_have_fails_in_one_line(tmp_path):
+    class EmptyHub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), EmptyHub) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        text = inspect_from_hub(
+            tmp_path,
+            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+            HF_HUB_OFFLINE="0",
+            NO_PROXY="127.0.0.1",
+        )
+        server.shutdown()
+    assert "the hub has no such repository, or it is private" in text

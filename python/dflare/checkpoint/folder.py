@@ -1,12 +1,14 @@
 """Find a checkpoint's folder, and read the JSON in it."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dflare.errors import CheckpointError
 
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _DRAFT_FILES = ("*.json", "*.safetensors")
 
 
@@ -25,7 +27,7 @@ def find_folder(path: str | Path, files: Sequence[str] = _DRAFT_FILES) -> Path:
         return folder
     if folder.exists():
         raise CheckpointError(f"{path}: this is a file, expected a folder with config.json in it")
-    if not _is_hub_id(str(path)):
+    if not _HUB_ID.fullmatch(str(path)):
         raise CheckpointError(
             f"{path}: no such folder; give a folder with config.json and *.safetensors, or the id "
             "of a Hugging Face repository (owner/name)"
@@ -35,25 +37,15 @@ def find_folder(path: str | Path, files: Sequence[str] = _DRAFT_FILES) -> Path:
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=list(files)))
-    except (LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
             reason = "the hub has no such repository, or it is private: check the id, or log in"
+        elif isinstance(error, LocalEntryNotFoundError):
+            reason = "the hub cannot be reached and nothing is cached: check the network"
         else:
-            reason = (
-                "the hub cannot be reached and no earlier download is cached: check the network"
-            )
-        raise CheckpointError(
-            f"{path}: no such folder, and {reason} ({_first_line(error)})"
-        ) from error
-
-
-def _is_hub_id(path: str) -> bool:
-    parts = path.split("/")
-    return len(parts) == 2 and all(parts) and not path.startswith((".", "~"))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = "it cannot be downloaded from the hub"
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: no such folder, and {reason} ({cause})") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
