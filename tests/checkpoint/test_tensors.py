@@ -186,12 +186,13 @@ def test_a_file_that_is_not_safetensors_is_refused(tmp_path, content):
         read_headers(tmp_path)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_counted(tmp_path, bad):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_counted(tmp_path, bad, dtype):
     def change(tensors):
         tensors["layers.0.mlp.up_proj.weight"][3, :2] = bad
 
-    config = write_changed(tmp_path, change)
+    config = write_changed(tmp_path, change, dtype=dtype)
     check_tensors(tmp_path, config)
     with pytest.raises(CheckpointError, match=r"`layers\.0\.mlp\.up_proj\.weight` \(2 of 6144\)"):
         check_finite(tmp_path, config)
