@@ -1,4 +1,4 @@
-"""Builds the extension with cmake and ninja; CMakeLists.txt has the sources, pyproject.toml the rest."""
+"""Builds the extension with cmake and ninja; CMakeLists.txt lists its sources."""
 
 import os
 import shutil
