@@ -210,10 +210,12 @@ def _contradictions(config: DraftConfig, names: dict[str, str]) -> list[str]:
             f"{named('target_layer_ids')} is {list(taps)}, expected ids that increase: taps are "
             "taken in the target's order; sort them, and the columns of layer_fusion_weights too"
         )
-    if min(taps) < 0 or max(taps) >= layers:
+    # Hugging Face gives the last layer's output after the final norm, SGLang not at all.
+    if min(taps) < 0 or max(taps) >= layers - 1:
         problems.append(
-            f"{named('target_layer_ids')} is {list(taps)}, expected ids from 0 to {layers - 1}, as "
-            f"{named('num_target_layers')} is {layers}; correct either"
+            f"{named('target_layer_ids')} is {list(taps)}, expected ids from 0 to {layers - 2}, as "
+            f"{named('num_target_layers')} is {layers} and the last layer cannot be tapped; "
+            "correct either"
         )
     if config.mask_token_id >= config.vocab_size:
         problems.append(

@@ -38,10 +38,11 @@ def detect_dialect(content: dict[str, Any], source: object) -> Dialect:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
     if "speculators_model_type" in content:
+        kind = content["speculators_model_type"]
         raise CheckpointError(
-            f"{source}: this is a vllm-project/speculators checkpoint (`speculators_model_type` is "
-            f"{content['speculators_model_type']!r}), which has a context norm for each layer where "
-            "DFlare has one; use a drafter trained by AngelSlim, AngelSpec or `dflare train`"
+            f"{source}: `speculators_model_type` is {kind!r}: a checkpoint of "
+            "vllm-project/speculators, which has a context norm for each layer where DFlare has "
+            "one; use a drafter trained by AngelSlim, AngelSpec or `dflare train`"
         )
     if _DFLASH_ARCHITECTURES.intersection(names):
         model_arch = content.get("model_arch", "dflash")

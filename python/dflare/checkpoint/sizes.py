@@ -38,18 +38,18 @@ def draft_sizes(config: DraftConfig) -> DraftSizes:
     )
 
 
-def target_kv_bytes_per_token(target: Any, element_size: int = 2) -> int | None:
+def target_kv_bytes_per_token(target: Any) -> int | None:
     """Return the bytes of K/V that a token takes over all attention layers of a target.
 
     Args:
-        target: Its transformers configuration (`get_text_config()` is applied).
-        element_size: Bytes of one element of the K/V cache.
+        target: Its transformers configuration; K/V has the dtype that it names, else two bytes.
 
     Returns:
         Bytes, or none for a target whose cache holds something else than heads of K and V (latent
         attention).
     """
     config = target.get_text_config()
+    element_size = getattr(config.dtype, "itemsize", 2)
     if getattr(config, "kv_lora_rank", None):
         return None
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers

@@ -1,14 +1,15 @@
 """A drafter's tensors: which there must be, whether they are there, whether they are sound."""
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dflare.checkpoint.config import DraftConfig
 from dflare.checkpoint.dialects import DFLASH_ADVICE, angelslim_name, layer_of
+from dflare.checkpoint.folder import find_folder
 from dflare.checkpoint.headers import TensorHeader, read_headers
 from dflare.checkpoint.problems import name_some, raise_problems
-from dflare.checkpoint.reader import find_folder
 from dflare.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -149,8 +150,16 @@ def _shape_problem(
     )
 
 
-def load_tensors(path: str | Path, config: DraftConfig) -> dict[str, "torch.Tensor"]:
-    """Load all weights by AngelSlim name, on the CPU, after `check_tensors`."""
+def load_tensors(
+    path: str | Path, config: DraftConfig, names: Collection[str] | None = None
+) -> dict[str, "torch.Tensor"]:
+    """Load weights by AngelSlim name, on the CPU, after `check_tensors`.
+
+    Args:
+        path: Folder or hub id.
+        config: Its configuration.
+        names: Which to load; default all.
+    """
     from safetensors import safe_open
 
     headers = check_tensors(path, config)
@@ -158,7 +167,7 @@ def load_tensors(path: str | Path, config: DraftConfig) -> dict[str, "torch.Tens
     for file in sorted({header.file for header in headers.values()}):
         with safe_open(file, framework="pt") as weights:
             for name, header in headers.items():
-                if header.file == file:
+                if header.file == file and (names is None or name in names):
                     tensors[name] = weights.get_tensor(header.name)
     return tensors
 
@@ -175,8 +184,10 @@ def check_finite(path: str | Path, config: DraftConfig) -> None:
     bad = []
     for header in check_tensors(path, config).values():
         with safe_open(header.file, framework="pt") as weights:
-            count = int((~torch.isfinite(weights.get_tensor(header.name))).sum())
-        if count:
+            values = weights.get_tensor(header.name)
+        # A NaN anywhere makes both extremes NaN; 50 times faster than looking at each value.
+        if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
+            count = int((~torch.isfinite(values)).sum())
             bad.append(f"`{header.name}` ({count} of {math.prod(header.shape)})")
     if bad:
         raise CheckpointError(
