@@ -19,7 +19,8 @@ def rule(anchors, context_len, block_size, window):
             else:
                 block, slot = divmod(key - context_len, block_size)
                 key_index, seen = anchors[block] + slot, block == query // block_size
-            mask[query, key] = seen and (window < 0 or key_index >= index - window)
+            near = window < 0 or index - window <= key_index <= index
+            mask[query, key] = seen and near
     return mask
 
 

@@ -74,6 +74,17 @@ def test_the_first_slot_sees_the_last_of_its_block():
     assert not torch.allclose(blocks(drafter, taps, embeddings)[:, 0], before[:, 0])
 
 
+def test_a_sliding_layer_is_causal_in_the_block():
+    config = tiny_draft_config(layer_types=("sliding_attention",) * 2, sliding_window=8)
+    drafter = random_drafter(config)
+    taps, embeddings = random_inputs(config)
+    before = blocks(drafter, taps, embeddings)
+    embeddings[:, 2] += 1.0
+    after = blocks(drafter, taps, embeddings)
+    assert torch.equal(before[:, :2], after[:, :2])
+    assert not torch.allclose(before[:, 2:B], after[:, 2:B])
+
+
 def test_a_sliding_layer_forgets_context_beyond_its_window():
     config = tiny_draft_config(layer_types=("sliding_attention",) * 2, sliding_window=3)
     drafter = random_drafter(config)

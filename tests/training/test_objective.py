@@ -69,7 +69,7 @@ def test_a_bad_objective_is_refused_by_name(bad):
 
 def slow_loss(hidden, head, labels, supervised, objective, gamma, normaliser, teacher):
     """The definition, slot by slot, in Python; autograd gives the gradient."""
-    total = torch.zeros((), dtype=hidden.dtype)
+    total = 0.0 * hidden.sum()  # has a gradient even if nothing is supervised
     for n in range(hidden.shape[0]):
         log_q = torch.log_softmax(hidden[n] @ head.T, -1)
         slots = range(hidden.shape[1])

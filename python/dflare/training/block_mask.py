@@ -6,7 +6,9 @@ Keys are laid out as ``[context 0 .. S-1 | block 0 | block 1 | ...]``, queries a
 * context K/V at indices < n0 (what the engine has written when it drafts that block), and
 * every slot of its own block, before and after it: the block is not causal,
 
-and within a sliding window only keys whose index is at least its own index minus the window.
+In a sliding layer it sees only keys at least as far on as its own index minus the window, and the
+block is causal too, which is how SGLang runs such layers (`_get_dflash_layer_attention_params` in
+sglang/srt/models/dflash.py).
 """
 
 import torch
@@ -23,8 +25,8 @@ def dense_block_mask(
         anchors: ``[N, A]`` int64, index of each block's slot 0; 0 for a block that is padding.
         context_len: S, context positions a sequence.
         block_size: B.
-        window: Largest distance from a slot back to a visible key; -1 for all (as the attention ops
-            have it).
+        window: Of a sliding layer, the largest distance from a slot back to a visible key; -1 for
+            a full layer (as the attention ops have it).
 
     Returns:
         ``[N, 1, A*B, S + A*B]`` bool, true where the query sees the key.
@@ -39,7 +41,8 @@ def dense_block_mask(
     sees_block = (block[:, None] == block).expand(rows, -1, -1)
     if window >= 0:
         sees_context = sees_context & (context >= index[:, :, None] - window)
-        sees_block = sees_block & (index[:, None, :] >= index[:, :, None] - window)
+        distance = index[:, :, None] - index[:, None, :]
+        sees_block = sees_block & (distance >= 0) & (distance <= window)
     return torch.cat([sees_context, sees_block], dim=-1)[:, None]
 
 
@@ -70,11 +73,10 @@ def flex_block_mask(
         sees_block = (key >= context_len) & (key_slot // block_size == query // block_size)
         if window < 0:
             return sees_context | sees_block
-        oldest = anchor + query % block_size - window
-        in_window = torch.where(
-            key < context_len, key >= oldest, anchor + key_slot % block_size >= oldest
-        )
-        return (sees_context | sees_block) & in_window
+        slot, key_slot = query % block_size, key_slot % block_size
+        in_context = key >= anchor + slot - window
+        in_block = (key_slot <= slot) & (key_slot >= slot - window)
+        return (sees_context & in_context) | (sees_block & in_block)
 
     return create_block_mask(
         visible,

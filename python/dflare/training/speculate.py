@@ -57,16 +57,16 @@ class ContextCache:
             keys[row, :, positions] = key.transpose(1, 2).to(keys.dtype)
             values[row, :, positions] = value.transpose(1, 2).to(values.dtype)
 
-    def propose(self, target: Target, anchors: Tensor, lengths: Tensor) -> Tensor:
-        """Draft a block behind each row's context.
+    def draft(self, target: Target, anchors: Tensor, lengths: Tensor) -> Tensor:
+        """Run a block behind each row's context.
 
         Args:
-            target: Embeds the block and reads its final states.
+            target: Embeds the block.
             anchors: ``[rows]``, the last committed token of each row.
             lengths: ``[rows]``, tokens with context K/V; the anchor's index.
 
         Returns:
-            ``[rows, B-1]`` int64, the most probable token of each slot.
+            ``[rows, B-1, H]``, final hidden states of slots 1 .. B-1, for the target's head.
         """
         config = self._drafter.config
         size = config.block_size
@@ -81,13 +81,13 @@ class ContextCache:
         masks: dict[int, Mask] = {}
         for window in {config.window(d) for d in range(config.num_hidden_layers)}:
             mask = torch.cat([there, own], -1)
-            if window >= 0:
+            if window >= 0:  # a sliding layer: windowed, and causal in the block as well
                 index = torch.cat([keys.expand(len(anchors), -1), positions], -1)
-                mask = mask & (index[:, None, None] >= positions[:, None, :, None] - window)
+                distance = positions[:, None, :, None] - index[:, None, None]
+                mask = mask & (distance >= 0) & (distance <= window)
             masks[window] = mask
         context = [(keys[:, :, :limit], values[:, :, :limit]) for keys, values in self._layers]
-        hidden = self._drafter.draft(target.embed(tokens), positions, context, masks)
-        return (hidden[:, 1:] @ target.head.T).argmax(-1)
+        return self._drafter.draft(target.embed(tokens), positions, context, masks)[:, 1:]
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ def decode(
     answers = [Decoded([token], [], []) for token in anchors.tolist()]
     going = [answer.ids[0] not in stop_ids and max_new_tokens > 1 for answer in answers]
     while any(going):
-        drafts = context.propose(target, anchors, lengths)
+        drafts = (context.draft(target, anchors, lengths) @ target.head.T).argmax(-1)
         positions = lengths[:, None] + torch.arange(size, device=device)
         mask = cache.extend(positions, min(room, int(lengths.max()) + size))
         states = target.read(
