@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
-from dflare.training.data import Corpus
+from dflare.training.config import load_config
+from dflare.training.data import Corpus, load_corpus, split
+from dflare.training.errors import ConfigError
+from dflare.training.export import load_drafter
 from dflare.training.model import Drafter
 from dflare.training.prompt_lookup import simulate
+from dflare.training.prompts import encode, read_prompts, stop_tokens
+from dflare.training.ranks import start_ranks
 from dflare.training.speculate import decode
-from dflare.training.target import Target
+from dflare.training.target import Target, load_target, target_path
 
 
 @dataclass(frozen=True)
@@ -157,3 +163,59 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
         left.legend()
         right.legend()
     figure.savefig(folder / "evaluation.png", dpi=110)
+
+
+def run_evaluation(
+    draft: str,
+    target_name: str,
+    prompt_files: list[Path],
+    held_out: Path | None,
+    output: Path,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    limit: int | None,
+    rows: int,
+    device: str,
+) -> dict[str, Any]:
+    """Evaluate a drafter on disk and write the report; the arguments are those of the command.
+
+    Returns:
+        Results of :func:`evaluate` by the name of their set of prompts.
+
+    Raises:
+        ConfigError: No prompts are named.
+        DFlareError: Drafter, target or prompts cannot be used.
+    """
+    if not prompt_files and held_out is None:
+        raise ConfigError("nothing to decode: give --prompts FILE, --held-out CONFIG.yaml, or both")
+    drafter = load_drafter(draft)
+    where = start_ranks(device).device
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    path = target_path(target_name)
+    target = load_target(path, drafter.config.target_layer_ids, where, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    sets = {
+        file.stem: [encode(tokenizer, messages) for messages in read_prompts(file)]
+        for file in prompt_files
+    }
+    if held_out is not None:
+        config = load_config(held_out)
+        files = [Path(name) for name in config.data.files]
+        corpus = load_corpus(files, target.config.vocab_size, config.data.max_length)
+        sets["held_out"] = held_out_prompts(split(corpus, config.data.held_out)[1])
+    stop_ids = stop_tokens(tokenizer, target.model.generation_config)
+    drafter = drafter.to(where, dtype)
+    report = {}
+    for name, prompts in sets.items():
+        result = evaluate(
+            target, drafter, prompts[:limit], max_new_tokens, stop_ids, temperature, rows
+        )
+        report[name] = {"draft": draft, "target": target_name, **result}
+        own, lookup = result["drafter"], result["prompt_lookup"]
+        print(
+            f"{name}: accept length {own['accept_length']:.3f} ({own['steps']} steps, "
+            f"{result['prompts']} prompts), prompt lookup {lookup['accept_length']:.3f}"
+        )
+    write_report(report, output)
+    return report

@@ -65,6 +65,21 @@ def read_prompts(path: Path) -> list[list[Message]]:
     return prompts
 
 
+def read_openers(path: Path) -> tuple[str, ...]:
+    """Read beginnings of user turns, one a line; an empty line is a free beginning.
+
+    Raises:
+        DataError: The file cannot be read or is empty.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    if not lines:
+        raise DataError(f"{path}: holds no openers")
+    return tuple(lines)
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
     """Turn messages into token ids, up to where the answer begins.
 
@@ -80,3 +95,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[
 def key(messages: list[Message]) -> str:
     """Return what makes prompts the same: turns and words, not case or spacing."""
     return json.dumps([[m["role"], " ".join(m["content"].lower().split())] for m in messages])
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> tuple[int, ...]:
+    """Return the tokens that end an answer: the tokenizer's and the generation config's."""
+    ends = getattr(generation_config, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    return tuple(sorted(token for token in ids if token is not None))
