@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dflare.checkpoint import expected_tensors
-from dflare.training.block_mask import dense_block_mask
+from dflare.training.block_mask import dense_block_mask, flex_block_mask
 from dflare.training.model import Drafter
 from tiny_models import random_drafter, tiny_draft_config
 
@@ -107,6 +107,52 @@ def test_blocks_trained_together_equal_blocks_drafted_one_by_one(options):
         positions = torch.arange(anchor, anchor + B)[None]
         alone = drafter.draft(embeddings[:, slots], positions, context, {-1: None})
         torch.testing.assert_close(alone, together[:, slots], atol=1e-5, rtol=1e-5)
+
+
+def blocks_with(make_mask, drafter, taps, embeddings, anchors):
+    slots = torch.arange(drafter.config.block_size, device=taps.device)
+    positions = (anchors[..., None] + slots).flatten(1)
+    masks = {
+        window: make_mask(anchors, taps.shape[1], len(slots), window)
+        for window in {drafter.config.window(d) for d in range(len(drafter.layers))}
+    }
+    return drafter(taps, embeddings, positions, masks)
+
+
+MIXED = {"layer_types": ("full_attention", "sliding_attention"), "sliding_window": 6}
+
+
+def test_flex_attention_computes_what_dense_attention_does():
+    drafter = random_drafter(tiny_draft_config(**MIXED))
+    anchors = torch.tensor([[0, 2, 5, 9], [1, 3, 3, 11]])
+    taps, embeddings = torch.randn(2, 12, 96), torch.randn(2, 16, 32)
+    with torch.no_grad():  # on a CPU flex attention has no backward pass
+        dense, flex = (
+            blocks_with(make, drafter, taps, embeddings, anchors)
+            for make in (dense_block_mask, flex_block_mask)
+        )
+    torch.testing.assert_close(dense, flex, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_flex_attention_has_the_gradients_of_dense_attention():
+    config = tiny_draft_config(
+        hidden_size=256, num_attention_heads=6, num_key_value_heads=2, head_dim=64, **MIXED
+    )
+    anchors = torch.randint(200, (2, 40), device="cuda").sort().values
+    taps = torch.randn(2, 256, 3 * 256, device="cuda")
+    embeddings = torch.randn(2, 160, 256, device="cuda")
+    results = []
+    for make in (dense_block_mask, flex_block_mask):
+        drafter = random_drafter(config).cuda()
+        if make is flex_block_mask:
+            drafter.compile(dynamic=False)
+        hidden = blocks_with(make, drafter, taps, embeddings, anchors)
+        hidden.square().mean().backward()
+        results.append([hidden, *(parameter.grad for parameter in drafter.parameters())])
+    for dense, flex in zip(*results, strict=True):
+        assert (dense - flex).norm() <= 5e-3 * dense.norm()  # tf32 products in one of them
 
 
 def test_checkpointed_activations_give_the_same_gradients():

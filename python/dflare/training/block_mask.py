@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+_compiled_create_block_mask = torch.compile(create_block_mask)
+
 
 def dense_block_mask(
     anchors: Tensor, context_len: int, block_size: int, window: int = -1
@@ -78,7 +80,9 @@ def flex_block_mask(
         in_block = (key_slot <= slot) & (key_slot >= slot - window)
         return (sees_context & in_context) | (sees_block & in_block)
 
-    return create_block_mask(
+    # Uncompiled, the mask is first made densely, which for long sequences is gigabytes.
+    create = _compiled_create_block_mask if anchors.is_cuda else create_block_mask
+    return create(
         visible,
         B=rows,
         H=None,

@@ -61,8 +61,7 @@ class Ranks:
         if shard:
             from torch.distributed.fsdp import fully_shard
 
-            for d in range(len(drafter.layers)):
-                fully_shard(drafter.layer(d))
+            # One unit: a drafter is small beside its optimizer state, which is what gets sharded.
             fully_shard(drafter)
             return drafter
         from torch.nn.parallel import DistributedDataParallel

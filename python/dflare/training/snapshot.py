@@ -1,7 +1,7 @@
 """Snapshots to resume from: the whole state of a run in one file, replaced in one rename."""
 
-import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,13 @@ def write_file(path: Path, content: Any) -> None:
     try:
         torch.save(content, partial)
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as a RuntimeError of its zip writer.
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's zip writer
         partial.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "write failed" in str(error)
-        reason = "the disk is full" if full else str(error)
+        free = shutil.disk_usage(path.parent).free / 2**30
         kept = "the snapshot before it is intact" if path.exists() else "there is none before it"
         raise TrainingError(
-            f"{path}: cannot write the snapshot, {reason}; {kept}. Make room and go on "
-            "with --resume"
+            f"{path}: cannot write the snapshot ({error}; {free:.2f} GiB are free there); {kept}. "
+            "Make room and go on with --resume"
         ) from error
 
 

@@ -33,7 +33,7 @@ from dflare.training.target import Target, load_target
 from dflare.training.vocabulary import LossVocabulary
 
 _VALIDATION_EPOCH = 2**31  # seeds the anchors of validation, which stay the same for the whole run
-_PAD_COMPILED = 128  # widths are multiples of this where code is compiled for each shape
+_WIDTHS = 6  # widths of a batch where code is compiled for each; each a multiple of 128
 
 
 class Interrupted(TrainingError):
@@ -99,7 +99,11 @@ class Trainer:
                 run.seed,
             )
         self._run_chunk: Callable = chunk_loss
+        self._pad_to = 1
         if self._compile:
+            self._pad_to = 128 * math.ceil(config.data.max_length / (128 * _WIDTHS))
+            # Widths x training and validation x sizes of the last chunk, with room to spare.
+            torch._dynamo.config.recompile_limit = 64
             self._run_chunk = torch.compile(chunk_loss, dynamic=False)
         self._step = self._make_step(self._open_cache())
         self._validation_step = self._make_step(None)
@@ -190,7 +194,7 @@ class Trainer:
             self.drafter.config.block_size,
             self.config.run.seed,
             epoch,
-            _PAD_COMPILED if self._compile else 1,
+            self._pad_to,
         )
         return batch.to(self.device)
 
@@ -247,9 +251,11 @@ class Trainer:
         size = max(
             1, self.config.data.batch_size // (self.ranks.world * self.config.run.accumulate)
         )
-        # All ranks gather sharded weights together: each needs as many parts as the others.
-        even = len(self.held_out) // self.ranks.world * self.ranks.world
-        mine = np.arange(even)[self.ranks.rank :: self.ranks.world]
+        # All ranks gather sharded weights together: each needs as many parts as the others. And
+        # parts of one size need compiling once.
+        even = len(self.held_out) // self.ranks.world
+        even -= even % size if even > size else 0
+        mine = np.arange(even) * self.ranks.world + self.ranks.rank
         self.drafter.eval()
         for start in range(0, len(mine), size):
             part = mine[start : start + size]
