@@ -136,7 +136,7 @@ class Synth:
         deadline: float | None = None,
     ) -> None:
         self._path, self._tokenizer, self._make_generator = path, tokenizer, make_generator
-        self._settings, self._stop_ids, self._deadline = settings, stop_ids, deadline
+        self._settings, self._stop_ids, self.deadline = settings, stop_ids, deadline
         self._excluded = {key(messages) for messages in excluded}
         self._header = {
             "dflare_data": FORMAT,
@@ -193,7 +193,7 @@ class Synth:
 
         with self._progress() as progress:
             task = progress.add_task("prompts", total=count, completed=len(prompts), rate="")
-            for answer in generator.run(endless(), self._deadline):
+            for answer in generator.run(endless(), self.deadline):
                 opener = settings.openers[answer.prompt % len(starts)]
                 text = (opener + str(self._tokenizer.decode(answer.ids[:-1]))).strip()
                 messages = [{"role": "user", "content": text}]
@@ -258,7 +258,7 @@ class Synth:
         total = written + len(waiting)
         with self._progress() as progress:
             task = progress.add_task("answers", total=total, completed=written, rate="")
-            for answer in generator.run((ids for _, ids in waiting), self._deadline):
+            for answer in generator.run((ids for _, ids in waiting), self.deadline):
                 digest, ids = waiting[answer.prompt]
                 loss = [[len(ids), len(ids) + len(answer.ids)]]
                 record = {"key": digest, "ids": ids + answer.ids, "loss": loss}

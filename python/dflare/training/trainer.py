@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from dflare.training.acceptance import Acceptance, AcceptanceMeter
 from dflare.training.batches import Batch, epoch_batches, make_batch
@@ -209,7 +210,8 @@ class Trainer:
         sequences = self._batches[position]
         head, rows = self._head(sequences)
         parts = np.array_split(sequences[self.ranks.rank :: self.ranks.world], run.accumulate)
-        batches = [self._batch(self.corpus, part, epoch) for part in parts if len(part)]
+        with record_function("batch"):
+            batches = [self._batch(self.corpus, part, epoch) for part in parts if len(part)]
         counts = torch.stack([batch.supervised.sum() for batch in batches])
         normaliser = self.ranks.sum(counts.sum()).clamp(min=1)
         progress = self.progress()
@@ -220,12 +222,14 @@ class Trainer:
             last = number == len(batches) - 1
             with self._synchronised(last), self._autocast():
                 result = self._step.loss(self._module, batch, part, head, rows, gamma, normaliser)
-                (result.loss * self.ranks.world).backward()
+                with record_function("backward"):
+                    (result.loss * self.ranks.world).backward()
             supervised = batch.supervised.flatten(0, 1)
             self._meter.add(result.correct, supervised, result.loss)
-        nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.optimizer.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with record_function("optimizer"):
+            nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.optimizer.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
 
     def _head(self, sequences: np.ndarray) -> tuple[Tensor, Tensor | None]:
