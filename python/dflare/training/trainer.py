@@ -41,6 +41,11 @@ class Interrupted(TrainingError):
     """The run was asked to stop and has saved itself."""
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What products are computed in; weights, norms and the optimizer stay in float32."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 class Trainer:
     """A run: everything that it needs, and the loop.
 
@@ -64,11 +69,11 @@ class Trainer:
             torch.set_num_threads(run.threads)
         on_gpu = self.device.type == "cuda"
         self._compile = on_gpu if run.compile is None else run.compile
-        self._dtype = torch.bfloat16 if on_gpu else torch.float32
+        self._dtype = compute_dtype(self.device)
         self._folder = Path(run.output)
         self._prepare_folder(resume)
 
-        self.target = target if target is not None else self._load_target()
+        self.target = target if target is not None else self.load_target(config)
         vocab_size = self.target.config.vocab_size
         files = [Path(name) for name in config.data.files]
         everything = load_corpus(files, vocab_size, config.data.max_length)
@@ -135,11 +140,13 @@ class Trainer:
                 "folder"
             )
 
-    def _load_target(self) -> Target:
-        section = self.config.target
-        target = load_target(section.name, (), self.device, self._dtype, section.attention)
-        taps = tap_ids(self.config.drafter, target.config.num_hidden_layers)
-        return Target(target.model, taps)
+    @staticmethod
+    def load_target(config: TrainConfig) -> Target:
+        """Load the target of a run as its trainer would, tapped."""
+        device = start_ranks(config.run.device).device
+        section = config.target
+        target = load_target(section.name, (), device, compute_dtype(device), section.attention)
+        return Target(target.model, tap_ids(config.drafter, target.config.num_hidden_layers))
 
     def _make_step(self, cache: TapCache | None) -> BlockStep:
         return BlockStep(
