@@ -88,6 +88,7 @@ class JsonLines:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        self._path = path
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     @staticmethod
@@ -100,8 +101,14 @@ class JsonLines:
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a line, at once: what was generated survives whatever happens."""
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise DataError(
+                f"{self._path}: cannot be written ({error}); make room and give the same command "
+                "again, it goes on with what is there"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""

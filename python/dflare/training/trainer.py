@@ -368,6 +368,11 @@ class Trainer:
             with monitor:
                 self._loop(monitor)
                 acceptance = self._log_validation(monitor)
+        except OSError as error:
+            raise TrainingError(
+                f"{self._folder}: cannot be written after step {self.steps_done} ({error}); make "
+                "room and go on with --resume"
+            ) from error
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"out of device memory after step {self.steps_done}: {error}. Lower "
