@@ -153,8 +153,10 @@ def copy_target_layers(drafter: Drafter, target: Target, layers: tuple[int, ...]
     drafter.norm.weight.copy_(target.decoder.norm.weight.float().cpu())
     if not drafter.layer(0).self_attn.separate_context:
         # One projection serves context and block, so no norm can be folded into it.
-        norms = sum(drafter.layer(d).input_layernorm.weight for d in range(len(layers)))
-        drafter.hidden_norm.weight.copy_(norms / len(layers))
+        norms: list[torch.Tensor] = [
+            drafter.layer(d).input_layernorm.weight for d in range(len(layers))
+        ]
+        drafter.hidden_norm.weight.copy_(torch.stack(norms).mean(0))
     if drafter.architecture == "dflash":
         taps, hidden = drafter.config.num_taps, drafter.config.hidden_size
         drafter.fc.weight.copy_(torch.eye(hidden).repeat(1, taps) / taps)  # the mean of the taps
