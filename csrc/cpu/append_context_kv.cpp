@@ -16,7 +16,7 @@ namespace {
 constexpr Checker kCheck{"append_context_kv"};
 
 // Fused rows of a projection task take at most this much of the second-level cache.
-constexpr int64_t kChunkBytes = 256 << 10;
+constexpr int64_t kChunkBytes = 2 << 20;
 // Multiply-adds of the fusion that are worth waking a thread for: a few microseconds.
 constexpr int64_t kThreadCost = 1 << 17;
 
@@ -101,9 +101,9 @@ void append_context_kv_as(const at::Tensor& target_hidden, const at::Tensor& fus
   p.kv_bias = kv_bias ? static_cast<const T*>(kv_bias->const_data_ptr()) : nullptr;
   p.k_norm_weight = static_cast<const T*>(k_norm_weight.const_data_ptr());
   p.k_norm_eps = static_cast<float>(k_norm_eps);
-  p.fused_stride = (p.hidden + 15) / 16 * 16;
+  p.fused_stride = (p.hidden + 31) / 32 * 32;
   const at::Tensor fused = at::empty({p.layers, p.num_rows, p.fused_stride}, at::kFloat);
-  p.fused = fused.mutable_data_ptr<float>();
+  p.fused = fused.mutable_data_ptr();
   const int64_t heads = 2 * p.kv_heads;
   p.chunk_rows = choose_chunk_rows(p.num_rows, p.fused_stride * 4, p.layers * heads);
 
