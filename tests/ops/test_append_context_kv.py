@@ -8,7 +8,7 @@ from op_cases import append_case, assert_accurate, copied
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_equals_the_reference_for_any_shape(data):
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -41,6 +41,13 @@ def test_equals_the_reference_at_the_demo_drafters_shapes(rows, dtype):
     assert_accurate(
         append_context_kv, append_context_kv_reference, case, dtype, compare_to_eager=True
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [1, 15, 33, 47, 100])
+def test_equals_the_reference_for_odd_hidden_sizes(hidden, dtype):
+    case = append_case(hidden, dtype=dtype, layers=5, taps=3, hidden=hidden, rows=13, bias=True)
+    assert_accurate(append_context_kv, append_context_kv_reference, case, dtype)
 
 
 def test_weights_larger_than_the_cache_block_are_projected_completely():

@@ -8,7 +8,7 @@ from op_cases import assert_accurate, block_case, copied
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_equals_the_reference_for_any_shape(data):
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -34,6 +34,26 @@ def test_equals_the_reference_for_any_shape(data):
 def test_equals_the_reference_at_the_demo_drafters_shapes(seq_lens, dtype):
     case = block_case(1, dtype=dtype, seq_lens=seq_lens)
     assert_accurate(block_attention, block_attention_reference, case, dtype, compare_to_eager=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 256])
+@pytest.mark.parametrize("group", [1, 3, 16])
+def test_equals_the_reference_for_every_head_and_group(group, head_dim, dtype):
+    for block_size in (1, 2, 5, 32):
+        case = block_case(
+            block_size,
+            dtype=dtype,
+            seq_lens=[70, 3],
+            block_size=block_size,
+            kv_heads=2,
+            group=group,
+            head_dim=head_dim,
+            rotary=head_dim // 2,
+            causal=True,
+            window=50,
+        )
+        assert_accurate(block_attention, block_attention_reference, case, dtype)
 
 
 def test_a_window_leaves_out_pool_slots_before_it():
