@@ -89,7 +89,13 @@ def build(seconds: Seconds, block_size: int, max_batch: int, steps: int) -> list
 
     long = steps * seconds(high // 2, 1)
     scenarios += [
-        replace(base, name="load comes and goes", level=constant(middle), concurrency=wave, duration=long),
+        replace(
+            base,
+            name="load comes and goes",
+            level=constant(middle),
+            concurrency=wave,
+            duration=long,
+        ),
         replace(base, name="acceptance jumps, 1 at a time", level=shifts),
         replace(
             base,

@@ -25,6 +25,7 @@ _SHAPE_VAR = 0.5
 _SPREAD_RANGE = (0.05, 4.0)  # variance of tilts between requests
 _SPREAD_GAIN = 0.05  # share of one finished request in the learned spread
 _MAX_MOVE = 2.0  # logits that one step may move a term
+_MAX_LOGIT = 3.5  # of a term: acceptance is never taken for impossible or certain
 _NODES = np.array([-1.0, 0.0, 1.0]).reshape(3, 1, 1) * 3**0.5
 _NODE_WEIGHTS = np.array([1, 4, 1]) / 6
 _MAX_REQUESTS = 4096  # beyond it the longest-known request is forgotten: it never said goodbye
@@ -112,11 +113,11 @@ class AcceptanceModel:
         level_move, level_var = _kalman(self._level_var, info, error, var, (0, 1))
         shape_move, shape_var = _kalman(self._shape_var[None, shown], info, error, var, (0,))
         tilt_move, tilt_var = _kalman(self._tilt_var[slots, None], info, error, var, (1,))
-        self._level += float(level_move)
+        self._level = float(_clip(self._level + level_move))
         self._level_var = float(level_var)
-        self._shape[shown] += shape_move
+        self._shape[shown] = _clip(self._shape[shown] + shape_move)
         self._shape_var[shown] = shape_var
-        self._tilt[slots] += tilt_move
+        self._tilt[slots] = _clip(self._tilt[slots] + tilt_move)
         self._tilt_var[slots] = tilt_var
         self._tilt[0] = 0.0
 
@@ -125,7 +126,7 @@ class AcceptanceModel:
         return _sigmoid(self._level + self._shape)
 
     def _logits(self, slots: Ints, positions: int) -> tuple[Array, Array]:
-        mean = (self._level + self._shape[:positions]) + self._tilt[slots, None]
+        mean = _clip((self._level + self._shape[:positions]) + self._tilt[slots, None])
         var = (self._level_var + self._shape_var[:positions]) + self._tilt_var[slots, None]
         return mean, var
 
@@ -137,7 +138,7 @@ class AcceptanceModel:
         self._tilt_var[slots] = np.minimum(tilt_var, self._spread)
 
     def _admit(self, request_id: Hashable) -> int:
-        if not self._free and len(self._slot_of) >= _MAX_REQUESTS:
+        if not self._free and len(self._tilt) >= _MAX_REQUESTS:
             self._free.append(self._slot_of.pop(next(iter(self._slot_of))))
         elif not self._free:
             known = len(self._tilt)
@@ -159,7 +160,11 @@ def _kalman(
     prior = np.squeeze(own_var, axis=axes) if isinstance(own_var, np.ndarray) else own_var
     var = 1 / (1 / prior + (info * weight).sum(axis=axes))
     move = var * (error * weight).sum(axis=axes)
-    return np.clip(move, -_MAX_MOVE, _MAX_MOVE), var
+    return np.minimum(np.maximum(move, -_MAX_MOVE), _MAX_MOVE), var
+
+
+def _clip(logits: Array) -> Array:
+    return np.minimum(np.maximum(logits, -_MAX_LOGIT), _MAX_LOGIT)
 
 
 def _sigmoid(logits: Array) -> Array:

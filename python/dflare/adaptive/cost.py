@@ -77,11 +77,12 @@ class CostTable:
         rows = self._batches
         if len(rows) == 1:
             return self._grid[0]
-        # Beyond the largest measured batch the last slope goes on.
         high = min(max(int(np.searchsorted(rows, batch)), 1), len(rows) - 1)
         low = high - 1
         share = max((batch - rows[low]) / (rows[high] - rows[low]), 0.0)
-        return self._grid[low] + share * (self._grid[high] - self._grid[low])
+        seconds = self._grid[low] + share * (self._grid[high] - self._grid[low])
+        # Beyond the largest measured batch the last slopes go on; they may cross.
+        return np.maximum.accumulate(seconds) if share > 1 else seconds
 
     def doubt(self, batch: int) -> Array:
         """Factor, at most 1, by which each width may be cheaper than predicted, [widths]."""

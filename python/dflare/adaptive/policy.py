@@ -16,6 +16,7 @@ from dflare.adaptive.config import AdaptiveConfig
 from dflare.adaptive.cost import CostTable
 
 _CREDIT_STEPS = 5.0  # exploration saved up, in step times
+_PROBE_EVERY = 0.2  # of the memory: without any draft for so long, one is tried without hope
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class WidthPolicy:
         self._current = 0
         self._gain = 0.0
         self._credit = 0.0
+        self._undrafted = 0
 
     def choose(self, request_ids: Sequence[Hashable], remaining: Sequence[int]) -> Decision:
         """Choose the width of the next step.
@@ -68,11 +70,15 @@ class WidthPolicy:
         loss = (seconds - tokens / rates[best])[:usable]
         hopes = (hoped / (seconds * self.cost.doubt(len(request_ids))))[:usable]
         hopes[loss > self._credit] = 0.0
+        overdue = best == 0 and self._undrafted > self.config.memory * _PROBE_EVERY
+        if overdue:
+            hopes[0] = 0.0
         chosen = int(hopes.argmax())
-        if chosen != best and hopes[chosen] > rates[best]:
+        if chosen != best and (overdue or hopes[chosen] > rates[best]):
             self._credit -= max(float(loss[chosen]), 0.0)
         else:
             chosen = best
+        self._undrafted = self._undrafted + 1 if chosen == 0 else 0
         predicted = float(seconds[chosen])
         limit = _CREDIT_STEPS * predicted
         self._credit = min(self._credit + self.config.explore * predicted, limit)
