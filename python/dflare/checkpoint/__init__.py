@@ -1,0 +1,37 @@
+"""DFlare drafter checkpoints: configuration, dialects, validation, loading and saving."""
+
+from dflare.checkpoint.config import DraftConfig, Rope, make_config, spread_taps
+from dflare.checkpoint.convert import convert
+from dflare.checkpoint.headers import TensorHeader, read_headers
+from dflare.checkpoint.inspection import Inspection, inspect_draft
+from dflare.checkpoint.pair import Check, check_pair, pair_checks, read_target_config
+from dflare.checkpoint.reader import find_folder, read_config
+from dflare.checkpoint.save import save_checkpoint
+from dflare.checkpoint.sizes import DraftSizes, draft_sizes, target_kv_bytes_per_token
+from dflare.checkpoint.tensors import check_finite, check_tensors, expected_tensors, load_tensors
+
+__all__ = [
+    "Check",
+    "DraftConfig",
+    "DraftSizes",
+    "Inspection",
+    "Rope",
+    "TensorHeader",
+    "check_finite",
+    "check_pair",
+    "check_tensors",
+    "convert",
+    "draft_sizes",
+    "expected_tensors",
+    "find_folder",
+    "inspect_draft",
+    "load_tensors",
+    "make_config",
+    "pair_checks",
+    "read_config",
+    "read_headers",
+    "read_target_config",
+    "save_checkpoint",
+    "spread_taps",
+    "target_kv_bytes_per_token",
+]

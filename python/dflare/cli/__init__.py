@@ -1,5 +1,6 @@
 """The `dflare` command."""
 
+from dflare.cli import convert, inspect
 from dflare.cli.app import main
 
-__all__ = ["main"]
+__all__ = ["convert", "inspect", "main"]

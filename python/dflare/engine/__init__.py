@@ -1,0 +1,1 @@
+"""Everything that touches SGLang: plug-in, platform, worker, draft model, attention backend."""

@@ -1,0 +1,125 @@
+"""Write a drafter in the AngelSlim dialect, whole or not at all."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dflare.checkpoint.config import DraftConfig
+from dflare.checkpoint.problems import name_some, raise_problems
+from dflare.checkpoint.tensors import expected_tensors
+from dflare.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+def save_checkpoint(
+    folder: str | Path,
+    config: DraftConfig,
+    tensors: "dict[str, torch.Tensor]",
+    *,
+    force: bool = False,
+) -> Path:
+    """Write config.json and model.safetensors.
+
+    The files are written to a folder beside the destination, which then takes its place: what has
+    the destination's name is always whole.
+
+    Args:
+        folder: Destination.
+        config: What to write as config.json, in the AngelSlim dialect.
+        tensors: Every tensor of `expected_tensors`, on any device, of the config's dtype.
+        force: Replace a checkpoint that is there already.
+
+    Returns:
+        The destination.
+
+    Raises:
+        CheckpointError: Tensors that do not belong to the config; a destination that is in use; no
+            space or no permission.
+    """
+    from safetensors.torch import save_file
+
+    destination = Path(folder).expanduser()
+    _check(destination, config, tensors)
+    check_destination(destination, force=force)
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    staging = destination.with_name(f".{destination.name}.new-{os.getpid()}")
+    weights, config_file = staging / WEIGHTS_FILE, staging / "config.json"
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{destination}: cannot be written ({error})") from error
+    try:
+        save_file(ready, weights, metadata={"format": "pt"})
+        content = json.dumps(config.to_dict(), indent=2) + "\n"
+        config_file.write_text(content, encoding="utf-8")
+        # safetensors makes a file that only its owner can read; the user's umask knows better.
+        weights.chmod(config_file.stat().st_mode)
+        _take_place(staging, destination)
+    except OSError as error:
+        raise CheckpointError(
+            f"{destination}: cannot be written ({error}); free some space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return destination
+
+
+def check_destination(folder: str | Path, *, force: bool = False) -> None:
+    """Refuse a destination that holds anything, unless it is a checkpoint and `force` is given."""
+    destination = Path(folder).expanduser()
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return
+    if not (destination / "config.json").is_file():
+        raise CheckpointError(
+            f"{destination}: exists and is not a checkpoint; choose another folder"
+        )
+    if not force:
+        raise CheckpointError(
+            f"{destination}: holds a checkpoint already; choose another folder, or replace it with "
+            "--force"
+        )
+
+
+def _check(destination: Path, config: DraftConfig, tensors: "dict[str, torch.Tensor]") -> None:
+    expected = expected_tensors(config)
+    problems = []
+    missing = [name for name in expected if name not in tensors]
+    unknown = [name for name in tensors if name not in expected]
+    if missing:
+        problems.append(f"missing tensors: {name_some(missing)}; pass every tensor")
+    if unknown:
+        problems.append(f"unknown tensors: {name_some(unknown)}; leave them out")
+    for name in expected.keys() & tensors.keys():
+        shape, dtype = tuple(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch.")
+        if shape != expected[name]:
+            problems.append(f"`{name}` is {list(shape)}, expected {list(expected[name])}")
+        if dtype != config.dtype:
+            problems.append(f"`{name}` is {dtype}, expected {config.dtype}; convert it first")
+    raise_problems(destination, problems)
+
+
+def _take_place(staging: Path, destination: Path) -> None:
+    """Move `staging` to `destination`, with what else lies in the old folder (a model card)."""
+    if not destination.exists() or not any(destination.iterdir()):
+        staging.replace(destination)
+        return
+    new = {file.name for file in staging.iterdir()}
+    for file in destination.iterdir():
+        stale = file.name.endswith((".safetensors", ".safetensors.index.json"))
+        if file.name not in new and not stale and file.is_file():
+            shutil.copy2(file, staging / file.name)
+    retired = destination.with_name(f".{destination.name}.old-{os.getpid()}")
+    destination.replace(retired)
+    try:
+        staging.replace(destination)
+    except OSError:
+        retired.replace(destination)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)

@@ -1,0 +1,194 @@
+"""A drafter's tensors: which there must be, whether they are there, whether they are sound."""
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dflare.checkpoint.config import DraftConfig
+from dflare.checkpoint.dialects import DFLASH_ADVICE, angelslim_name, layer_of
+from dflare.checkpoint.headers import TensorHeader, read_headers
+from dflare.checkpoint.problems import name_some, raise_problems
+from dflare.checkpoint.reader import find_folder
+from dflare.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+FUSION_WEIGHTS = "layer_fusion_weights"
+# DFlash's one projection of all taps: fc in z-lab's and SGLang's code, context_proj in AngelSpec's.
+_DFLASH_TENSORS = {"fc.weight", "context_proj.weight"}
+
+
+def expected_tensors(config: DraftConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a drafter by its AngelSlim name.
+
+    Linear weights are [out, in]; with `attention_bias` each attention projection has a bias [out].
+    AngelSlim, angelslim/compressor/speculative/train/models/draft/qwen_dflare.py.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    projections = {
+        "q_proj": (q, hidden),
+        "k_proj": (kv, hidden),
+        "v_proj": (kv, hidden),
+        "k_proj_target": (kv, hidden),
+        "v_proj_target": (kv, hidden),
+        "o_proj": (hidden, q),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        FUSION_WEIGHTS: (config.num_hidden_layers, config.num_taps),
+        "hidden_norm.weight": (hidden,),
+        "norm.weight": (hidden,),
+    }
+    for layer in range(config.num_hidden_layers):
+        prefix = f"layers.{layer}"
+        for name, shape in projections.items():
+            shapes[f"{prefix}.self_attn.{name}.weight"] = shape
+            if config.attention_bias:
+                shapes[f"{prefix}.self_attn.{name}.bias"] = shape[:1]
+        shapes[f"{prefix}.self_attn.q_norm.weight"] = (config.head_dim,)
+        shapes[f"{prefix}.self_attn.k_norm.weight"] = (config.head_dim,)
+        shapes[f"{prefix}.mlp.gate_proj.weight"] = (inner, hidden)
+        shapes[f"{prefix}.mlp.up_proj.weight"] = (inner, hidden)
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, inner)
+        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+    return shapes
+
+
+def check_tensors(path: str | Path, config: DraftConfig) -> dict[str, TensorHeader]:
+    """Hold the tensors of a checkpoint against its configuration, both ways, from headers alone.
+
+    Returns:
+        Headers by AngelSlim name.
+
+    Raises:
+        CheckpointError: Everything that is missing, unknown or has a wrong shape or dtype.
+    """
+    folder = find_folder(path)
+    headers = read_headers(folder)
+    if FUSION_WEIGHTS not in headers and _DFLASH_TENSORS & headers.keys():
+        raise CheckpointError(f"{folder}: {DFLASH_ADVICE}")
+    renamed: dict[str, TensorHeader] = {}
+    problems = []
+    for header in headers.values():
+        name = angelslim_name(header.name, config.dialect)
+        if name is None:
+            continue
+        if name in renamed:
+            problems.append(f"`{renamed[name].name}` and `{header.name}` are the same; remove one")
+        renamed[name] = header
+    expected = expected_tensors(config)
+    problems += _layer_problems(renamed, config)
+    problems += _name_problems(renamed, expected, config)
+    for name, shape in expected.items():
+        if name not in renamed:
+            continue
+        header = renamed[name]
+        if header.shape != shape:
+            problems.append(_shape_problem(header, name, shape, config))
+        if header.dtype != config.dtype:
+            problems.append(
+                f"`{header.name}` is {header.dtype}, expected {config.dtype} as config.json says; "
+                "save it so, or correct `torch_dtype`"
+            )
+    raise_problems(folder, problems)
+    return renamed
+
+
+def _layers(names: Any) -> set[int]:
+    return {layer for layer in map(layer_of, names) if layer is not None}
+
+
+def _layer_problems(found: dict[str, TensorHeader], config: DraftConfig) -> list[str]:
+    count = len(_layers(found))
+    if count == config.num_hidden_layers:
+        return []
+    return [
+        f"`num_hidden_layers` is {config.num_hidden_layers} and the weights hold {count} layers; "
+        "correct config.json, or fetch the weights that belong to it"
+    ]
+
+
+def _name_problems(
+    found: dict[str, TensorHeader], expected: dict[str, tuple[int, ...]], config: DraftConfig
+) -> list[str]:
+    """Name missing and unknown tensors; whole layers too few or too many are told elsewhere."""
+    there, wanted = _layers(found), _layers(expected)
+    missing = [n for n in expected if n not in found and layer_of(n) not in wanted - there]
+    unknown = [
+        header.name
+        for name, header in found.items()
+        if name not in expected and layer_of(name) not in there - wanted
+    ]
+    problems = []
+    if missing:
+        problems.append(
+            f"missing tensors: {name_some(missing)}; fetch the checkpoint again, or convert it "
+            "with `dflare convert` if it is of another dialect"
+        )
+    if unknown:
+        problems.append(
+            f"unknown tensors: {name_some(unknown)}; a DFlare drafter of the {config.dialect} "
+            "dialect has none of these: remove them, or use the program that they are for"
+        )
+    return problems
+
+
+def _shape_problem(
+    header: TensorHeader, name: str, shape: tuple[int, ...], config: DraftConfig
+) -> str:
+    text = f"`{header.name}` is {list(header.shape)}, expected {list(shape)}"
+    if name != FUSION_WEIGHTS:
+        return f"{text} from config.json; correct it, or fetch the weights that belong to it"
+    return (
+        f"{text}: config.json has D = {config.num_hidden_layers} draft layers and T = "
+        f"{config.num_taps} taps {list(config.target_layer_ids)}; correct `num_hidden_layers` or "
+        "`target_layer_ids`, or fetch the weights that belong to it"
+    )
+
+
+def load_tensors(
+    path: str | Path, config: DraftConfig, names: Collection[str] | None = None
+) -> dict[str, "torch.Tensor"]:
+    """Load weights by AngelSlim name, on the CPU, after `check_tensors`.
+
+    Args:
+        path: Folder or hub id.
+        config: Its configuration.
+        names: Which to load; default all.
+    """
+    from safetensors import safe_open
+
+    headers = check_tensors(path, config)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted({header.file for header in headers.values()}):
+        with safe_open(file, framework="pt") as weights:
+            for name, header in headers.items():
+                if header.file == file and (names is None or name in names):
+                    tensors[name] = weights.get_tensor(header.name)
+    return tensors
+
+
+def check_finite(path: str | Path, config: DraftConfig) -> None:
+    """Look for NaN and infinity in every weight, one tensor at a time.
+
+    Raises:
+        CheckpointError: Names the tensors and how many bad values each has.
+    """
+    import torch
+    from safetensors import safe_open
+
+    bad = []
+    for header in check_tensors(path, config).values():
+        with safe_open(header.file, framework="pt") as weights:
+            count = int((~torch.isfinite(weights.get_tensor(header.name))).sum())
+        if count:
+            bad.append(f"`{header.name}` ({count} of {math.prod(header.shape)})")
+    if bad:
+        raise CheckpointError(
+            f"{find_folder(path)}: NaN or infinite weights in {name_some(bad)}; "
+            "export the drafter again from a sound training step"
+        )

@@ -1,0 +1,156 @@
+"""Attention backend `dflare`: the draft's block attention, and on a CPU the target's attention too."""
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+from dflare import ops
+from dflare.engine.plugin import ATTENTION_BACKEND
+
+
+class BlockAttentionBackend(AttentionBackend):
+    """A backend that runs a DFlare layer's norm, RoPE and attention over a block as one op."""
+
+    def __init__(self, model_runner) -> None:
+        super().__init__()
+        self.req_to_token = model_runner.req_to_token_pool.req_to_token
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+
+    def block_attention(
+        self,
+        attention: Any,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+    ) -> torch.Tensor:
+        """Attend every request's block to its paged context and to itself.
+
+        Args:
+            attention: the `DFlareAttention` module (norms, rotary table, window, scale).
+            qkv: [bs * B, (HQ + 2 * KV) * hd] projections of the block, before norm and RoPE.
+            positions: [bs * B] int64, absolute positions, used for RoPE only.
+            forward_batch: `seq_lens` [bs] are the context lengths before the block.
+
+        Returns:
+            [bs * B, HQ * hd].
+        """
+        layer = attention.attn
+        k_pool, v_pool = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        return ops.block_attention(
+            qkv,
+            attention.q_norm.weight,
+            attention.k_norm.weight,
+            attention.q_norm.variance_epsilon,
+            attention.rotary_emb.cos_sin_cache,
+            positions,
+            k_pool,
+            v_pool,
+            self.req_to_token,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+            block_size=qkv.shape[0] // max(1, forward_batch.batch_size),
+            window=layer.sliding_window_size,
+            causal=layer.attn_type == AttentionType.DECODER,
+            scale=layer.scaling,
+            schedule=self.block_schedule(forward_batch),
+        )
+
+    def block_schedule(self, forward_batch: ForwardBatch) -> torch.Tensor | None:
+        """The step's split of the context over CTAs; a CPU needs none."""
+        return None
+
+
+class CpuAttentionBackend(BlockAttentionBackend):
+    """Prefill, decode and verify of the target, and the draft's blocks, on a CPU.
+
+    All modes are one op: the queries of request b are the last `query_lens[b]` of its
+    `seq_lens[b]` tokens, whose K/V are already in the pool.
+    """
+
+    def __init__(self, model_runner) -> None:
+        super().__init__(model_runner)
+        self._seq_lens: torch.Tensor | None = None
+        self._query_start: torch.Tensor | None = None
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        mode, bs = forward_batch.forward_mode, forward_batch.batch_size
+        if mode.is_idle():
+            return
+        if mode.is_decode():
+            self._seq_lens = forward_batch.seq_lens
+            self._query_start = torch.arange(bs + 1)
+        elif mode.is_target_verify():
+            width = forward_batch.spec_info.draft_token_num
+            self._seq_lens = forward_batch.seq_lens + width
+            self._query_start = torch.arange(bs + 1) * width
+        else:
+            self._seq_lens = forward_batch.seq_lens
+            self._query_start = torch.zeros(bs + 1, dtype=torch.int64)
+            torch.cumsum(forward_batch.extend_seq_lens, 0, out=self._query_start[1:])
+
+    def support_triton(self) -> bool:
+        return False
+
+    def get_verify_buffers_to_fill_after_draft(self) -> list[None]:
+        return [None, None]
+
+    def update_verify_buffers_to_fill_after_draft(self, spec_info, cuda_graph_bs) -> None:
+        pass
+
+    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
+        return self._attend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+
+    def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
+        return self._attend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool,
+        **kwargs,
+    ) -> torch.Tensor:
+        unsupported = sorted(name for name, value in kwargs.items() if value is not None)
+        if unsupported or layer.is_cross_attention or layer.v_head_dim != layer.qk_head_dim:
+            raise NotImplementedError(
+                f"the CPU attention backend {ATTENTION_BACKEND!r} got "
+                f"{unsupported or 'cross attention or differing K and V head sizes'}; it supports "
+                "plain multi-head and grouped-query attention. Serve this target on a GPU"
+            )
+        if save_kv_cache and k is not None:
+            self.token_to_kv_pool.set_kv_buffer(
+                layer,
+                KVWriteLoc(forward_batch.out_cache_loc, None),
+                k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),
+                v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
+            )
+        k_pool, v_pool = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        return ops.paged_attention(
+            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            k_pool,
+            v_pool,
+            self.req_to_token,
+            forward_batch.req_pool_indices,
+            self._seq_lens,
+            self._query_start,
+            window=layer.sliding_window_size,
+            causal=layer.attn_type != AttentionType.ENCODER_ONLY,
+            scale=layer.scaling,
+            logit_cap=layer.logit_cap,
+        )
+
+
+def create_backend(model_runner) -> AttentionBackend:
+    """Build the backend for the device of a model runner."""
+    if torch.device(model_runner.device).type == "cpu":
+        return CpuAttentionBackend(model_runner)
+    from dflare.engine.cuda_attention import CudaBlockAttentionBackend
+
+    return CudaBlockAttentionBackend(model_runner)

@@ -1,0 +1,135 @@
+"""Starting SGLang with a pair: from the command line and for `dflare verify`."""
+
+import json
+from pathlib import Path
+
+from dflare.checkpoint import check_finite, read_config
+from dflare.checkpoint.pair import check_pair
+from dflare.checkpoint.reader import find_folder
+from dflare.engine.plugin import ALGORITHM
+from dflare.engine.version import check_sglang_version
+from dflare.errors import CheckpointError, DFlareError
+
+
+def resolve_pair(model: str | None, draft: str | None, *, demo: bool = False) -> tuple[str, str]:
+    """Settle which pair is meant: the one named, or the demo pair.
+
+    Args:
+        model, draft: folder or hub id of target and drafter; None for the demo pair's.
+        demo: whether the demo pair was asked for.
+
+    Returns:
+        Paths of target and drafter.
+
+    Raises:
+        CheckpointError: only one of the two was named, or the demo pair and another at once.
+    """
+    if demo or (model is None and draft is None):
+        if model is not None or draft is not None:
+            raise CheckpointError(
+                "--demo serves its own pair; leave out --demo, or --model-path and --draft"
+            )
+        from dflare.demo import demo_draft, demo_target
+
+        return str(demo_target()), str(demo_draft())
+    if model is None or draft is None:
+        given, missing = ("--draft", "--model-path") if model is None else ("--model-path", "--draft")
+        raise CheckpointError(f"{given} needs {missing} beside it; a drafter fits one target only")
+    return model, draft
+
+
+def check_before_start(target: str, draft: str) -> None:
+    """Find what is wrong with a pair in a second, before SGLang's slow start.
+
+    Raises:
+        DFlareError: the first thing that is wrong, in one line.
+    """
+    check_sglang_version()
+    config = read_config(draft)
+    check_finite(draft, config)
+    folder = Path(target)
+    if folder.exists():
+        check_pair(config, find_folder(target))
+
+
+def serve_pair(target: str, draft: str, sglang_args: list[str]) -> None:
+    """Run SGLang's HTTP server in this process until it ends.
+
+    Args:
+        target, draft: paths of the pair.
+        sglang_args: further arguments, as `sglang serve` takes them.
+
+    Raises:
+        DFlareError: the pair or the arguments are wrong.
+    """
+    check_before_start(target, draft)
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    argv = ["--model-path", target, *pair_args(draft), *sglang_args]
+    import os
+
+    try:
+        run_server(prepare_server_args(argv))
+    except ValueError as error:
+        raise DFlareError(str(error).removeprefix(f"{ALGORITHM}: ")) from error
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def pair_args(draft: str) -> list[str]:
+    """SGLang's flags that turn DFLARE on."""
+    return ["--speculative-algorithm", ALGORITHM, "--speculative-draft-model-path", draft]
+
+
+def read_prompts(file: Path, tokenizer) -> list[list[int]]:
+    """Token ids of the prompts in a JSON Lines file.
+
+    Args:
+        file: one object a line, `{"messages": [...]}` (chat, templated with a generation prompt)
+            or `{"prompt": "..."}` (plain text).
+        tokenizer: the target's, with a chat template if there are messages.
+
+    Raises:
+        DFlareError: naming the file, the line and what is wrong with it.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DFlareError(
+            f"{file}: cannot be read ({error}); expected a UTF-8 JSON Lines file of "
+            '{"messages": [...]} or {"prompt": "..."}'
+        ) from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            prompts.append(_prompt_ids(f"{file}, line {number}", line, tokenizer))
+    if not prompts:
+        raise DFlareError(f"{file}: holds no prompt, expected one JSON object a line")
+    return prompts
+
+
+def _prompt_ids(where: str, line: str, tokenizer) -> list[int]:
+    expected = 'expected {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": "..."}'
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DFlareError(f"{where}: not JSON ({error}); {expected}") from error
+    if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
+        ids = tokenizer(entry["prompt"])["input_ids"]
+    elif isinstance(entry, dict) and isinstance(entry.get("messages"), list):
+        try:
+            ids = tokenizer.apply_chat_template(
+                entry["messages"], add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        except Exception as error:  # the template is a program of the checkpoint's
+            raise DFlareError(f"{where}: the chat template refuses it ({error}); {expected}") from error
+    else:
+        raise DFlareError(f"{where}: got {line.strip()[:80]!r}; {expected}")
+    if not ids:
+        raise DFlareError(f"{where}: an empty prompt; give at least one token")
+    return list(ids)

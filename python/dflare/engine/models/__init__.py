@@ -1,0 +1,1 @@
+"""Draft models, found by SGLang's model registry through their class names."""

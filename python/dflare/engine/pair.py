@@ -1,0 +1,65 @@
+"""What can be told about a drafter and its target before anything is loaded."""
+
+import logging
+
+from dflare.checkpoint.config import MAX_BLOCK_SIZE, DraftConfig
+from dflare.checkpoint.pair import check_pair
+from dflare.checkpoint.reader import read_config
+from dflare.checkpoint.tensors import check_finite
+from dflare.errors import CheckpointError, UnsupportedError
+
+logger = logging.getLogger(__name__)
+
+
+def check_server_pair(server_args) -> DraftConfig:
+    """Validate the drafter, the target and the flags of a server that is about to start.
+
+    Args:
+        server_args: SGLang's arguments, read only.
+
+    Returns:
+        The drafter's configuration.
+
+    Raises:
+        DFlareError: the first thing that is wrong: given, expected, what to do.
+    """
+    path = server_args.speculative_draft_model_path
+    if path is None:
+        raise CheckpointError(
+            "no drafter given; pass --speculative-draft-model-path DRAFT (a folder or a "
+            "Hugging Face id of a DFlare checkpoint)"
+        )
+    draft = read_config(path)
+    if draft.dialect != "angelslim":
+        raise CheckpointError(
+            f"{path} is in the {draft.dialect} dialect; convert it once: dflare convert {path} DST"
+        )
+    check_finite(path, draft)
+    _check_block_size(server_args, draft)
+    _check_target(server_args, draft)
+    return draft
+
+
+def _check_block_size(server_args, draft: DraftConfig) -> None:
+    for flag in ("speculative_num_draft_tokens", "speculative_dflash_block_size"):
+        given = getattr(server_args, flag)
+        if given is not None and not 2 <= int(given) <= MAX_BLOCK_SIZE:
+            raise UnsupportedError(
+                f"--{flag.replace('_', '-')} is {given}, expected 2 to {MAX_BLOCK_SIZE}; leave it "
+                f"out to use the drafter's own block size, {draft.block_size}"
+            )
+
+
+def _check_target(server_args, draft: DraftConfig) -> None:
+    from sglang.srt.arg_groups.overrides import model_config_of
+    from sglang.srt.models.registry import ModelRegistry
+
+    target = model_config_of(server_args)
+    model_class, architecture = ModelRegistry.resolve_model_cls(target.hf_config.architectures)
+    if not hasattr(model_class, "set_dflash_layers_to_capture"):
+        raise UnsupportedError(
+            f"the target architecture {architecture} offers no hidden states to a block drafter in "
+            "this SGLang; use a target whose SGLang model has set_dflash_layers_to_capture "
+            "(Llama, Qwen3, GPT-OSS and others), or serve without --speculative-algorithm"
+        )
+    check_pair(draft, target.hf_text_config)

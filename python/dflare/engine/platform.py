@@ -1,0 +1,133 @@
+"""Entry point `sglang.srt.platforms`: SGLang on a plain CPU, with this package's CPU kernels.
+
+SGLang's own CPU engine (`SGLANG_USE_CPU_ENGINE=1`) needs kernels that the PyPI wheel does not
+carry. As an out-of-tree platform we make it take its torch-native paths instead, and provide
+what has no such path (sglang/srt/platforms/interface.py).
+"""
+
+import gc
+import os
+import platform as host
+
+import psutil
+import torch
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities, SRTPlatform
+
+from dflare.engine.plugin import ATTENTION_BACKEND
+
+# Share of the memory that is free at start which weights and the KV pools may take, and a cap on
+# the pools: SGLang's defaults suit a device that nothing else uses, and a CPU pool is zeroed at
+# start, which takes about 3 s a GiB.
+_MEM_FRACTION_STATIC = 0.5
+_MAX_TOTAL_TOKENS = 32768
+
+
+def activate() -> str | None:
+    """Name the platform class where there is no accelerator and nobody asked for another CPU engine.
+
+    Returns:
+        The dotted name of the platform class, or None to stay out of the way.
+    """
+    if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1" or torch.cuda.is_available():
+        return None
+    others = ("xpu", "mps", "npu", "musa", "hpu")
+    if any(getattr(getattr(torch, name, None), "is_available", bool)() for name in others):
+        return None
+    return "dflare.engine.platform.CpuPlatform"
+
+
+class CpuPlatform(SRTPlatform):
+    """The host CPU: no Triton, no graphs, float32 by default, attention by `dflare`'s own ops."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+    capabilities = PlatformCapabilities()
+
+    # --- device ---------------------------------------------------------------------------
+
+    def get_device_total_memory(self, device_id: int = 0) -> int:
+        return int(psutil.virtual_memory().total)
+
+    def get_current_memory_usage(self, device=None) -> float:
+        memory = psutil.virtual_memory()
+        return float(memory.total - memory.available)
+
+    def get_available_memory(self, device_id: int = 0) -> tuple[int, int]:
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+
+    def get_device(self, device_id: int = 0) -> str:
+        return "cpu"
+
+    def set_device(self, device) -> None:
+        pass
+
+    def get_device_name(self, device_id: int = 0) -> str:
+        return host.processor() or host.machine()
+
+    def get_device_uuid(self, device_id: int = 0) -> str:
+        return "cpu"
+
+    def get_device_capability(self, device_id: int = 0):
+        return None
+
+    def empty_cache(self) -> None:
+        gc.collect()
+
+    def synchronize(self) -> None:
+        pass
+
+    def get_torch_distributed_backend_str(self) -> str:
+        return "gloo"
+
+    # --- configuration --------------------------------------------------------------------
+
+    def apply_server_args_defaults(self, server_args) -> None:
+        """Choose for the user what a CPU needs, where the user chose nothing."""
+        # What SGLang itself has chosen for a CPU by now needs kernels that its wheel lacks.
+        sglang_default = "torch_native" if host.machine() in ("aarch64", "arm64") else "intel_amx"
+        if server_args.attention_backend in (None, sglang_default):
+            server_args.attention_backend = ATTENTION_BACKEND
+        if server_args.dtype == "auto":
+            server_args.dtype = "float32"
+        if server_args.mem_fraction_static is None:
+            server_args.mem_fraction_static = _MEM_FRACTION_STATIC
+        if server_args.max_total_tokens is None:
+            server_args.max_total_tokens = _MAX_TOTAL_TOKENS
+        # There is no second stream to overlap with.
+        server_args.disable_overlap_schedule = True
+
+    def get_default_attention_backend(self) -> str:
+        return ATTENTION_BACKEND
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm in ("DFLASH", "NGRAM")
+
+    def get_default_speculative_draft_attention_backend(self, algorithm: str) -> str:
+        return ATTENTION_BACKEND
+
+    def supports_speculative_draft_attention_backend(self, algorithm: str, backend: str) -> bool:
+        return backend == ATTENTION_BACKEND
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        return "eager"
+
+    # --- what has no torch-native path in SGLang ------------------------------------------
+
+    def get_kv_pool_cls(self, *, kind: KVPoolKind) -> type | None:
+        from dflare.engine.cpu_memory import CpuKVPool
+
+        return CpuKVPool if kind == "mha" else None
+
+    def get_speculative_cache_locs_fn(self):
+        from dflare.engine.cpu_memory import speculative_cache_locs
+
+        return speculative_cache_locs
+
+    def init_backend(self) -> None:
+        """Called once in every worker process."""
+        from dflare.engine.cpu_memory import allow_record_stream_on_cpu
+
+        allow_record_stream_on_cpu()

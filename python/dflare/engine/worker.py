@@ -1,0 +1,99 @@
+"""The speculative worker: SGLang's DFLASH worker with DFlare's context K/V."""
+
+import logging
+
+import torch
+from sglang.srt.speculative.dflash_utils import is_dflash_sampling_verify_available
+from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2, _is_all_greedy
+
+from dflare import ops
+
+logger = logging.getLogger(__name__)
+
+
+class DFlareWorker(DFlashWorkerV2):
+    """Scheduling, verification, sampling, grammar, logprobs, windows and TP are DFLASH's.
+
+    Ours are how target hidden states become the drafter's context K/V, and sampled verification
+    on devices where SGLang has no kernel for it.
+    """
+
+    def alloc_memory_pool(self, *args, **kwargs) -> None:
+        """Allocate the drafter's pool and keep its per-layer K and V buffers at hand."""
+        super().alloc_memory_pool(*args, **kwargs)
+        pool = self.draft_model_runner.token_to_kv_pool
+        buffers = [pool.get_kv_buffer(layer.self_attn.attn.layer_id) for layer in self._layers]
+        self._k_pools = [k for k, _ in buffers]
+        self._v_pools = [v for _, v in buffers]
+
+    @property
+    def _layers(self):
+        return self.draft_model.layers
+
+    def _append_target_hidden_to_draft_kv_by_loc(
+        self,
+        *,
+        target_hidden: torch.Tensor,
+        cache_loc: torch.Tensor,
+        positions: torch.Tensor,
+        cache_loc_2d: torch.Tensor | None = None,
+        commit_lens: torch.Tensor | None = None,
+        extend_lens: torch.Tensor | None = None,
+    ) -> None:
+        """Write the drafter's context K/V of target tokens into their slots, all layers at once.
+
+        Args:
+            target_hidden: [N, T * H] tapped states, one row a token; rows beyond
+                `cache_loc.numel()` are padding.
+            cache_loc: [N] slots; positions: [N] absolute positions.
+            cache_loc_2d, commit_lens: after a verify, [bs, B] slots and [bs] committed lengths;
+                only the first `commit_lens[b]` rows of block b are written.
+            extend_lens: unused, DFLASH's signature.
+        """
+        tokens = cache_loc.numel()
+        if tokens == 0:
+            return
+        model = self.draft_model
+        rotary = self._layers[0].self_attn.rotary_emb
+        with torch.inference_mode():
+            ops.append_context_kv(
+                target_hidden[:tokens].to(model.context_kv_proj.dtype),
+                model.fusion_probs,
+                model.hidden_norm.weight,
+                model.hidden_norm.variance_epsilon,
+                model.context_kv_proj,
+                model.context_kv_bias,
+                model.k_norm_weights,
+                model.hidden_norm.variance_epsilon,
+                rotary.cos_sin_cache,
+                positions.long(),
+                cache_loc.long(),
+                None if commit_lens is None else commit_lens.int(),
+                block_size=1 if cache_loc_2d is None else cache_loc_2d.shape[1],
+                k_pools=self._k_pools,
+                v_pools=self._v_pools,
+            )
+
+    def _validate_phase1_sampling_support(self, batch) -> None:
+        """Nothing to warn about: `_accept_block` samples on every device."""
+
+    def _accept_block(self, *, next_token_logits, sampling_info, target_predict=None, **kwargs):
+        """As DFLASH's; where SGLang has no kernel for sampled verification, sample the target here."""
+        if (
+            target_predict is None
+            and not _is_all_greedy(sampling_info)
+            and not is_dflash_sampling_verify_available()
+        ):
+            prefix_lens = kwargs["prefix_lens"]
+            positions = (prefix_lens[:, None] + self._block_pos_offsets).reshape(-1)
+            from dflare.engine.sampling import sample_verify_positions
+
+            target_predict = sample_verify_positions(
+                next_token_logits, sampling_info, positions, int(self.block_size)
+            )
+        return super()._accept_block(
+            next_token_logits=next_token_logits,
+            sampling_info=sampling_info,
+            target_predict=target_predict,
+            **kwargs,
+        )

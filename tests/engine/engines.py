@@ -1,0 +1,74 @@
+"""Engines for the tests: real `sglang.Engine`s whose processes are forked, not spawned, to start fast."""
+
+import json
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_HERE = Path(__file__).parent
+_TRACE = Path(tempfile.gettempdir()) / f"dflare-test-trace-{os.getpid()}.jsonl"
+_ready = False
+
+
+def _prepare() -> None:
+    """Start from a fork server that has SGLang imported, and let it outlive every engine."""
+    global _ready
+    if _ready:
+        return
+    os.environ["DFLARE_TEST_TRACE"] = str(_TRACE)
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(_HERE), os.environ.get("PYTHONPATH")])
+    )
+    # Two processes with spinning OpenMP teams on few cores take many times as long as one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_start_method = multiprocessing.set_start_method
+    multiprocessing.set_start_method = lambda *_, **__: set_start_method("forkserver", force=True)
+    set_start_method("forkserver", force=True)
+    multiprocessing.set_forkserver_preload(["engine_preload"])
+    import sglang.srt.entrypoints.engine as module
+
+    module.kill_process_tree = _kill_engine_processes
+    _ready = True
+
+
+def _kill_engine_processes(*_args: Any, **_kwargs: Any) -> None:
+    server = forkserver._forkserver._forkserver_pid
+    tracker = multiprocessing.resource_tracker._resource_tracker._pid
+    children = psutil.Process().children(recursive=True)
+    for child in (child for child in children if child.pid not in (server, tracker)):
+        child.kill()
+    psutil.wait_procs([child for child in children if child.pid not in (server, tracker)])
+
+
+@contextmanager
+def running_engine(
+    target: Path | str, draft: Path | str | None = None, **server_args: Any
+) -> Iterator[Any]:
+    """A `sglang.Engine` of `target`, with DFLARE if there is a drafter."""
+    _prepare()
+    import sglang
+
+    arguments = {"model_path": str(target), "log_level": "warning", "max_total_tokens": 8192}
+    if draft is not None:
+        arguments |= {
+            "speculative_algorithm": "DFLARE",
+            "speculative_draft_model_path": str(draft),
+        }
+    engine = sglang.Engine(**(arguments | server_args))
+    try:
+        yield engine
+    finally:
+        engine.shutdown()
+
+
+def proposals(rid: str) -> list[dict[str, Any]]:
+    """What the drafter proposed for a request: `prefix` (context length) and `block` a step."""
+    lines = (json.loads(line) for line in _TRACE.read_text().splitlines())
+    return [line for line in lines if line["rid"] == rid]
