@@ -5,9 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from world import Scenario
-
 from dflare.adaptive import CostTable
+from world import Scenario
 
 Seconds = Callable[[int, int], float]
 

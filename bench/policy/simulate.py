@@ -19,9 +19,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 import scenarios
-from world import Scenario, World
-
 from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
+from world import Scenario, World
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
+from dflare.adaptive import CostTable, StepTime, save_step_times
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from dflare.adaptive import CostTable, StepTime, save_step_times
 
 WIDTHS = (1, 2, 4, 8)
 
@@ -98,7 +97,7 @@ def test_predictions_stay_positive_and_monotone(cells, served):
 
 @pytest.mark.parametrize("bad", [[], [StepTime(1, 1, 0.0)], [StepTime(0, 1, 1.0)]])
 def test_useless_measurements_are_refused(bad):
-    with pytest.raises(ValueError, match="measured step|batch, width and seconds"):
+    with pytest.raises(ValueError, match=r"measured step|batch, width and seconds"):
         CostTable(WIDTHS, bad)
 
 

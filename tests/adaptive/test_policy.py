@@ -1,9 +1,10 @@
+import itertools
+
 import numpy as np
 import pytest
+from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
 
 BLOCK = 8
 
@@ -110,7 +111,7 @@ def test_stationary_noise_causes_no_oscillation(accept, slope, batch, seed):
     policy = make_policy(seconds)
     settled = serve(policy, accept, seconds, 1500, batch=batch, seed=seed)[500:]
     widths = [d.width for d in settled if not d.exploring]
-    assert sum(a != b for a, b in zip(widths, widths[1:], strict=False)) <= 40
+    assert sum(a != b for a, b in itertools.pairwise(widths)) <= 40
 
 
 @settings(deadline=None, max_examples=8)
