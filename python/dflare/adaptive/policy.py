@@ -111,6 +111,10 @@ class WidthPolicy:
         """Forget a request that ended; unknown ones are ignored."""
         self.acceptance.finish(request_id)
 
+    def accept_rates(self) -> list[float]:
+        """Estimated acceptance of each drafted position that is reached, from position 1 on."""
+        return self.acceptance.conditional().tolist()
+
     def _settle(self, rates: np.ndarray) -> int:
         """Index of the width to use, changed only when the predicted gain has piled up."""
         best = int(rates.argmax())
