@@ -153,21 +153,3 @@ def test_a_load_that_makes_width_costly_narrows_it_at_once():
     policy = make_policy(crowded, explore=0.0)
     assert settled_width(serve(policy, 0.6, crowded, 60)) == BLOCK
     assert serve(policy, 0.6, crowded, 2, batch=16)[-1].width == 1
-
-
-@pytest.mark.parametrize("widths", [(), (2, 4), (1, 4, 2), (1, 2, 2), (1,)])
-def test_width_sets_without_a_choice_are_refused(widths):
-    with pytest.raises(ValueError, match="widths"):
-        AdaptiveConfig(widths=widths)
-
-
-def test_a_width_beyond_the_block_is_refused():
-    with pytest.raises(ValueError, match="exceeds the drafter's block size 8"):
-        AdaptiveConfig.for_block_size(8, widths=(1, 16))
-
-
-@pytest.mark.parametrize("block_size", range(2, 33))
-def test_default_widths_reach_from_one_to_the_block(block_size):
-    widths = AdaptiveConfig.for_block_size(block_size).widths
-    assert (widths[0], widths[-1]) == (1, block_size)
-    assert len(widths) <= 10

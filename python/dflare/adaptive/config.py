@@ -1,8 +1,14 @@
-"""What a user may set about adaptive verification; every default is the measured choice."""
+"""What a user may set about adaptive verification."""
 
+import json
+import os
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dflare.errors import UnsupportedError
+
+VARIABLE = "DFLARE_ADAPTIVE"
 
 
 class AdaptiveConfig(BaseModel):
@@ -77,3 +83,38 @@ class AdaptiveConfig(BaseModel):
                 "lower the widths"
             )
         return config
+
+    @classmethod
+    def from_environment(cls, block_size: int) -> Self | None:
+        """Read the settings from the environment variable ``DFLARE_ADAPTIVE``.
+
+        ``off`` verifies the whole block at every step; ``on``, or no such variable, adapts with the
+        defaults; a JSON object sets fields, as in ``{"widths": [1, 4, 8]}``.
+
+        Args:
+            block_size: Tokens of a draft block.
+
+        Returns:
+            The settings, or None for ``off``.
+
+        Raises:
+            UnsupportedError: The value is none of these.
+        """
+        value = os.environ.get(VARIABLE, "on").strip()
+        if value == "off":
+            return None
+        try:
+            settings = {} if value == "on" else json.loads(value)
+            if not isinstance(settings, dict):
+                raise TypeError("not an object")
+            return cls.for_block_size(block_size, **settings)
+        except ValidationError as error:
+            reason = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'widths'}: {e['msg']}" for e in error.errors()
+            )
+        except (TypeError, ValueError) as error:
+            reason = str(error)
+        raise UnsupportedError(
+            f"{VARIABLE}={value!r} ({reason}); expected off, on, or a JSON object with any of "
+            f"{sorted(cls.model_fields)}"
+        )
