@@ -1,0 +1,126 @@
+"""Workloads and step-time shapes for the policy simulator."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from dflare.adaptive import CostTable
+from world import Scenario
+
+Seconds = Callable[[int, int], float]
+
+
+def cpu(batch: int, width: int) -> float:
+    """A small model on a few cores: every token costs, so does every drafted one."""
+    draft = 4e-3 + 0.9e-3 * batch * width if width > 1 else 0.0
+    return 22e-3 + 5e-3 * batch * width + draft
+
+
+def gpu(batch: int, width: int) -> float:
+    """An 8B model on one GPU: weight-bound up to some 250 tokens a step, compute-bound after."""
+    draft = 0.9e-3 + 1e-6 * batch * width if width > 1 else 0.0
+    tokens = batch * width
+    return 5.6e-3 + 8e-6 * batch + 21e-6 * max(tokens - 200, 0) + 2e-6 * tokens + draft
+
+
+def loaded(path: Path, widths: tuple[int, ...]) -> Seconds:
+    """Step times of a measured table."""
+    table = CostTable.load(path, widths)
+    column = {width: i for i, width in enumerate(widths)}
+    return lambda batch, width: float(table.seconds(batch)[column[width]])
+
+
+def constant(value: float) -> Callable[[float], float]:
+    return lambda progress: value
+
+
+def logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+def _jumps(*levels: float) -> Callable[[float], float]:
+    return lambda progress: levels[min(int(progress * len(levels)), len(levels) - 1)]
+
+
+def build(seconds: Seconds, block_size: int, max_batch: int, steps: int) -> list[Scenario]:
+    """The workloads, each under one step-time shape.
+
+    Args:
+        seconds: True mean step time of (batch, width).
+        block_size: Tokens of a draft block.
+        max_batch: Most requests at a time.
+        steps: Length of a run, in plain decode steps.
+    """
+    base = Scenario(
+        name="",
+        block_size=block_size,
+        duration=steps * seconds(1, 1),
+        seconds=seconds,
+        concurrency=lambda progress: 1,
+        level=constant(logit(0.6)),
+    )
+    easy, middle, hard, hopeless = (logit(p) for p in (0.93, 0.7, 0.37, 0.08))
+    ladder = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= max_batch]
+    high = ladder[-1]
+
+    def fixed(name: str, level: float, batch: int, **changes: object) -> Scenario:
+        return replace(
+            base,
+            name=f"{name}, {batch} at a time",
+            level=constant(level),
+            concurrency=lambda progress: batch,
+            duration=steps * seconds(batch, 1),
+            **changes,
+        )
+
+    mix = ((0.5, 1.5), (0.5, -1.5))
+    scenarios = [
+        fixed(name, level, batch)
+        for name, level in (("easy", easy), ("middle", middle), ("hard", hard), ("none", hopeless))
+        for batch in (1, ladder[len(ladder) // 2], high)
+    ]
+    scenarios += [fixed("mix", logit(0.6), batch, tilts=mix) for batch in (1, 4, high)]
+    shifts = _jumps(easy, hopeless, easy, hard, easy, hopeless)
+
+    def wave(progress: float) -> int:
+        return round(1 + (high - 1) * math.sin(math.pi * 3 * progress) ** 2)
+
+    long = steps * seconds(high // 2, 1)
+    scenarios += [
+        replace(
+            base,
+            name="load comes and goes",
+            level=constant(middle),
+            concurrency=wave,
+            duration=long,
+        ),
+        replace(base, name="acceptance jumps, 1 at a time", level=shifts),
+        replace(
+            base,
+            name=f"acceptance jumps, {ladder[-2]} at a time",
+            level=shifts,
+            concurrency=lambda progress: ladder[-2],
+            duration=steps * seconds(ladder[-2], 1),
+        ),
+        replace(base, name="machine slows to half", slowdown=_jumps(1.0, 2.0, 1.0), tilts=mix),
+        replace(
+            base,
+            name=f"contexts grow, {high} at a time",
+            level=constant(middle),
+            concurrency=lambda progress: high,
+            duration=4 * steps * seconds(high, 1),
+            context=lambda progress: 5 * progress,
+        ),
+        replace(base, name="seed measured badly", seed_noise=0.4, level=constant(middle)),
+        replace(
+            base,
+            name="everything shifts",
+            concurrency=wave,
+            duration=long,
+            tilts=mix,
+            level=lambda progress: hard + 2.0 * math.sin(math.pi * 5 * progress),
+            slowdown=_jumps(1.0, 1.5, 1.0),
+        ),
+    ]
+    return scenarios

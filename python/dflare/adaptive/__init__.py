@@ -1,0 +1,14 @@
+"""Verification width that adapts to load and acceptance; imports neither SGLang nor torch."""
+
+from dflare.adaptive.config import AdaptiveConfig
+from dflare.adaptive.cost import CostTable, StepTime, save_step_times
+from dflare.adaptive.policy import Decision, WidthPolicy
+
+__all__ = [
+    "AdaptiveConfig",
+    "CostTable",
+    "Decision",
+    "StepTime",
+    "WidthPolicy",
+    "save_step_times",
+]

@@ -1,0 +1,120 @@
+"""What a user may set about adaptive verification."""
+
+import json
+import os
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dflare.errors import UnsupportedError
+
+VARIABLE = "DFLARE_ADAPTIVE"
+
+
+class AdaptiveConfig(BaseModel):
+    """Settings of :class:`dflare.adaptive.WidthPolicy`.
+
+    A width counts the tokens of one request that the target verifies in a step: the anchor and
+    ``width - 1`` drafted tokens. Width 1 is plain decoding without any draft work.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    widths: tuple[int, ...] = Field(
+        description="Widths to choose from, ascending, from 1 to at most the block size. Each "
+        "costs one set of CUDA graphs.",
+    )
+    explore: float = Field(
+        default=0.005,
+        ge=0.0,
+        le=0.2,
+        description="Share of the decode time that may be spent on widths that the estimates "
+        "call slower, in order to learn whether they still are. 0 never explores: acceptance "
+        "that recovers while the width is 1 then goes unnoticed.",
+    )
+    patience: float = Field(
+        default=0.05,
+        ge=0.0,
+        description="How much predicted gain must pile up, in step times, before the width "
+        "changes: 0.1 changes at once for a gain of 10 % and after 10 steps for one of 1 %.",
+    )
+    memory: int = Field(
+        default=1000,
+        ge=4,
+        description="Steps without an observation after which an acceptance estimate counts as "
+        "unknown again. Shorter follows changes faster and is noisier.",
+    )
+
+    @field_validator("widths")
+    @classmethod
+    def _check_widths(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
+        if not widths or widths[0] != 1 or list(widths) != sorted(set(widths)):
+            raise ValueError(f"widths must ascend from 1 without repeats, got {list(widths)}")
+        return widths
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> Self:
+        if len(self.widths) < 2:
+            raise ValueError(
+                f"widths {list(self.widths)} leave nothing to choose; give at least two, "
+                "or turn adaptive verification off"
+            )
+        return self
+
+    @classmethod
+    def for_block_size(cls, block_size: int, **settings: object) -> Self:
+        """Return the settings for a drafter's block size.
+
+        Args:
+            block_size: Tokens of a draft block, anchor included; at least 2.
+            **settings: Fields to set explicitly. ``widths`` defaults to the members of
+                1, 2, 3, 4, 6, 8, 12, 16, 24, 32 below the block size, and the block size.
+
+        Raises:
+            ValueError: The block size is below 2, or a width exceeds it.
+        """
+        if block_size < 2:
+            raise ValueError(f"a block of {block_size} tokens has nothing to verify; expected >= 2")
+        ladder = tuple(w for w in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if w < block_size)
+        config = cls.model_validate({"widths": (*ladder, block_size), **settings})
+        if config.widths[-1] > block_size:
+            raise ValueError(
+                f"width {config.widths[-1]} exceeds the drafter's block size {block_size}; "
+                "lower the widths"
+            )
+        return config
+
+    @classmethod
+    def from_environment(cls, block_size: int) -> Self | None:
+        """Read the settings from the environment variable ``DFLARE_ADAPTIVE``.
+
+        ``off`` verifies the whole block at every step; ``on``, or no such variable, adapts with the
+        defaults; a JSON object sets fields, as in ``{"widths": [1, 4, 8]}``.
+
+        Args:
+            block_size: Tokens of a draft block.
+
+        Returns:
+            The settings, or None for ``off``.
+
+        Raises:
+            UnsupportedError: The value is none of these.
+        """
+        value = os.environ.get(VARIABLE, "on").strip()
+        if value == "off":
+            return None
+        try:
+            settings = {} if value == "on" else json.loads(value)
+            if not isinstance(settings, dict):
+                raise TypeError("not an object")
+            return cls.for_block_size(block_size, **settings)
+        except ValidationError as error:
+            reason = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'widths'}: {e['msg']}" for e in error.errors()
+            )
+        except (TypeError, ValueError) as error:
+            reason = str(error)
+        raise UnsupportedError(
+            f"{VARIABLE}={value!r} ({reason}); expected off, on, or a JSON object with any of "
+            f"{sorted(cls.model_fields)}"
+        )

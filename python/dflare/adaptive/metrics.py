@@ -1,0 +1,128 @@
+"""What speculation did, for Prometheus and for the server log.
+
+All metrics of this package are defined here. Create :class:`SpecMetrics` in the scheduler
+process, after SGLang has set ``PROMETHEUS_MULTIPROC_DIR``: prometheus_client looks at it when it
+is first imported, and SGLang's ``/metrics`` endpoint collects the files that every process writes
+there (sglang/srt/observability/metrics_collector.py).
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+_INTERVAL = 1.0  # seconds between writes; steps in between only count in Python
+
+
+class SpecMetrics:
+    """Counts verified steps and publishes them about once a second.
+
+    =============================== ========= ====================================================
+    dflare_verify_width             gauge     mean width of the interval's steps
+    dflare_accept_length            gauge     committed tokens per request and step
+    dflare_accept_rate_position     gauge     estimated acceptance of a drafted position that is
+                                              reached, label ``position`` from 1
+    dflare_step_seconds_predicted   gauge     what the policy expected its steps to take, mean
+    dflare_step_seconds_actual      gauge     what the same steps took, mean
+    dflare_verify_steps_total       counter   decode steps, label ``width``
+    dflare_exploring_steps_total    counter   of these, taken to learn rather than to earn
+    dflare_request_steps_total      counter   requests summed over decode steps
+    dflare_committed_tokens_total   counter   tokens committed by decode steps
+    =============================== ========= ====================================================
+    """
+
+    def __init__(self, labels: Mapping[str, str], block_size: int):
+        """
+        Args:
+            labels: Constant labels, as SGLang's collectors carry (model_name, tp_rank, ...).
+            block_size: Tokens of a draft block.
+        """
+        from prometheus_client import Counter as Metric
+        from prometheus_client import Gauge
+
+        self._labels = dict(labels)
+        names = list(self._labels)
+
+        def gauge(name: str, text: str, *extra: str) -> Gauge:
+            return Gauge(f"dflare_{name}", text, [*names, *extra], multiprocess_mode="mostrecent")
+
+        def counter(name: str, text: str, *extra: str) -> Metric:
+            return Metric(f"dflare_{name}", text, [*names, *extra])
+
+        bound = self._labels
+        self._width = gauge("verify_width", "Mean verify width.").labels(**bound)
+        self._accept = gauge("accept_length", "Tokens per request and step.").labels(**bound)
+        self._position = gauge(
+            "accept_rate_position", "Estimated acceptance of a reached position.", "position"
+        )
+        self._predicted = gauge("step_seconds_predicted", "Expected step time.").labels(**bound)
+        self._actual = gauge("step_seconds_actual", "Measured step time.").labels(**bound)
+        self._steps = counter("verify_steps", "Decode steps by verify width.", "width")
+        self._exploring = counter("exploring_steps", "Steps that explored.").labels(**bound)
+        self._requests = counter("request_steps", "Requests summed over steps.").labels(**bound)
+        self._tokens = counter("committed_tokens", "Tokens committed by steps.").labels(**bound)
+        self._positions = range(1, block_size)
+        self._clear()
+
+    def record(
+        self,
+        width: int,
+        commit_lens: Sequence[int],
+        *,
+        exploring: bool = False,
+        predicted: float | None = None,
+        actual: float | None = None,
+    ) -> None:
+        """Count one decode step.
+
+        Args:
+            width: Tokens verified per request.
+            commit_lens: Committed tokens of each request.
+            exploring: Whether the policy called the width slower than another.
+            predicted, actual: Step time in seconds; counted where both are known.
+        """
+        self._by_width[width] += 1
+        self._request_steps += len(commit_lens)
+        self._committed += sum(commit_lens)
+        self._explored += exploring
+        if predicted is not None and actual is not None:
+            self._timed += 1
+            self._predicted_sum += predicted
+            self._actual_sum += actual
+
+    def publish(self, accept_rates: Sequence[float]) -> str | None:
+        """Write the metrics if the interval is over.
+
+        Args:
+            accept_rates: Estimated acceptance by position, ``WidthPolicy.accept_rates()``.
+
+        Returns:
+            A line for the server log, or None if it was not yet time or nothing ran.
+        """
+        steps = self._by_width.total()
+        if steps == 0 or time.perf_counter() - self._since < _INTERVAL:
+            return None
+        width = sum(w * n for w, n in self._by_width.items()) / steps
+        accept = self._committed / self._request_steps
+        self._width.set(width)
+        self._accept.set(accept)
+        for position, rate in zip(self._positions, accept_rates, strict=True):
+            self._position.labels(**self._labels, position=str(position)).set(rate)
+        for w, n in self._by_width.items():
+            self._steps.labels(**self._labels, width=str(w)).inc(n)
+        self._exploring.inc(self._explored)
+        self._requests.inc(self._request_steps)
+        self._tokens.inc(self._committed)
+        line = f"verify width {width:.2f}, accept length {accept:.2f}"
+        if self._timed:
+            predicted, actual = self._predicted_sum / self._timed, self._actual_sum / self._timed
+            self._predicted.set(predicted)
+            self._actual.set(actual)
+            line += f", step {1e3 * actual:.2f} ms (predicted {1e3 * predicted:.2f})"
+        self._clear()
+        return line
+
+    def _clear(self) -> None:
+        self._since = time.perf_counter()
+        self._by_width: Counter[int] = Counter()
+        self._request_steps = self._committed = self._explored = self._timed = 0
+        self._predicted_sum = self._actual_sum = 0.0

@@ -1,0 +1,129 @@
+"""Choose before each decode step how many drafted tokens the target shall verify.
+
+The width that maximises expected committed tokens per second for the batch as it is now:
+expected tokens from :mod:`dflare.adaptive.acceptance`, step time from
+:mod:`dflare.adaptive.cost`. The policy does not touch an engine and is deterministic.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dflare.adaptive.acceptance import AcceptanceModel
+from dflare.adaptive.config import AdaptiveConfig
+from dflare.adaptive.cost import CostTable
+
+_CREDIT_STEPS = 5.0  # exploration saved up, in step times
+_PROBE_EVERY = 0.2  # of the memory: without any draft for so long, one is tried without hope
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do in one step, and what the policy expects of it."""
+
+    width: int
+    request_ids: tuple[Hashable, ...]
+    exploring: bool
+    expected_tokens: float
+    predicted_seconds: float
+
+
+class WidthPolicy:
+    """Pick the verify width of each decode step and learn from what came of it.
+
+    The engine calls :meth:`choose` before a step, :meth:`observe` when its commit lengths are
+    known (under overlap scheduling a step or two later) and :meth:`finish` when a request ends.
+    With tensor parallelism one rank decides for all: step times differ between ranks.
+    """
+
+    def __init__(self, config: AdaptiveConfig, cost: CostTable):
+        self.config = config
+        self.cost = cost
+        self.acceptance = AcceptanceModel(config.widths[-1], config.memory)
+        self._index = np.array(config.widths) - 1
+        self._current = 0
+        self._gain = 0.0
+        self._credit = 0.0
+        self._undrafted = 0
+
+    def choose(self, request_ids: Sequence[Hashable], remaining: Sequence[int]) -> Decision:
+        """Choose the width of the next step.
+
+        Args:
+            request_ids: The batch's requests, at least one.
+            remaining: Tokens that each may still produce, at least 1 each.
+
+        Returns:
+            The decision, to be handed back to :meth:`observe`.
+        """
+        left = np.asarray(remaining, dtype=np.int64)
+        tokens, hoped = self.acceptance.expected_tokens(request_ids, left)
+        tokens, hoped = tokens[self._index], hoped[self._index]
+        seconds = self.cost.seconds(len(request_ids))
+        # Nothing beyond the first width that finishes every request.
+        usable = int(np.searchsorted(self.config.widths, left.max())) + 1
+        rates = (tokens / seconds)[:usable]
+        best = self._settle(rates)
+
+        loss = (seconds - tokens / rates[best])[:usable]
+        hopes = (hoped / (seconds * self.cost.doubt(len(request_ids))))[:usable]
+        hopes[loss > self._credit] = 0.0
+        overdue = best == 0 and self._undrafted > self.config.memory * _PROBE_EVERY
+        if overdue:
+            hopes[0] = 0.0
+        chosen = int(hopes.argmax())
+        if chosen != best and (overdue or hopes[chosen] > rates[best]):
+            self._credit -= max(float(loss[chosen]), 0.0)
+        else:
+            chosen = best
+        self._undrafted = self._undrafted + 1 if chosen == 0 else 0
+        predicted = float(seconds[chosen])
+        limit = _CREDIT_STEPS * predicted
+        self._credit = min(self._credit + self.config.explore * predicted, limit)
+        return Decision(
+            width=self.config.widths[chosen],
+            request_ids=tuple(request_ids),
+            exploring=chosen != best,
+            expected_tokens=float(tokens[chosen]),
+            predicted_seconds=predicted,
+        )
+
+    def observe(
+        self, decision: Decision, commit_lens: Sequence[int], seconds: float | None = None
+    ) -> None:
+        """Learn from a step.
+
+        Args:
+            decision: What :meth:`choose` returned for it.
+            commit_lens: Committed tokens of each request of the decision, in ``1 .. width``.
+            seconds: How long the step took; None where that is not known, as when a prefill
+                ran in between.
+        """
+        self.acceptance.observe(
+            decision.request_ids, decision.width, np.asarray(commit_lens, dtype=np.int64)
+        )
+        if seconds is not None:
+            self.cost.observe(len(decision.request_ids), decision.width, seconds)
+
+    def finish(self, request_id: Hashable) -> None:
+        """Forget a request that ended; unknown ones are ignored."""
+        self.acceptance.finish(request_id)
+
+    def accept_rates(self) -> list[float]:
+        """Estimated acceptance of each drafted position that is reached, from position 1 on."""
+        return self.acceptance.conditional().tolist()
+
+    def _settle(self, rates: np.ndarray) -> int:
+        """Index of the width to use, changed only when the predicted gain has piled up."""
+        best = int(rates.argmax())
+        if self._current >= len(rates):
+            self._current, self._gain = best, 0.0
+        elif best == self._current:
+            self._gain = 0.0
+        else:
+            self._gain += math.log(rates[best] / rates[self._current])
+            if self._gain > self.config.patience:
+                self._current, self._gain = best, 0.0
+        return self._current

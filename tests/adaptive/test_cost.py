@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+from dflare.adaptive import CostTable, StepTime, save_step_times
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+WIDTHS = (1, 2, 4, 8)
+
+
+def steps(seconds, batches=(1, 2, 4, 8, 16)):
+    return [StepTime(n, w, seconds(n, w)) for n in batches for w in WIDTHS]
+
+
+def linear(batch, width):
+    return 10e-3 + 1e-3 * batch * width
+
+
+def test_measured_cells_are_returned_and_others_interpolated():
+    table = CostTable(WIDTHS, steps(linear))
+    for batch in (1, 3, 8, 12, 32):
+        expected = [linear(batch, w) for w in WIDTHS]
+        assert table.seconds(batch) == pytest.approx(expected)
+
+
+def test_a_width_without_measurements_lies_between_its_neighbours():
+    table = CostTable(WIDTHS, [s for s in steps(linear) if s.width != 4])
+    assert table.seconds(4) == pytest.approx([linear(4, w) for w in WIDTHS])
+
+
+def test_repeats_count_by_their_median():
+    repeats = [*steps(linear), *steps(linear), *steps(lambda n, w: 1.0)]
+    assert CostTable(WIDTHS, repeats).seconds(2) == pytest.approx([linear(2, w) for w in WIDTHS])
+
+
+def test_a_stalled_step_teaches_next_to_nothing():
+    table = CostTable(WIDTHS, steps(linear))
+    for _ in range(50):
+        table.observe(4, 2, linear(4, 2))
+    before = table.seconds(4)
+    table.observe(4, 2, 50 * linear(4, 2))
+    assert table.seconds(4) == pytest.approx(before, rel=0.05)
+
+
+def test_a_lasting_slowdown_reaches_the_widths_that_are_not_in_use():
+    table = CostTable(WIDTHS, steps(linear))
+    rng = np.random.default_rng(0)
+    for step in range(300):
+        slowdown = 2 if step >= 100 else 1
+        table.observe(4, 2, slowdown * linear(4, 2) * rng.lognormal(0, 0.05))
+    slow = table.seconds(4) / [linear(4, w) for w in WIDTHS]
+    assert slow[1] == pytest.approx(2, rel=0.05)
+    assert slow == pytest.approx(2, rel=0.25)
+
+
+def test_a_cell_that_was_measured_wrong_is_corrected_alone():
+    wrong = [s._replace(seconds=1.4 * s.seconds) if s[:2] == (4, 4) else s for s in steps(linear)]
+    table = CostTable(WIDTHS, wrong)
+    rng = np.random.default_rng(0)
+    for i in range(300):
+        width = WIDTHS[i % 4]
+        table.observe(4, width, linear(4, width) * rng.lognormal(0, 0.03))
+    assert table.seconds(4) == pytest.approx([linear(4, w) for w in WIDTHS], rel=0.04)
+
+
+def test_doubt_shrinks_where_steps_were_served():
+    table = CostTable(WIDTHS, steps(linear))
+    for _ in range(50):
+        table.observe(4, 2, linear(4, 2))
+    doubt = table.doubt(4)
+    assert doubt[1] > 0.95
+    assert (doubt[[0, 2, 3]] < 0.9).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.dictionaries(
+        st.tuples(st.integers(1, 64), st.integers(1, 16)),
+        st.floats(1e-4, 1.0),
+        min_size=1,
+        max_size=30,
+    ),
+    st.lists(
+        st.tuples(st.integers(1, 100), st.sampled_from(WIDTHS), st.floats(1e-5, 10.0)), max_size=60
+    ),
+)
+def test_predictions_stay_positive_and_monotone(cells, served):
+    table = CostTable(WIDTHS, (StepTime(n, w, s) for (n, w), s in cells.items()))
+    for batch, width, seconds in served:
+        table.observe(batch, width, seconds)
+    grid = np.array([table.seconds(batch) for batch in range(1, 100, 3)])
+    slack = 1e-9 * grid.max()
+    assert (grid > 0).all()
+    assert (np.diff(grid, axis=0) >= -slack).all()
+    assert (np.diff(grid, axis=1) >= -slack).all()
+    assert (table.doubt(5) <= 1).all()
+
+
+@pytest.mark.parametrize("bad", [[], [StepTime(1, 1, 0.0)], [StepTime(0, 1, 1.0)]])
+def test_useless_measurements_are_refused(bad):
+    with pytest.raises(ValueError, match=r"measured step|batch, width and seconds"):
+        CostTable(WIDTHS, bad)
+
+
+def test_a_saved_table_reads_back(tmp_path):
+    path = tmp_path / "steps.json"
+    save_step_times(path, steps(linear), about="two cores")
+    table = CostTable.load(path, WIDTHS)
+    assert table.seconds(3) == pytest.approx(CostTable(WIDTHS, steps(linear)).seconds(3))

@@ -1,0 +1,88 @@
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import prometheus_client
+import pytest
+from dflare.adaptive.metrics import SpecMetrics
+
+LABELS = {"model_name": "target", "tp_rank": "0"}
+
+
+@pytest.fixture
+def value(monkeypatch):
+    """Reads one metric of a fresh registry."""
+    registry = prometheus_client.CollectorRegistry()
+    for kind in ("Counter", "Gauge"):
+        original = getattr(prometheus_client, kind)
+        monkeypatch.setattr(
+            prometheus_client,
+            kind,
+            lambda *args, original=original, **kwargs: original(*args, registry=registry, **kwargs),
+        )
+    return lambda name, **labels: registry.get_sample_value(f"dflare_{name}", LABELS | labels)
+
+
+def publish_after_a_second(metrics, accept_rates, monkeypatch):
+    now = time.perf_counter()
+    monkeypatch.setattr(time, "perf_counter", lambda: now + 1.5)
+    return metrics.publish(accept_rates)
+
+
+def test_steps_are_counted_and_averaged(value, monkeypatch):
+    metrics = SpecMetrics(LABELS, block_size=4)
+    metrics.record(1, [1, 1], predicted=0.01, actual=0.012)
+    metrics.record(4, [3, 2], exploring=True, predicted=0.02, actual=0.022)
+    metrics.record(4, [4])
+    line = publish_after_a_second(metrics, [0.8, 0.6, 0.5], monkeypatch)
+    assert line == "verify width 3.00, accept length 2.20, step 17.00 ms (predicted 15.00)"
+    assert value("verify_width") == 3
+    assert value("accept_length") == pytest.approx(11 / 5)
+    assert value("verify_steps_total", width="4") == 2
+    assert value("exploring_steps_total") == 1
+    assert value("request_steps_total") == 5
+    assert value("committed_tokens_total") == 11
+    assert value("step_seconds_actual") == pytest.approx(0.017)
+    assert value("accept_rate_position", position="3") == 0.5
+
+
+def test_counters_go_on_and_gauges_start_over(value, monkeypatch):
+    metrics = SpecMetrics(LABELS, block_size=2)
+    metrics.record(2, [2])
+    publish_after_a_second(metrics, [0.9], monkeypatch)
+    metrics.record(1, [1])
+    publish_after_a_second(metrics, [0.9], monkeypatch)
+    assert value("verify_width") == 1
+    assert value("committed_tokens_total") == 3
+
+
+def test_nothing_is_written_before_the_interval_is_over(value):
+    metrics = SpecMetrics(LABELS, block_size=2)
+    metrics.record(2, [2])
+    assert metrics.publish([0.9]) is None
+    assert value("committed_tokens_total") == 0
+
+
+def test_another_process_collects_what_the_scheduler_wrote(tmp_path):
+    """As under SGLang: one process counts, the HTTP server's collects from the shared folder."""
+    script = textwrap.dedent(
+        """
+        import time
+        from dflare.adaptive.metrics import SpecMetrics
+        metrics = SpecMetrics({"model_name": "target"}, block_size=2)
+        metrics.record(2, [2, 1])
+        time.sleep(1.1)
+        assert metrics.publish([0.5])
+        """
+    )
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    from prometheus_client import CollectorRegistry, multiprocess
+
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, path=str(tmp_path))
+    labels = {"model_name": "target"}
+    assert registry.get_sample_value("dflare_committed_tokens_total", labels) == 3
+    assert registry.get_sample_value("dflare_accept_length", labels) == 1.5
