@@ -25,7 +25,7 @@ class BlockStep:
         config: The drafter's.
         objective: What is minimised.
         chunk_tokens: Slots whose logits exist at once.
-        flex: Flex attention's mask instead of a dense one (CUDA).
+        flex: Flex attention's mask instead of a dense one (compiled, on CUDA).
         cache: Keeps target states between epochs.
         run_chunk: The loss of a chunk, possibly compiled.
     """

@@ -154,7 +154,7 @@ class Trainer:
             self.drafter.config,
             self.objective,
             self.config.objective.chunk_tokens,
-            self.device.type == "cuda",
+            self._compile and self.device.type == "cuda",
             cache,
             self._run_chunk,
         )
