@@ -79,8 +79,17 @@ def test_the_target_writes_its_own_prompts_after_openers(target, tmp_path):
     assert any(prompt.startswith("what is") for prompt in prompts)
     assert header["generation"]["openers"] == ["", "what is"]
     assert all(record["ids"][0] == TURN for record in records)
-    # The same command again has nothing left to do.
+    # The same command again has nothing left to do; asked for more, it draws other prompts.
     assert len(synth(target, tmp_path / "data.jsonl", *arguments)) == 4
+    arguments[1] = "4"
+    assert len(synth(target, tmp_path / "data.jsonl", *arguments)) == 5
+
+
+def test_a_target_that_repeats_itself_is_given_up(target, tmp_path, monkeypatch):
+    monkeypatch.setattr("dflare.training.synth._USELESS", 30)
+    arguments = ["--self-written", "5", "--prompt-temperature", "0", "--rows", "16"]
+    with pytest.raises(DataError, match="--prompt-temperature"):
+        synth(target, tmp_path / "data.jsonl", *arguments)
 
 
 def test_excluded_prompts_stay_out(target, tmp_path):

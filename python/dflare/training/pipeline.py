@@ -1,7 +1,6 @@
 """From nothing but a target to a drafter with a model card: generate, train, evaluate, export.
 
-Every stage goes on where an interruption left it, so the same call may be repeated until it is
-done, and a machine may be lent in pieces.
+Every stage goes on where an interruption left it: the same call may be repeated until it is done.
 """
 
 import json

@@ -17,6 +17,7 @@ from dflare.training.errors import ConfigError, DataError
 from dflare.training.generate import Answer, Sampling
 from dflare.training.prompts import Message, encode, key
 
+_USELESS = 2000  # user turns in a row that make no prompt, after which to give up
 _MARK = "\u2980user turn\u2980"  # stands for a user turn in a chat template; no template holds it
 
 
@@ -60,6 +61,11 @@ class SynthSettings:
     prompt_max_tokens: int = 128
     openers: tuple[str, ...] = ("",)
     seed: int = 0
+
+
+def prompts_file(path: Path) -> Path:
+    """Where the prompts that the target writes for a data file are kept."""
+    return path.with_suffix(".prompts.jsonl")
 
 
 class JsonLines:
@@ -173,7 +179,7 @@ class Synth:
             The prompts, from ``<file>.prompts.jsonl``.
 
         Raises:
-            DataError: The target has no chat template.
+            DataError: The target has no chat template, or writes nothing new that is usable.
         """
         before, after = self._user_turn()
         settings = self._settings
@@ -190,7 +196,7 @@ class Synth:
         ]
         longest = max(len(ids) for ids in starts)
         generator = self._make_generator(sampling, longest + settings.prompt_max_tokens)
-        file = JsonLines(self._path.with_suffix(".prompts.jsonl"), self._header)
+        file = JsonLines(prompts_file(self._path), self._header)
         prompts = [[{"role": "user", "content": r["prompt"]}] for r in file.records]
         seen = {key(messages) for messages in prompts} | self._excluded
 
@@ -198,6 +204,7 @@ class Synth:
             while len(prompts) < count:
                 yield from starts
 
+        useless = 0
         with self._progress() as progress:
             task = progress.add_task("prompts", total=count, completed=len(prompts), rate="")
             for answer in generator.run(endless(), self.deadline):
@@ -208,9 +215,17 @@ class Synth:
                 special = set(answer.ids[:-1]) & set(self._tokenizer.all_special_ids)
                 same = key(messages)
                 if answer.finish == "length" or len(text) < 4 or special or same in seen:
+                    useless += 1
+                    if useless > _USELESS:
+                        raise DataError(
+                            f"the target's last {_USELESS} user turns were all cut, empty or "
+                            f"known; {len(prompts)} are kept. Give --prompts, or raise "
+                            "--prompt-temperature"
+                        )
                     continue
                 if len(prompts) >= count:
                     break
+                useless = 0
                 seen.add(same)
                 prompts.append(messages)
                 file.add({"prompt": text})

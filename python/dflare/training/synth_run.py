@@ -12,7 +12,13 @@ from dflare.training.errors import ConfigError
 from dflare.training.generate import Generator, Sampling
 from dflare.training.prompts import Message, stop_tokens
 from dflare.training.server_generator import ServerGenerator, own_server
-from dflare.training.synth import AnswersPrompts, MakeGenerator, Synth, SynthSettings
+from dflare.training.synth import (
+    AnswersPrompts,
+    MakeGenerator,
+    Synth,
+    SynthSettings,
+    prompts_file,
+)
 from dflare.training.target import load_target, target_path
 
 _ROWS_CPU, _ROWS_GPU = 16, 256
@@ -64,7 +70,10 @@ def open_synth(
         generation_config = GenerationConfig.from_pretrained(path)
     except OSError:
         generation_config = None  # the tokenizer's end token alone
-    torch.manual_seed(settings.seed)
+    # A call that goes on must not draw again what the calls before it drew.
+    files = [file for file in (output, prompts_file(output)) if file.exists()]
+    seed = settings.seed + sum(file.stat().st_size for file in files)
+    torch.manual_seed(seed)
 
     def synth(make_generator: MakeGenerator) -> Synth:
         return Synth(
@@ -91,7 +100,7 @@ def open_synth(
         if server is not None:
             yield synth(over_http(server))
         else:
-            with own_server(path, ["--random-seed", str(settings.seed)]) as url:
+            with own_server(path, ["--random-seed", str(seed)]) as url:
                 yield synth(over_http(url))
         return
     where = "cuda" if device == "cuda" or (device == "auto" and has_gpu) else "cpu"
