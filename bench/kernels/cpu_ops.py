@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import dflare
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+import dflare
 from dflare import ops
 from dflare.ops.reference_math import apply_rope, rms_norm
-from torch import Tensor
 
 HIDDEN, TAPS, LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, BLOCK = 576, 7, 3, 9, 3, 64, 8
 MAX_POS = 4096

@@ -6,6 +6,7 @@ import time
 
 import prometheus_client
 import pytest
+
 from dflare.adaptive.metrics import SpecMetrics
 
 LABELS = {"model_name": "target", "tp_rank": "0"}

@@ -1,12 +1,14 @@
-"""Grammar, logprobs, stop strings, streaming, n and ignore_eos: the same with and without DFLARE."""
+"""Grammar, logprobs, stops, streaming, n, ignore_eos: the same with and without DFLARE."""
 
 import asyncio
 import json
+from itertools import pairwise
 
 import pytest
+from transformers import AutoTokenizer
+
 from engines import running_engine
 from prompts import chat
-from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -121,4 +123,4 @@ def test_n_gives_n_equal_greedy_answers(both):
 def test_streaming_grows_to_the_same_text(both):
     alone, dflare = (result["stream"] for result in both)
     assert dflare[-1] == alone[-1]
-    assert all(later.startswith(earlier) for earlier, later in zip(dflare, dflare[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(dflare))

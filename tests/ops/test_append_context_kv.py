@@ -1,9 +1,10 @@
 import pytest
 import torch
-from dflare.ops import append_context_kv, append_context_kv_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import append_case, assert_accurate, copied
+
+from dflare.ops import append_context_kv, append_context_kv_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -96,7 +96,7 @@ class DFlareWorker(DFlashWorkerV2):
         """Nothing to warn about: `_accept_block` samples on every device."""
 
     def _accept_block(self, *, next_token_logits, sampling_info, target_predict=None, **kwargs):
-        """As DFLASH's; where SGLang has no kernel for sampled verification, sample the target here."""
+        """As DFLASH's; where SGLang has no kernel to verify samples, sample the target here."""
         if (
             target_predict is None
             and not _is_all_greedy(sampling_info)
