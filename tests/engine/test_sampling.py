@@ -49,7 +49,7 @@ def next_token_probs(model, tokens: list[int]) -> dict[int, float]:
 
 
 def find_prompt(model, constant: int) -> list[int]:
-    """A prompt after which the drafter's token is sampled sometimes: accepted here, rejected there."""
+    """A prompt after which the drafter's token is sampled now and then, so that both happen."""
     draw = torch.Generator().manual_seed(0)
     for _ in range(2000):
         prompt = torch.randint(5, 500, (6,), generator=draw).tolist()

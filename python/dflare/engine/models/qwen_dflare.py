@@ -234,6 +234,7 @@ class QwenDFlareDraftModel(nn.Module):
             hidden_states, _ = self.norm(hidden_states, residual)
         return LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden_states)
 
+    @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load an AngelSlim checkpoint; every tensor must be taken and every parameter filled.
 
@@ -242,8 +243,8 @@ class QwenDFlareDraftModel(nn.Module):
         """
         load_strictly(self, weights)
         self.fusion_probs.copy_(torch.softmax(self.layer_fusion_weights.float(), dim=-1))
-        for row, layer in zip(self.k_norm_weights, self.layers, strict=True):
-            row.copy_(cast(DFlareDecoderLayer, layer).self_attn.k_norm.weight)
+        for i, layer in enumerate(self.layers):
+            self.k_norm_weights[i].copy_(cast(DFlareDecoderLayer, layer).self_attn.k_norm.weight)
 
 
 EntryClass = QwenDFlareDraftModel
