@@ -56,6 +56,11 @@ def test_weights_larger_than_the_cache_block_are_projected_completely():
     assert_accurate(append_context_kv, append_context_kv_reference, case, torch.float32)
 
 
+def test_a_prompt_longer_than_the_scratch_is_projected_completely():
+    case = append_case(0, layers=2, taps=2, hidden=32, kv_heads=1, head_dim=16, rows=1700)
+    assert_accurate(append_context_kv, append_context_kv_reference, case, torch.float32)
+
+
 def test_only_committed_rows_are_written():
     case = append_case(1, commit_lens=[3, 0, 8, 1], block_size=8)
     before = copied(case)
