@@ -115,7 +115,7 @@ def blocks_with(make_mask, drafter, taps, embeddings, anchors):
     positions = (anchors[..., None] + slots).flatten(1)
     masks = {
         window: make_mask(anchors, taps.shape[1], len(slots), window)
-        for window in {drafter.config.window(d) for d in range(len(drafter.layers))}
+        for window in set(drafter.windows)
     }
     return drafter(taps, embeddings, positions, masks)
 

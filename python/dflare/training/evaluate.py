@@ -205,12 +205,13 @@ def run_evaluation(
         corpus = load_corpus(files, target.config.vocab_size, config.data.max_length)
         sets["held_out"] = held_out_prompts(split(corpus, config.data.held_out)[1])
     stop_ids = stop_tokens(tokenizer, target.model.generation_config)
-    drafter = drafter.to(where, dtype)
+    drafter.to(where)
     report = {}
     for name, prompts in sets.items():
-        result = evaluate(
-            target, drafter, prompts[:limit], max_new_tokens, stop_ids, temperature, rows
-        )
+        with torch.autocast(where.type, dtype=torch.bfloat16, enabled=where.type == "cuda"):
+            result = evaluate(
+                target, drafter, prompts[:limit], max_new_tokens, stop_ids, temperature, rows
+            )
         report[name] = {"draft": draft, "target": target_name, **result}
         own, lookup = result["drafter"], result["prompt_lookup"]
         print(

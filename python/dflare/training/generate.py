@@ -6,6 +6,7 @@ step is one CUDA graph, and any target of `load_target` works without another in
 
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -132,7 +133,13 @@ class Generator:
             self._decode(limit)
             return
         if limit not in self._graphs:
-            self._graphs[limit] = self._capture(limit)
+            try:
+                self._graphs[limit] = self._capture(limit)
+            except RuntimeError as error:  # a model that waits for the GPU cannot be captured
+                warnings.warn(f"decoding without CUDA graphs, slower: {error}", stacklevel=2)
+                self._graphs = None
+                self._decode(limit)
+                return
         self._graphs[limit].replay()
 
     def _capture(self, limit: int) -> torch.cuda.CUDAGraph:

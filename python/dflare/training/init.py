@@ -102,7 +102,8 @@ def copy_target_layers(drafter: Drafter, target: Target, layers: tuple[int, ...]
     """Start draft layer d from target layer ``layers[d]``.
 
     The context is normed with one weight for all layers (``hidden_norm``), the target's layers
-    have one each, so that weight is folded into the context projections and ``hidden_norm`` is 1.
+    have one each: DFlare's context projections take theirs in, and ``hidden_norm`` is 1; where K/V
+    are shared it is their mean.
 
     Args:
         drafter: Overwritten.
@@ -150,3 +151,12 @@ def copy_target_layers(drafter: Drafter, target: Target, layers: tuple[int, ...]
                 "set drafter.init=random"
             ) from error
     drafter.norm.weight.copy_(target.decoder.norm.weight.float().cpu())
+    if not drafter.layer(0).self_attn.separate_context:
+        # One projection serves context and block, so no norm can be folded into it.
+        norms: list[torch.Tensor] = [
+            drafter.layer(d).input_layernorm.weight for d in range(len(layers))
+        ]
+        drafter.hidden_norm.weight.copy_(torch.stack(norms).mean(0))
+    if drafter.architecture == "dflash":
+        taps, hidden = drafter.config.num_taps, drafter.config.hidden_size
+        drafter.fc.weight.copy_(torch.eye(hidden).repeat(1, taps) / taps)  # the mean of the taps

@@ -163,6 +163,7 @@ class Drafter(nn.Module):
         self.config = config
         self.architecture = architecture
         self.checkpoint_activations = checkpoint_activations
+        self.windows = [config.window(d) for d in range(config.num_hidden_layers)]
         separate = architecture == "dflare" and not shared_kv
         self.layers = nn.ModuleList(
             DraftLayer(config, separate) for _ in range(config.num_hidden_layers)
@@ -188,7 +189,7 @@ class Drafter(nn.Module):
             return self.hidden_norm(self.fc(taps))
         share = self.layer_fusion_weights[layer].float().softmax(-1)
         # T passes over [N, S, H] instead of one einsum: no float32 copy of all taps.
-        states = taps.unflatten(-1, (self.config.num_taps, -1)).unbind(-2)
+        states = taps.unflatten(-1, (self.layer_fusion_weights.shape[1], -1)).unbind(-2)
         fused = sum(
             (p * state.float() for p, state in zip(share[1:], states[1:], strict=True)),
             share[0] * states[0].float(),
@@ -223,7 +224,7 @@ class Drafter(nn.Module):
             embeddings: ``[N, Q, H]``, the target's embeddings of anchor and mask tokens.
             positions: ``[N, Q]`` int64.
             context: From :meth:`context_kv`.
-            masks: Visibility for each window in the configuration (-1: full attention).
+            masks: Visibility for each of ``windows`` (-1: full attention).
 
         Returns:
             Final hidden states ``[N, Q, H]``, ready for the target's head.
@@ -231,7 +232,7 @@ class Drafter(nn.Module):
         rotary = self.rotary(positions)
         x = embeddings
         for d in range(len(self.layers)):
-            x = self.layer(d)(x, rotary, context[d], masks[self.config.window(d)])
+            x = self.layer(d)(x, rotary, context[d], masks[self.windows[d]])
         return self.norm(x)
 
     def forward(
@@ -246,7 +247,7 @@ class Drafter(nn.Module):
             layer = self.layer(d)
             fused = self._fuse(taps, d) if shared is None else shared
             context = layer.self_attn.context_kv(fused, context_rotary)
-            return layer(x, rotary, context, masks[self.config.window(d)])
+            return layer(x, rotary, context, masks[self.windows[d]])
 
         x = embeddings
         for d in range(len(self.layers)):

@@ -41,6 +41,7 @@ class Rotary(nn.Module):
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin ``[N, 1, S, rotary/2]`` float32 of positions ``[N, S]``."""
+        assert self.frequencies.dtype == torch.float32, "run under autocast, do not cast the model"
         with torch.autocast(positions.device.type, enabled=False):
             angles = positions[:, None, :, None].float() * self.frequencies
             return angles.cos() * self.scale, angles.sin() * self.scale

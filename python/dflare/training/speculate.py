@@ -79,7 +79,7 @@ class ContextCache:
         there = (keys < lengths[:, None])[:, None, None].expand(-1, 1, size, -1)
         own = there.new_ones(len(anchors), 1, size, size)
         masks: dict[int, Mask] = {}
-        for window in {config.window(d) for d in range(config.num_hidden_layers)}:
+        for window in set(self._drafter.windows):
             mask = torch.cat([there, own], -1)
             if window >= 0:  # a sliding layer: windowed, and causal in the block as well
                 index = torch.cat([keys.expand(len(anchors), -1), positions], -1)

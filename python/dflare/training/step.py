@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from dflare.checkpoint import DraftConfig
 from dflare.training.batches import Batch
@@ -24,7 +25,7 @@ class BlockStep:
         config: The drafter's.
         objective: What is minimised.
         chunk_tokens: Slots whose logits exist at once.
-        flex: Flex attention's mask instead of a dense one (CUDA).
+        flex: Flex attention's mask instead of a dense one (compiled, on CUDA).
         cache: Keeps target states between epochs.
         run_chunk: The loss of a chunk, possibly compiled.
     """
@@ -68,10 +69,9 @@ class BlockStep:
         tokens[:, :, 0] = batch.ids.gather(1, batch.anchors)
         slots = torch.arange(size, device=batch.ids.device)
         positions = (batch.anchors[:, :, None] + slots).flatten(1)
-        windows = {self.config.window(d) for d in range(self.config.num_hidden_layers)}
         masks: dict[int, Mask] = {
             window: self._make_mask(batch.anchors, taps.shape[1], size, window)
-            for window in windows
+            for window in {self.config.window(d) for d in range(self.config.num_hidden_layers)}
         }
         embeddings = self.target.embed(tokens.flatten(1))
         hidden = drafter(taps, embeddings, positions, masks)
@@ -98,8 +98,10 @@ class BlockStep:
             gamma: Scalar, decay length.
             normaliser: Scalar, supervised slots of the whole step.
         """
-        states = self.target_states(batch, sequences)
-        hidden = self.draft(drafter, batch, states.taps)
+        with record_function("target"):
+            states = self.target_states(batch, sequences)
+        with record_function("draft"):
+            hidden = self.draft(drafter, batch, states.taps)
         labels, supervised = batch.labels.flatten(0, 1), batch.supervised.flatten(0, 1)
         if rows is not None:
             # A padded or unsupervised label may not be among the rows: any row will do for it.
@@ -111,15 +113,16 @@ class BlockStep:
             at = (batch.anchors[:, :, None] + slots).clamp_(max=batch.ids.shape[1] - 1)
             row = torch.arange(len(at), device=at.device)[:, None, None]
             teacher = states.final[row, at].flatten(0, 1)
-        return block_loss(
-            hidden[:, 1:],
-            head,
-            labels,
-            supervised,
-            self.objective,
-            gamma,
-            normaliser,
-            teacher=teacher,
-            chunk_blocks=self._chunk_blocks,
-            run_chunk=self._run_chunk,
-        )
+        with record_function("loss"):
+            return block_loss(
+                hidden[:, 1:],
+                head,
+                labels,
+                supervised,
+                self.objective,
+                gamma,
+                normaliser,
+                teacher=teacher,
+                chunk_blocks=self._chunk_blocks,
+                run_chunk=self._run_chunk,
+            )

@@ -88,6 +88,7 @@ class JsonLines:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        self._path = path
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     @staticmethod
@@ -100,8 +101,14 @@ class JsonLines:
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a line, at once: what was generated survives whatever happens."""
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise DataError(
+                f"{self._path}: cannot be written ({error}); make room and give the same command "
+                "again, it goes on with what is there"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -136,7 +143,7 @@ class Synth:
         deadline: float | None = None,
     ) -> None:
         self._path, self._tokenizer, self._make_generator = path, tokenizer, make_generator
-        self._settings, self._stop_ids, self._deadline = settings, stop_ids, deadline
+        self._settings, self._stop_ids, self.deadline = settings, stop_ids, deadline
         self._excluded = {key(messages) for messages in excluded}
         self._header = {
             "dflare_data": FORMAT,
@@ -193,7 +200,7 @@ class Synth:
 
         with self._progress() as progress:
             task = progress.add_task("prompts", total=count, completed=len(prompts), rate="")
-            for answer in generator.run(endless(), self._deadline):
+            for answer in generator.run(endless(), self.deadline):
                 opener = settings.openers[answer.prompt % len(starts)]
                 text = (opener + str(self._tokenizer.decode(answer.ids[:-1]))).strip()
                 messages = [{"role": "user", "content": text}]
@@ -258,7 +265,7 @@ class Synth:
         total = written + len(waiting)
         with self._progress() as progress:
             task = progress.add_task("answers", total=total, completed=written, rate="")
-            for answer in generator.run((ids for _, ids in waiting), self._deadline):
+            for answer in generator.run((ids for _, ids in waiting), self.deadline):
                 digest, ids = waiting[answer.prompt]
                 loss = [[len(ids), len(ids) + len(answer.ids)]]
                 record = {"key": digest, "ids": ids + answer.ids, "loss": loss}

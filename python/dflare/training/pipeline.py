@@ -1,0 +1,238 @@
+"""From nothing but a target to a drafter with a model card: generate, train, evaluate, export.
+
+Every stage goes on where an interruption left it, so the same call may be repeated until it is
+done, and a machine may be lent in pieces.
+"""
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dflare.training.config import TrainConfig, load_config
+from dflare.training.errors import ConfigError, TrainingError
+from dflare.training.evaluate import run_evaluation
+from dflare.training.model_card import model_card
+from dflare.training.prompts import read_openers, read_prompts
+from dflare.training.snapshot import FILE
+from dflare.training.synth import SynthSettings
+from dflare.training.synth_run import open_synth
+from dflare.training.trainer import Trainer
+
+MAX_BYTES = 16 * 2**20  # of the shipped weights
+_PROMPT_SHARE = 0.2  # of the generation time that self-written prompts may take
+_BEAT_SECONDS = 5.0
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SynthStage(_Section):
+    """Generation.
+
+    Args:
+        self_written: Prompts that the target writes.
+        minutes: Time for prompts and answers together.
+        rows: Sequences side by side.
+        openers: File with beginnings of prompts.
+        exclude: Files with prompts that must not be in the data.
+        max_new_tokens: Tokens of an answer.
+        max_length: Tokens of prompt and answer.
+        temperature: Of the answers.
+        seed: Of everything drawn.
+    """
+
+    self_written: int = Field(gt=0)
+    minutes: float = Field(gt=0)
+    rows: int = Field(gt=0)
+    openers: str
+    exclude: tuple[str, ...] = ()
+    max_new_tokens: int = Field(gt=0)
+    max_length: int = Field(gt=0)
+    temperature: float = Field(default=0.0, ge=0)
+    seed: int = 0
+
+
+class EvaluateStage(_Section):
+    """Evaluation.
+
+    Args:
+        questions: File with hand-written prompts.
+        max_new_tokens: Tokens of an answer.
+        rows: Prompts side by side.
+    """
+
+    questions: str
+    max_new_tokens: int = Field(gt=0)
+    rows: int = Field(gt=0)
+
+
+class PipelineConfig(_Section):
+    """The stages; file names are relative to the configuration's folder.
+
+    Args:
+        train: File with the training configuration.
+        synth: Generation.
+        evaluate: Evaluation.
+    """
+
+    train: str
+    synth: SynthStage
+    evaluate: EvaluateStage
+
+
+class Stages:
+    """What is done, and how long generation took so far, in a file that survives everything.
+
+    Args:
+        file: Where it is kept.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.state: dict[str, Any] = {"synth_minutes": 0.0, "synth_done": False}
+        if file.exists():
+            self.state |= json.loads(file.read_text())
+
+    def save(self) -> None:
+        """Write the state, whole or not at all."""
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps(self.state))
+        os.replace(partial, self._file)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Add the time of a block to ``synth_minutes``, every few seconds: it may be killed."""
+        before, started = self.state["synth_minutes"], time.monotonic()
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(_BEAT_SECONDS):
+                self.state["synth_minutes"] = before + (time.monotonic() - started) / 60
+                self.save()
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            self.state["synth_minutes"] = before + (time.monotonic() - started) / 60
+            self.save()
+
+
+def load_pipeline(path: Path) -> PipelineConfig:
+    """Read a pipeline's YAML file.
+
+    Raises:
+        ConfigError: It cannot be read or has settings that make no sense.
+    """
+    try:
+        return PipelineConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, ValidationError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _generate(
+    config: PipelineConfig, folder: Path, data: Path, train: TrainConfig, stages: Stages
+) -> None:
+    stage = config.synth
+    settings = SynthSettings(
+        temperature=stage.temperature,
+        max_new_tokens=stage.max_new_tokens,
+        max_length=stage.max_length,
+        openers=read_openers(folder / stage.openers),
+        seed=stage.seed,
+    )
+    excluded = [messages for name in stage.exclude for messages in read_prompts(folder / name)]
+    left = 60.0 * (stage.minutes - stages.state["synth_minutes"])
+    started = time.monotonic()
+    with (
+        stages.counting(),
+        open_synth(
+            data,
+            train.target.name,
+            settings,
+            excluded,
+            None,
+            generator="transformers",
+            rows=stage.rows,
+            device=train.run.device,
+        ) as synth,
+    ):
+        synth.deadline = started + min(left, 60.0 * _PROMPT_SHARE * stage.minutes)
+        prompts = synth.write_prompts(stage.self_written)
+        synth.deadline = started + left
+        synth.answer(prompts)
+    stages.state["synth_done"] = True
+    stages.save()
+
+
+def run_pipeline(config_file: Path, work: Path, output: Path, overrides: list[str]) -> Path:
+    """Run all stages that are not done yet.
+
+    Args:
+        config_file: YAML of :class:`PipelineConfig`.
+        work: Folder of data, snapshots and logs.
+        output: Folder of the result: drafter, model card, evaluation, log. Small enough to carry.
+        overrides: ``section.key=value`` for the training configuration.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        DFlareError: What stopped a stage; repeat the call to go on.
+    """
+    config, folder = load_pipeline(config_file), config_file.parent
+    work.mkdir(parents=True, exist_ok=True)
+    data, trained = work / "data.jsonl", work / "train"
+    places = [f"data.files=[{data}]", f"run.output={trained}"]
+    train = load_config(folder / config.train, [*places, *overrides])
+    if train.data.tap_cache is not None:
+        train = load_config(
+            folder / config.train, [*places, f"data.tap_cache={work / 'taps'}", *overrides]
+        )
+    stages = Stages(work / "stages.json")
+    if not stages.state["synth_done"]:
+        _generate(config, folder, data, train, stages)
+
+    if not (trained / "drafter" / "config.json").exists():
+        Trainer(train, resume=(trained / FILE).exists()).run()
+    size = (trained / "drafter" / "model.safetensors").stat().st_size
+    if size > MAX_BYTES:
+        raise TrainingError(
+            f"{trained}/drafter: {size} bytes are more than the {MAX_BYTES} that may be shipped; "
+            "lower drafter.intermediate_size or drafter.layers and train again"
+        )
+    train_file = work / "train.yaml"
+    train_file.write_text(yaml.safe_dump(train.model_dump(mode="json"), sort_keys=False))
+    report = run_evaluation(
+        str(trained / "drafter"),
+        train.target.name,
+        [folder / config.evaluate.questions],
+        train_file,
+        output,
+        max_new_tokens=config.evaluate.max_new_tokens,
+        temperature=0.0,
+        limit=None,
+        rows=config.evaluate.rows,
+        device=train.run.device,
+    )
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(trained / "drafter" / name, output / name)
+    shutil.copyfile(trained / "log.jsonl", output / "training.jsonl")
+    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(log) if line["kind"] == "train")
+    card = model_card(train, config.synth.temperature, last, data, report, " ".join(overrides))
+    (output / "README.md").write_text(card, encoding="utf-8")
+    return output
