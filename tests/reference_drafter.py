@@ -36,14 +36,17 @@ class ReferencePair:
         return torch.stack([states[tap + 1][0] for tap in self.taps], dim=1)
 
     @torch.no_grad()
-    def propose(self, states: torch.Tensor, anchor: int, length: int) -> torch.Tensor:
+    def propose(
+        self, states: torch.Tensor, anchor: int, length: int, first: int = 0
+    ) -> torch.Tensor:
         """Logits [B - 1, V] of slots 1 .. B-1 for the block that begins at position `length`.
 
         Args:
-            states: [>= length, T, H]; only the first `length` rows, the context, are used.
+            states: [>= length, T, H]; only rows first .. length - 1, the context, are used.
             anchor: token at position `length`.
+            first: first context position that the drafter may see (a draft window).
         """
-        context = states[:length]
+        context = states[first:length]
         block = torch.tensor([anchor] + [self.mask] * (self.block_size - 1))
         x = self.target.get_input_embeddings()(block)
         for d in range(self.layers):
@@ -69,19 +72,20 @@ class ReferencePair:
         block = torch.arange(n, n + len(h))
         q = self._rope(self._norm(project("q_proj", h), q_norm), block)
         k = torch.cat([project("k_proj_target", fused), project("k_proj", h)])
-        k = self._rope(self._norm(k, k_norm), torch.arange(n + len(h)))
+        keys = torch.arange(n - len(context), n + len(h))
+        k = self._rope(self._norm(k, k_norm), keys)
         v = torch.cat([project("v_proj_target", fused), project("v_proj", h)])
         group = self.heads // self.kv_heads
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * self.head_dim**-0.5
-        scores = scores.masked_fill(~self._visible(d, block, n + len(h)), float("-inf"))
+        scores = scores.masked_fill(~self._visible(d, block, keys), float("-inf"))
         out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
         key = f"layers.{d}.self_attn.o_proj."
         return out @ self.w[key + "weight"].T + self.w.get(key + "bias", 0)
 
-    def _visible(self, d: int, queries: torch.Tensor, keys: int) -> torch.Tensor:
+    def _visible(self, d: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Full layers see everything; sliding ones are causal, `sliding_window` tokens wide."""
-        distance = queries[:, None] - torch.arange(keys)[None, :]
+        distance = queries[:, None] - keys[None, :]
         if self.config["layer_types"][d] == "full_attention":
             return torch.ones_like(distance, dtype=torch.bool)
         return (distance >= 0) & (distance < self.config["sliding_window"])

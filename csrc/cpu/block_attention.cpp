@@ -21,7 +21,6 @@ at::Tensor block_attention_as(const at::Tensor& qkv, const at::Tensor& q_norm_we
   AttentionParams<T> p{};
   set_pools(kCheck, k_pool, v_pool, p);
   check_page_table(kCheck, req_to_token, req_pool_indices, seq_lens);
-  kCheck.head_dim(p.head_dim);
   const int64_t bs = seq_lens.size(0), rows = qkv.size(0);
   const int64_t heads = qkv.size(1) / p.head_dim, q_heads = heads - 2 * p.kv_heads;
   TORCH_CHECK(block_size > 0 && rows == bs * block_size, "block_attention: qkv has ", rows,

@@ -54,8 +54,10 @@ struct Checker {
     }
   }
 
-  void head_dim(int64_t size) const {
-    TORCH_CHECK(size > 0 && size % 16 == 0, op, ": head_dim is ", size,
+  // Of the pools, [slots, kv_heads, head_dim].
+  void heads(int64_t kv_heads, int64_t head_dim) const {
+    TORCH_CHECK(kv_heads > 0, op, ": the pools have 0 heads, expected at least one");
+    TORCH_CHECK(head_dim > 0 && head_dim % 16 == 0, op, ": the pools have head_dim ", head_dim,
                 ", expected a positive multiple of 16");
   }
 

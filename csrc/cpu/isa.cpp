@@ -20,6 +20,9 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512bf16 {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
@@ -30,6 +33,7 @@ std::vector<const Kernels*> runnable() {
 #ifdef DFLARE_HAVE_avx512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512bf16")) levels.push_back(&avx512bf16::kernels);
     levels.push_back(&avx512::kernels);
   }
 #endif

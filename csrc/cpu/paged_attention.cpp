@@ -21,7 +21,6 @@ at::Tensor paged_attention_as(const at::Tensor& q, const at::Tensor& k_pool,
   AttentionParams<T> p{};
   set_pools(kCheck, k_pool, v_pool, p);
   check_page_table(kCheck, req_to_token, req_pool_indices, seq_lens);
-  kCheck.head_dim(p.head_dim);
   const int64_t bs = seq_lens.size(0), rows = q.size(0), q_heads = q.size(1);
   kCheck.shape("q", q, {kAny, kAny, p.head_dim}, "[Nq, q_heads, head_dim]");
   TORCH_CHECK(q_heads > 0 && q_heads % p.kv_heads == 0, "paged_attention: q has ", q_heads,

@@ -42,8 +42,8 @@ struct AppendParams {
 
   int64_t layers, taps, hidden, kv_heads, head_dim;
 
-  float* fused;          // scratch [layers, num_rows, fused_stride]
-  int64_t fused_stride;  // hidden, padded with zeros to whole vectors
+  void* fused;           // scratch [layers, num_rows, fused_stride] of float or smaller elements
+  int64_t fused_stride;  // hidden, padded with zeros to whole vectors of any level
   int64_t chunk_rows;    // rows that one projection task handles
 };
 

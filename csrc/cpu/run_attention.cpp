@@ -158,6 +158,7 @@ void set_pools(const Checker& check, const at::Tensor& k_pool, const at::Tensor&
   check.device("v_pool", v_pool);
   check.packed("k_pool", k_pool, 2);
   check.packed("v_pool", v_pool, 2);
+  check.heads(k_pool.size(1), k_pool.size(2));
   p.k_pool = static_cast<const T*>(k_pool.const_data_ptr());
   p.v_pool = static_cast<const T*>(v_pool.const_data_ptr());
   p.num_slots = k_pool.size(0);

@@ -27,7 +27,8 @@ def _trace_proposals(path: str) -> None:
         return step(self, batch, *args, **kwargs)
 
     def _accept_block(self, *, candidates, prefix_lens, **kwargs):
-        with open(path, "a") as file:
+        # Every tensor-parallel rank gets here with the same proposals.
+        with open(path if self._target_tp_rank == 0 else os.devnull, "a") as file:
             for req, block, length in zip(
                 self._traced_reqs, candidates.tolist(), prefix_lens.tolist(), strict=True
             ):

@@ -28,6 +28,9 @@ def _prepare() -> None:
     )
     # Two processes with spinning OpenMP teams on few cores take many times as long as one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The fork server keeps the environment that it began with: what the CPU platform sets for
+    # two tensor-parallel ranks must be there already.
+    os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1" if (os.cpu_count() or 1) > 1 else "all"
     set_start_method = multiprocessing.set_start_method
     multiprocessing.set_start_method = lambda *_, **__: set_start_method("forkserver", force=True)
     set_start_method("forkserver", force=True)
@@ -36,6 +39,10 @@ def _prepare() -> None:
 
     module.kill_process_tree = _kill_engine_processes
     _ready = True
+
+
+def _fail(*_args: Any) -> None:
+    raise RuntimeError("a process of the engine died; its traceback is above")
 
 
 def _kill_engine_processes(*_args: Any, **_kwargs: Any) -> None:
@@ -55,7 +62,13 @@ def running_engine(
     _prepare()
     import sglang
 
-    arguments = {"model_path": str(target), "log_level": "warning", "max_total_tokens": 8192}
+    arguments: dict[str, Any] = {
+        "model_path": str(target),
+        "log_level": "warning",
+        "max_total_tokens": 8192,
+        # SGLang's own handler would kill the test run.
+        "custom_sigquit_handler": _fail,
+    }
     if draft is not None:
         arguments |= {
             "speculative_algorithm": "DFLARE",

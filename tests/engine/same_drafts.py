@@ -5,16 +5,23 @@ from typing import Any
 from reference_drafter import ReferencePair
 
 # Two fp32 implementations may order tokens differently whose logits are closer than this.
-_TIE = 1e-3
+_TIE = 1e-4
 
 
 def assert_same_drafts(
-    pair: ReferencePair, prompt: list[int], output: list[int], steps: list[dict[str, Any]]
+    pair: ReferencePair,
+    prompt: list[int],
+    output: list[int],
+    steps: list[dict[str, Any]],
+    window: int | None = None,
 ) -> int:
     """Check every verify step of one finished greedy request.
 
     The anchors, the committed lengths and all proposed tokens must be what the reference
     computes from the text alone, whatever the engine did to its caches on the way.
+
+    Args:
+        window: tokens of context that the drafter may see, None for all.
 
     Returns:
         Number of draft tokens that were accepted.
@@ -28,7 +35,8 @@ def assert_same_drafts(
         length, block = step["prefix"], step["block"]
         assert length == expected_prefix, f"step at {length}, expected {expected_prefix}"
         assert block[0] == tokens[length], f"anchor {block[0]} at {length}"
-        logits = pair.propose(states, block[0], length)
+        first = 0 if window is None else max(0, length - window)
+        logits = pair.propose(states, block[0], length, first)
         for slot, token in enumerate(block[1:], start=1):
             best = logits[slot - 1].max()
             gap = (best - logits[slot - 1, token]).item()

@@ -178,6 +178,33 @@ def results(function: Callable[..., Any], case: Case) -> list[Tensor]:
     return [out] if out is not None else [*case["k_pools"], *case["v_pools"]]
 
 
+# Largest error relative to float64.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def assert_accurate(
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    case: Case,
+    dtype: torch.dtype,
+    *,
+    compare_to_eager: bool = False,
+) -> None:
+    """Close to float64 and, if asked, not much worse than PyTorch's own result in the same dtype.
+
+    The comparison is for results large enough that one lucky rounding does not decide it.
+    """
+    ours = results(function, copied(case))
+    exact = results(reference, copied(case, torch.float64))
+    for got, truth in zip(ours, exact, strict=True):
+        assert got.dtype == dtype and got.shape == truth.shape
+        assert relative_error(got, truth) <= TOLERANCE[dtype]
+    if compare_to_eager:
+        theirs = results(reference, copied(case))
+        for got, eager, truth in zip(ours, theirs, exact, strict=True):
+            assert relative_error(got, truth) <= 1.5 * relative_error(eager, truth)
+
+
 def relative_error(got: Tensor, exact: Tensor) -> float:
     """Norm of the error over the norm of the exact result."""
     if exact.numel() == 0:

@@ -8,16 +8,31 @@
 
 namespace dflare::cpu::DFLARE_ISA {
 
-// Sums for LAYERS layers of which `layer` is the first: the T states of a row are read once for
-// all.
+// What the projection reads: bfloat16 only where the processor multiplies it.
+template <typename T>
+struct FusedElement {
+  using type = float;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct FusedElement<BFloat16> {
+  using type = BFloat16;
+};
+#endif
+template <typename T>
+using Fused = typename FusedElement<T>::type;
+
+template <typename T>
+inline Fused<T>* fused_row(const AppendParams<T>& p, int64_t layer, int64_t m) {
+  return reinterpret_cast<Fused<T>*>(p.fused) + (layer * p.num_rows + m) * p.fused_stride;
+}
+
+// The fused states of LAYERS layers from `layer` on: the T states of a row are read once for all.
 template <int LAYERS, typename T>
 inline void fuse_layers(const AppendParams<T>& p, int64_t m, int64_t layer) {
   const T* states = p.target_hidden + p.rows[m] * p.target_hidden_stride;
   const float* probs = p.fusion_probs + layer * p.taps;
-  float* fused[LAYERS];
-  for (int i = 0; i < LAYERS; ++i) {
-    fused[i] = p.fused + ((layer + i) * p.num_rows + m) * p.fused_stride;
-  }
+  float* wide = thread_scratch(LAYERS * p.fused_stride);
   const int64_t whole = p.hidden / kLanes * kLanes;
   const int rest = static_cast<int>(p.hidden - whole);
   Vec squares[LAYERS] = {};
@@ -31,7 +46,7 @@ inline void fuse_layers(const AppendParams<T>& p, int64_t m, int64_t layer) {
 #pragma GCC unroll 8
     for (int i = 0; i < LAYERS; ++i) {
       squares[i] += sums[i] * sums[i];
-      store(fused[i] + c, sums[i]);
+      store(wide + i * p.fused_stride + c, sums[i]);
     }
   };
   for (int64_t c = 0; c < whole; c += kLanes) {
@@ -39,14 +54,18 @@ inline void fuse_layers(const AppendParams<T>& p, int64_t m, int64_t layer) {
   }
   if (rest) add_states(whole, [rest](const T* x) { return load_partial(x, rest); });
 
+#pragma GCC unroll 8
   for (int i = 0; i < LAYERS; ++i) {
     const float inverse = 1.0f / sqrt(sum(squares[i]) / static_cast<float>(p.hidden) + p.eps);
-    float* x = fused[i];
-    for (int64_t c = 0; c < whole; c += kLanes) {
-      store(x + c, load(x + c) * inverse * load(p.norm_weight + c));
+    const float* x = wide + i * p.fused_stride;
+    Fused<T>* out = fused_row(p, layer + i, m);
+    int64_t c = 0;
+    for (; c < whole; c += kLanes) store(out + c, load(x + c) * inverse * load(p.norm_weight + c));
+    if (rest) {
+      store(out + c, load(x + c) * inverse * load_partial(p.norm_weight + c, rest));
+      c += kLanes;
     }
-    if (rest)
-      store(x + whole, load(x + whole) * inverse * load_partial(p.norm_weight + whole, rest));
+    for (; c < p.fused_stride; c += kLanes) store(out + c, Vec{});
   }
 }
 
@@ -78,7 +97,7 @@ inline int64_t weight_block_rows(int64_t hidden, int64_t weight_bytes, int64_t h
 // tile[r][o] = fused[r] . weight[o] for a chunk of rows and one head, blocked so that weights come
 // from memory once and the current rows of `fused` stay in the first-level cache.
 template <typename T>
-void project_head(const AppendParams<T>& p, const float* fused, int64_t rows, const T* weight,
+void project_head(const AppendParams<T>& p, const Fused<T>* fused, int64_t rows, const T* weight,
                   float* tile) {
   const int64_t block = weight_block_rows(p.hidden, sizeof(T), p.head_dim);
   for (int64_t o0 = 0; o0 < p.head_dim; o0 += block) {
@@ -107,8 +126,7 @@ void project(const AppendParams<T>& p, int64_t begin, int64_t end) {
     const int64_t first = task / heads % chunks * p.chunk_rows;
     const int64_t rows = p.num_rows - first < p.chunk_rows ? p.num_rows - first : p.chunk_rows;
     const int64_t out_row = (layer * heads + head) * p.head_dim;
-    project_head(p, p.fused + (layer * p.num_rows + first) * p.fused_stride, rows,
-                 p.kv_weight + out_row * p.hidden, tile);
+    project_head(p, fused_row(p, layer, first), rows, p.kv_weight + out_row * p.hidden, tile);
 
     const bool is_key = head < p.kv_heads;
     const int64_t pool = is_key ? layer : p.layers + layer;

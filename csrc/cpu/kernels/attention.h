@@ -18,6 +18,7 @@ namespace dflare::cpu::DFLARE_ISA {
 // rows against head_dim / lanes products and 4 shuffles a key and row).
 constexpr int64_t kNarrowRows = kLanes / 2;
 constexpr int kScoreKeys = kRegisters == 32 ? 8 : 4;
+constexpr int64_t kScoreChannels = 32;
 constexpr int kValueRows = 6;
 constexpr int kValueVecs = kRegisters == 32 ? 4 : 2;
 constexpr float kLowest = -3.40282347e38f;  // finite: exp(lowest - lowest) is 1, not NaN
@@ -177,12 +178,12 @@ void gather(const AttentionParams<T>& p, const AttentionItem& item, Workspace& w
   for (int64_t i = count; i < round_up(count, kScoreKeys); ++i) w.k[i] = w.zeros;
 }
 
-// scores[key][row] for kScoreKeys keys and VECS vectors of rows.
+// Adds channels [begin, end) to scores[key][row], for kScoreKeys keys and VECS vectors of rows.
 template <int VECS>
-inline void score_tile(const float* q, int64_t padded_rows, const float* const* k, int64_t head_dim,
-                       float* scores) {
+inline void score_channels(const float* q, int64_t padded_rows, const float* const* k,
+                           int64_t begin, int64_t end, float* scores) {
   Vec sums[kScoreKeys][VECS] = {};
-  for (int64_t c = 0; c < head_dim; ++c) {
+  for (int64_t c = begin; c < end; ++c) {
     Vec x[VECS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v) x[v] = load(q + c * padded_rows + v * kLanes);
@@ -196,7 +197,19 @@ inline void score_tile(const float* q, int64_t padded_rows, const float* const* 
 #pragma GCC unroll 8
   for (int i = 0; i < kScoreKeys; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v) store(scores + i * padded_rows + v * kLanes, sums[i][v]);
+    for (int v = 0; v < VECS; ++v) {
+      float* x = scores + i * padded_rows + v * kLanes;
+      store(x, begin == 0 ? sums[i][v] : load(x) + sums[i][v]);
+    }
+  }
+}
+
+// In short sums, which round less than one over the whole head.
+template <int VECS>
+inline void score_tile(const float* q, int64_t padded_rows, const float* const* k, int64_t head_dim,
+                       float* scores) {
+  for (int64_t c = 0; c < head_dim; c += kScoreChannels) {
+    score_channels<VECS>(q, padded_rows, k, c, min(c + kScoreChannels, head_dim), scores);
   }
 }
 
@@ -247,14 +260,14 @@ inline void softmax_wide(const Workspace& w, int64_t begin, int64_t count, bool 
     Vec m = m_before;
     for (int64_t i = 0; i < count; ++i) m = max(load(column + i * w.padded_rows), m);
     const Vec alpha = exp(m_before - m);
-    Vec l = load(w.l + r) * alpha;
+    Vec l = {};
     for (int64_t i = 0; i < count; ++i) {
       const Vec x = exp(load(column + i * w.padded_rows) - m);
       store(column + i * w.padded_rows, x);
       l += x;
     }
     store(w.m + r, m);
-    store(w.l + r, l);
+    store(w.l + r, load(w.l + r) * alpha + l);
     store(w.alpha + r, alpha);
   }
 }
@@ -288,17 +301,13 @@ inline void softmax_narrow(const Workspace& w, int64_t begin, int64_t count, boo
 }
 
 // o[row] = o[row] * alpha[row] + sum_key probability[row][key] * v[key], for ROWS rows, VECS
-// vectors.
+// vectors. Each tile is summed by itself first: over long contexts that rounds less than one
+// running sum.
 template <int ROWS, int VECS>
 inline void value_tile(const float* probs, int64_t row_step, int64_t key_step,
                        const float* const* v, int64_t count, int64_t column, float* o,
                        int64_t head_dim, const float* alpha) {
-  Vec sums[ROWS][VECS];
-#pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < VECS; ++j) sums[i][j] = load(o + i * head_dim + j * kLanes) * alpha[i];
-  }
+  Vec sums[ROWS][VECS] = {};
   for (int64_t key = 0; key < count; ++key) {
     Vec y[VECS];
 #pragma GCC unroll 4
@@ -313,7 +322,10 @@ inline void value_tile(const float* probs, int64_t row_step, int64_t key_step,
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < VECS; ++j) store(o + i * head_dim + j * kLanes, sums[i][j]);
+    for (int j = 0; j < VECS; ++j) {
+      float* x = o + i * head_dim + j * kLanes;
+      store(x, load(x) * alpha[i] + sums[i][j]);
+    }
   }
 }
 

@@ -9,31 +9,64 @@ namespace dflare::cpu::DFLARE_ISA {
 // Four accumulators a row: 24 of 32 registers, or 12 of 16, leaving room for the operands.
 constexpr int kDotRows = kRegisters == 32 ? 6 : 3;
 
+// How a vector of A elements meets one of B elements: widened to float and multiplied, or, where
+// the processor has it, as pairs of bfloat16 whose products are summed in float.
+template <typename A, typename B>
+struct Product {
+  using Operand = Vec;
+  static constexpr int kStep = kLanes;
+  static Operand left(const A* a) { return load(a); }
+  static Operand right(const B* b) { return load(b); }
+  static Operand right_partial(const B* b, int count) { return load_partial(b, count); }
+  static Vec add(Vec sum, Operand x, Operand y) { return sum + x * y; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Product<BFloat16, BFloat16> {
+  typedef uint16_t Operand __attribute__((vector_size(64)));
+  typedef uint16_t OperandMem __attribute__((vector_size(64), aligned(2), may_alias));
+  static constexpr int kStep = 2 * kLanes;
+  static Operand left(const BFloat16* a) { return *reinterpret_cast<const OperandMem*>(a); }
+  static Operand right(const BFloat16* b) { return *reinterpret_cast<const OperandMem*>(b); }
+  static Operand right_partial(const BFloat16* b, int count) {
+    BFloat16 padded[kStep] = {};
+    memcpy(padded, b, sizeof(BFloat16) * count);
+    return right(padded);
+  }
+  static Vec add(Vec sum, Operand x, Operand y) {
+    return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                  reinterpret_cast<__m512bh>(x),
+                                                  reinterpret_cast<__m512bh>(y)));
+  }
+};
+#endif
+
 // c[i][j] = sum_k a[i][k] * b[j][k], i < ROWS, j < 4. Rows of `a` are zero-padded to whole vectors;
 // those of `b` end at `depth`.
-template <int ROWS, typename T>
-inline void dot_tile(const float* a, int64_t a_stride, const T* const* b, int64_t depth, float* c,
+template <int ROWS, typename A, typename B>
+inline void dot_tile(const A* a, int64_t a_stride, const B* const* b, int64_t depth, float* c,
                      int64_t c_stride) {
+  using P = Product<A, B>;
   Vec sums[ROWS][4] = {};
-  const T *b0 = b[0], *b1 = b[1], *b2 = b[2], *b3 = b[3];
-  const int64_t whole = depth / kLanes * kLanes;
-  for (int64_t k = 0; k < whole; k += kLanes) {
-    const Vec w0 = load(b0 + k), w1 = load(b1 + k), w2 = load(b2 + k), w3 = load(b3 + k);
+  // One vector of `b` at a time: it and those of `a` are all that must be held beside the sums.
+  auto add = [&](int64_t k, auto right) __attribute__((always_inline)) {
+    typename P::Operand x[ROWS];
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i) {
-      const Vec x = load(a + i * a_stride + k);
-      sums[i][0] += x * w0;
-      sums[i][1] += x * w1;
-      sums[i][2] += x * w2;
-      sums[i][3] += x * w3;
+    for (int i = 0; i < ROWS; ++i) x[i] = P::left(a + i * a_stride + k);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const typename P::Operand y = right(b[j] + k);
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) sums[i][j] = P::add(sums[i][j], x[i], y);
     }
+  };
+  const int64_t whole = depth / P::kStep * P::kStep;
+  for (int64_t k = 0; k < whole; k += P::kStep) {
+    add(k, [](const B* y) { return P::right(y); });
   }
-  if (whole < depth) {
-    const int rest = static_cast<int>(depth - whole);
-    for (int i = 0; i < ROWS; ++i) {
-      const Vec x = load(a + i * a_stride + whole);
-      for (int j = 0; j < 4; ++j) sums[i][j] += x * load_partial(b[j] + whole, rest);
-    }
+  if (const int rest = static_cast<int>(depth - whole)) {
+    add(whole, [rest](const B* y) { return P::right_partial(y, rest); });
   }
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i) {
@@ -43,9 +76,9 @@ inline void dot_tile(const float* a, int64_t a_stride, const T* const* b, int64_
 }
 
 // dot_tile for any number of rows.
-template <typename T>
-inline void dot_rows(const float* a, int64_t a_stride, int64_t rows, const T* const* b,
-                     int64_t depth, float* c, int64_t c_stride) {
+template <typename A, typename B>
+inline void dot_rows(const A* a, int64_t a_stride, int64_t rows, const B* const* b, int64_t depth,
+                     float* c, int64_t c_stride) {
   while (rows >= kDotRows) {
     dot_tile<kDotRows>(a, a_stride, b, depth, c, c_stride);
     a += kDotRows * a_stride;

@@ -5,6 +5,9 @@
 
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "cpu/params.h"
 
@@ -36,7 +39,17 @@ inline Vec broadcast(float x) { return x - Vec{}; }
 inline Vec load(const float* p) { return *reinterpret_cast<const VecMem*>(p); }
 inline Vec load(const BFloat16* p) {
   const HalfVec half = *reinterpret_cast<const HalfVecMem*>(p);
-  return reinterpret_cast<Vec>(__builtin_convertvector(half, IntVec) << 16);
+  // The generic form costs three instructions where these are one.
+#if defined(__AVX512F__)
+  const IntVec wide =
+      reinterpret_cast<IntVec>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(half)));
+#elif defined(__AVX2__)
+  const IntVec wide =
+      reinterpret_cast<IntVec>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(half)));
+#else
+  const IntVec wide = __builtin_convertvector(half, IntVec);
+#endif
+  return reinterpret_cast<Vec>(wide << 16);
 }
 
 inline void store(float* p, Vec x) { *reinterpret_cast<VecMem*>(p) = x; }

@@ -2,10 +2,11 @@
 
 from dflare.checkpoint.config import DraftConfig, Rope, make_config, spread_taps
 from dflare.checkpoint.convert import convert
+from dflare.checkpoint.folder import find_folder
 from dflare.checkpoint.headers import TensorHeader, read_headers
 from dflare.checkpoint.inspection import Inspection, inspect_draft
 from dflare.checkpoint.pair import Check, check_pair, pair_checks, read_target_config
-from dflare.checkpoint.reader import find_folder, read_config
+from dflare.checkpoint.reader import read_config
 from dflare.checkpoint.save import save_checkpoint
 from dflare.checkpoint.sizes import DraftSizes, draft_sizes, target_kv_bytes_per_token
 from dflare.checkpoint.tensors import check_finite, check_tensors, expected_tensors, load_tensors

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from dflare.checkpoint.config import DraftConfig
-from dflare.checkpoint.reader import find_folder, read_config
+from dflare.checkpoint.folder import find_folder
+from dflare.checkpoint.reader import read_config
 from dflare.checkpoint.save import check_destination, save_checkpoint
 from dflare.checkpoint.tensors import load_tensors
 from dflare.errors import CheckpointError

@@ -5,8 +5,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from dflare.checkpoint.folder import find_folder, read_json
 from dflare.checkpoint.problems import name_some, raise_problems
-from dflare.checkpoint.reader import find_folder, read_json
 from dflare.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"

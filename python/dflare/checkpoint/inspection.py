@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dflare.checkpoint.config import DraftConfig
+from dflare.checkpoint.folder import find_folder
 from dflare.checkpoint.pair import Check, pair_checks, read_target_config
-from dflare.checkpoint.reader import find_folder, read_config
+from dflare.checkpoint.reader import read_config
 from dflare.checkpoint.sizes import DraftSizes, draft_sizes, target_kv_bytes_per_token
 from dflare.checkpoint.tensors import FUSION_WEIGHTS, check_finite, check_tensors, load_tensors
 from dflare.errors import CheckpointError

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dflare.checkpoint.config import DraftConfig
+from dflare.checkpoint.folder import find_folder, read_json
 from dflare.checkpoint.problems import raise_problems
-from dflare.checkpoint.reader import find_folder, read_json
 from dflare.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -1,14 +1,12 @@
-"""Read a drafter's config.json: find it, tell the dialect, refuse what is not understood."""
+"""Read a drafter's config.json: tell the dialect, refuse what is not understood."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dflare.checkpoint.config import DraftConfig, make_config, spread_taps
-from dflare.checkpoint.dialects import detect_dialect
+from dflare.checkpoint.dialects import Dialect, detect_dialect
+from dflare.checkpoint.folder import find_folder, read_json
 from dflare.checkpoint.problems import raise_problems
-from dflare.errors import CheckpointError
 
 # Read under the same name in every dialect.
 _PLAIN_KEYS = (
@@ -17,12 +15,42 @@ _PLAIN_KEYS = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
+    "head_dim",
     "rms_norm_eps",
     "max_position_embeddings",
     "vocab_size",
+    "block_size",
     "attention_bias",
     "hidden_act",
 )
+# Where a dialect keeps the rest; the first that is there counts.
+_KEYS: dict[Dialect, dict[str, tuple[str, ...]]] = {
+    "angelslim": {
+        "mask_token_id": ("dflash_config.mask_token_id",),
+        "target_layer_ids": ("dflash_config.target_layer_ids",),
+        "num_target_layers": ("num_target_layers",),
+    },
+    "angelspec": {
+        "mask_token_id": ("mask_token_id",),
+        "target_layer_ids": ("target_layer_ids",),
+        "num_target_layers": ("target_num_hidden_layers",),
+    },
+    "vllm": {
+        "mask_token_id": (
+            "dflare_config.mask_token_id",
+            "dflash_config.mask_token_id",
+            "mask_token_id",
+        ),
+        "target_layer_ids": (
+            "dflare_config.target_layer_ids",
+            "dflash_config.target_layer_ids",
+            "target_layer_ids",
+            "eagle_aux_hidden_state_layer_ids",
+        ),
+        "num_target_layers": ("target_num_hidden_layers", "num_target_layers"),
+    },
+}
+_NESTED_KEYS = {"mask_token_id", "target_layer_ids", "mask_token"}
 # Settings of other drafters of the family: with any other value the computation is not DFlare's.
 _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
@@ -32,73 +60,6 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "markov_rank": (None, 0),
     "enable_hidden_correction": (None, False),
 }
-_DFLASH_CONFIG_KEYS = {"mask_token_id", "target_layer_ids", "mask_token", "block_size"}
-_DRAFT_FILES = ("*.json", "*.safetensors")
-
-
-def find_folder(path: str | Path, files: Sequence[str] = _DRAFT_FILES) -> Path:
-    """Return the folder of a checkpoint; one that is not local comes from the Hugging Face hub.
-
-    Args:
-        path: A folder, or a hub id such as `AngelSlim/Qwen3-4b-dflare`.
-        files: Patterns of what to fetch from the hub.
-
-    Raises:
-        CheckpointError: No such folder, and no such repository or no way to reach it.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{path}: this is a file, expected a folder with config.json in it")
-    if not _is_hub_id(str(path)):
-        raise CheckpointError(
-            f"{path}: no such folder; give a folder with config.json and *.safetensors, or the id "
-            "of a Hugging Face repository (owner/name)"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=list(files)))
-    except (LocalEntryNotFoundError, OSError) as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
-            reason = "the hub has no such repository, or it is private: check the id, or log in"
-        else:
-            reason = (
-                "the hub cannot be reached and no earlier download is cached: check the network"
-            )
-        raise CheckpointError(
-            f"{path}: no such folder, and {reason} ({_first_line(error)})"
-        ) from error
-
-
-def _is_hub_id(path: str) -> bool:
-    parts = path.split("/")
-    return len(parts) == 2 and all(parts) and not path.startswith((".", "~"))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Parse a JSON file that holds one object.
-
-    Raises:
-        CheckpointError: Missing, unreadable, not JSON or not an object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{file}: no such file; give a folder with config.json and *.safetensors"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds {type(content).__name__}, expected a JSON object")
-    return content
 
 
 def read_config(path: str | Path, *, block_size: int | None = None) -> DraftConfig:
@@ -115,84 +76,61 @@ def read_config(path: str | Path, *, block_size: int | None = None) -> DraftConf
     file = find_folder(path) / "config.json"
     content = read_json(file)
     dialect = detect_dialect(content, file)
+    problems: list[str] = []
     values: dict[str, Any] = {key: content[key] for key in _PLAIN_KEYS if key in content}
     values["dialect"] = dialect
-    problems: list[str] = []
-
-    nested = _nested_settings(content, problems)
-    in_nested = dialect == "angelslim" or bool(nested)
-    prefix = "dflash_config." if in_nested else ""
-    keys = {
-        "mask_token_id": f"{prefix}mask_token_id",
-        "target_layer_ids": f"{prefix}target_layer_ids",
-    }
-    settings = nested if dialect == "angelslim" else {**content, **nested}
-    if "mask_token_id" in settings:
-        values["mask_token_id"] = settings["mask_token_id"]
-
-    # AngelSpec calls T `num_target_layers`; AngelSlim calls the target's depth so.
-    depth_key = "target_num_hidden_layers"
-    if dialect == "angelslim" or depth_key not in content:
-        depth_key = "num_target_layers"
-    keys["num_target_layers"] = depth_key
-    if depth_key in content:
-        values["num_target_layers"] = content[depth_key]
-
-    size = (
-        block_size
-        if block_size is not None
-        else settings.get("block_size", content.get("block_size"))
-    )
-    if size is not None:
-        values["block_size"] = size
-    values["head_dim"] = content.get("head_dim")
-    if values["head_dim"] is None:
-        del values["head_dim"]
-        heads = content.get("num_attention_heads")
-        if dialect != "angelslim" and isinstance(heads, int) and heads > 0:
-            values["head_dim"] = content.get("hidden_size", 0) // heads
+    if block_size is not None:
+        values["block_size"] = block_size
+    _refuse_other_drafters(content, problems)
+    names = _read_located(content, dialect, values)
     values["rope"] = _rope(content, problems)
     values["dtype"] = _dtype(content, problems)
-    _read_layer_types(content, values, problems)
-    _refuse_other_drafters(content, problems)
+    _add_layer_types(content, values, problems)
+    if dialect != "angelslim":
+        _add_head_dim(values)
     raise_problems(file, problems)
-    values["target_layer_ids"] = _taps(settings, values, content)
-    return make_config(values, file, keys)
+    if "target_layer_ids" not in values:
+        values["target_layer_ids"] = _default_taps(content, values)
+    return make_config(values, file, names)
 
 
-def _nested_settings(content: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Merge `dflash_config` and vLLM's `dflare_config`; refuse unknown keys in them."""
-    merged: dict[str, Any] = {}
-    for key in ("dflash_config", "dflare_config"):
-        value = content.get(key) or {}
-        if not isinstance(value, dict):
-            problems.append(f"`{key}` is {value!r}, expected an object; correct it")
-            continue
-        for unknown in sorted(set(value) - _DFLASH_CONFIG_KEYS):
-            problems.append(
-                f"`{key}.{unknown}` is {value[unknown]!r}, a setting that DFlare does not have; "
-                "remove it if the drafter was trained without it"
-            )
-        merged.update(value)
-    return merged
+def _read_located(
+    content: dict[str, Any], dialect: Dialect, values: dict[str, Any]
+) -> dict[str, str]:
+    """Read what dialects keep in different places into `values`; return where each was."""
+    names = {}
+    for field, paths in _KEYS[dialect].items():
+        names[field] = paths[0]
+        for path in paths:
+            outer, _, inner = path.rpartition(".")
+            holder = content.get(outer) if outer else content
+            value = holder.get(inner) if isinstance(holder, dict) else None
+            if value is not None:
+                values[field], names[field] = value, path
+                break
+    taps = values.get("target_layer_ids")
+    if isinstance(taps, list):
+        # vLLM captures what goes into a layer, so its own ids are one higher than a tap's.
+        shift = 1 if names["target_layer_ids"] == "eagle_aux_hidden_state_layer_ids" else 0
+        values["target_layer_ids"] = tuple(tap - shift if type(tap) is int else tap for tap in taps)
+    return names
 
 
-def _taps(
-    settings: dict[str, Any], values: dict[str, Any], content: dict[str, Any]
-) -> tuple[Any, ...] | Any:
-    taps = settings.get("target_layer_ids")
-    # vLLM captures what goes into a layer, so its ids are one higher than ours.
-    captured = content.get("eagle_aux_hidden_state_layer_ids")
-    if taps is None and values["dialect"] == "vllm" and isinstance(captured, list):
-        taps = [layer - 1 if isinstance(layer, int) else layer for layer in captured]
-    if taps is None:
-        angelspec = values["dialect"] == "angelspec"
-        count = content.get("num_target_layers") if angelspec else values.get("num_hidden_layers")
-        depth = values.get("num_target_layers")
-        if not isinstance(count, int) or not isinstance(depth, int) or min(count, depth) < 1:
-            return ()
+def _default_taps(content: dict[str, Any], values: dict[str, Any]) -> tuple[int, ...]:
+    """Return the taps of a drafter that does not say: T = D, but AngelSpec gives T."""
+    angelspec = values["dialect"] == "angelspec"
+    count = content.get("num_target_layers") if angelspec else values.get("num_hidden_layers")
+    depth = values.get("num_target_layers")
+    if type(count) is int and type(depth) is int and count > 0 and depth > 0:
         return spread_taps(depth, count)
-    return tuple(taps) if isinstance(taps, list) else taps
+    return ()
+
+
+def _add_head_dim(values: dict[str, Any]) -> None:
+    """Split the hidden size over the heads, as AngelSpec and vLLM do without a `head_dim`."""
+    hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    if values.get("head_dim") is None and type(hidden) is int and type(heads) is int and heads > 0:
+        values["head_dim"] = hidden // heads
 
 
 def _rope(content: dict[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -250,20 +188,20 @@ def _dtype(content: dict[str, Any], problems: list[str]) -> Any:
     return new if new is not None else old
 
 
-def _read_layer_types(content: dict[str, Any], values: dict[str, Any], problems: list[str]) -> None:
+def _add_layer_types(content: dict[str, Any], values: dict[str, Any], problems: list[str]) -> None:
     layers, types = content.get("num_hidden_layers"), content.get("layer_types")
-    windowed = content.get("use_sliding_window", False)
+    windowed = content.get("use_sliding_window")
     if types is None:
         if windowed:
             problems.append(
                 "`use_sliding_window` is true and `layer_types` is missing, expected the type of "
                 "each draft layer; add it"
             )
-        types = ["full_attention"] * layers if isinstance(layers, int) else []
+        types = ["full_attention"] * layers if type(layers) is int else []
     values["layer_types"] = tuple(types) if isinstance(types, list) else types
-    if "sliding_attention" in types:
+    if isinstance(types, list) and "sliding_attention" in types:
         values["sliding_window"] = content.get("sliding_window")
-        if content.get("use_sliding_window") is False:
+        if windowed is False:
             problems.append(
                 "`use_sliding_window` is false and `layer_types` has sliding_attention, expected "
                 "both or neither: transformers ignores the window then; correct either"
@@ -271,6 +209,16 @@ def _read_layer_types(content: dict[str, Any], values: dict[str, Any], problems:
 
 
 def _refuse_other_drafters(content: dict[str, Any], problems: list[str]) -> None:
+    for outer in ("dflash_config", "dflare_config"):
+        nested = content.get(outer) or {}
+        if not isinstance(nested, dict):
+            problems.append(f"`{outer}` is {nested!r}, expected an object; correct it")
+            continue
+        for key in sorted(nested.keys() - _NESTED_KEYS):
+            problems.append(
+                f"`{outer}.{key}` is {nested[key]!r}, a setting that DFlare does not have; "
+                "remove it if the drafter was trained without it"
+            )
     for key, neutral in _NEUTRAL_VALUES.items():
         if content.get(key) not in neutral:
             problems.append(

@@ -55,3 +55,13 @@ def _register_cpu_hooks() -> None:
     HookRegistry.register(
         "sglang.srt.mem_cache.allocation.get_last_loc", get_last_loc_torch, HookType.REPLACE
     )
+    # Its custom op is registered for SGLang's own devices only.
+    HookRegistry.register(
+        "sglang.srt.distributed.parallel_state.GroupCoordinator.all_gather_into_tensor",
+        _all_gather_into_tensor,
+        HookType.REPLACE,
+    )
+
+
+def _all_gather_into_tensor(group, output, input) -> None:
+    group._all_gather_into_tensor(output, input)

@@ -96,8 +96,11 @@ class CpuPlatform(SRTPlatform):
             server_args.mem_fraction_static = _MEM_FRACTION_STATIC
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = _MAX_TOTAL_TOKENS
+        # An idle scheduler would keep a core busy that the user's other programs want.
+        server_args.sleep_on_idle = True
         # There is no second stream to overlap with.
         server_args.disable_overlap_schedule = True
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _cores_by_rank(server_args.tp_size))
 
     def get_default_attention_backend(self) -> str:
         return ATTENTION_BACKEND
@@ -131,3 +134,16 @@ class CpuPlatform(SRTPlatform):
         from dflare.engine.cpu_memory import allow_record_stream_on_cpu
 
         allow_record_stream_on_cpu()
+
+
+def _cores_by_rank(ranks: int) -> str:
+    """Split the cores evenly over tensor-parallel ranks, as SGLANG_CPU_OMP_THREADS_BIND writes it.
+
+    SGLang by itself refuses more ranks than there are NUMA nodes, and a laptop has one.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    if ranks == 1 or len(cores) < ranks:
+        return "all"
+    share = len(cores) // ranks
+    groups = [cores[rank * share : (rank + 1) * share] for rank in range(ranks)]
+    return "|".join(",".join(map(str, group)) for group in groups)

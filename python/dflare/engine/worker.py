@@ -3,10 +3,12 @@
 import logging
 
 import torch
+from sglang.srt.runtime_context import get_parallel, get_spec
 from sglang.srt.speculative.dflash_utils import is_dflash_sampling_verify_available
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2, _is_all_greedy
 
 from dflare import ops
+from dflare.engine.sampling import sample_verify_positions
 
 logger = logging.getLogger(__name__)
 
@@ -22,13 +24,29 @@ class DFlareWorker(DFlashWorkerV2):
         """Allocate the drafter's pool and keep its per-layer K and V buffers at hand."""
         super().alloc_memory_pool(*args, **kwargs)
         pool = self.draft_model_runner.token_to_kv_pool
-        buffers = [pool.get_kv_buffer(layer.self_attn.attn.layer_id) for layer in self._layers]
+        layers = self.draft_model.layers
+        buffers = [pool.get_kv_buffer(layer.self_attn.attn.layer_id) for layer in layers]
         self._k_pools = [k for k, _ in buffers]
         self._v_pools = [v for _, v in buffers]
+        if get_parallel().tp_rank == 0:
+            self._log_once()
 
-    @property
-    def _layers(self):
-        return self.draft_model.layers
+    def _log_once(self) -> None:
+        draft = self.draft_model.draft_config
+        target_bytes, draft_bytes = (
+            _kv_bytes_per_token(runner.token_to_kv_pool)
+            for runner in (self.model_runner, self.draft_model_runner)
+        )
+        logger.info(
+            "DFLARE: drafter of %d layers, taps %s, block %d; K/V %d (target) + %d (drafter) "
+            "bytes a token; draft attention backend %s",
+            draft.num_hidden_layers,
+            ", ".join(map(str, draft.target_layer_ids)),
+            self.block_size,
+            target_bytes,
+            draft_bytes,
+            get_spec().speculative_draft_attention_backend,
+        )
 
     def _append_target_hidden_to_draft_kv_by_loc(
         self,
@@ -54,7 +72,7 @@ class DFlareWorker(DFlashWorkerV2):
         if tokens == 0:
             return
         model = self.draft_model
-        rotary = self._layers[0].self_attn.rotary_emb
+        rotary = model.layers[0].self_attn.rotary_emb
         with torch.inference_mode():
             ops.append_context_kv(
                 target_hidden[:tokens].to(model.context_kv_proj.dtype),
@@ -86,8 +104,6 @@ class DFlareWorker(DFlashWorkerV2):
         ):
             prefix_lens = kwargs["prefix_lens"]
             positions = (prefix_lens[:, None] + self._block_pos_offsets).reshape(-1)
-            from dflare.engine.sampling import sample_verify_positions
-
             target_predict = sample_verify_positions(
                 next_token_logits, sampling_info, positions, int(self.block_size)
             )
@@ -97,3 +113,9 @@ class DFlareWorker(DFlashWorkerV2):
             target_predict=target_predict,
             **kwargs,
         )
+
+
+def _kv_bytes_per_token(pool) -> int:
+    """Bytes that one token takes in all layers of a KV pool, on this rank."""
+    size = pool.get_kv_size_bytes()
+    return (sum(size) if isinstance(size, tuple) else size) // (pool.size + pool.page_size)

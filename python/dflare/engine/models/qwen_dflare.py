@@ -222,8 +222,12 @@ class QwenDFlareDraftModel(nn.Module):
         """Final hidden states [bs * B, H] of the blocks whose embeddings are given."""
         if input_embeds is None:
             raise ValueError("DFLARE: the drafter has no embedding; pass the target's input_embeds")
-        # SGLang's warm-up embeds in the target's dtype, which may differ from the drafter's.
-        hidden_states = input_embeds.to(self.norm.weight.dtype)
+        dtype = self.norm.weight.dtype
+        if input_embeds.dtype != dtype and forward_batch.input_embeds is not None:
+            # SGLang 0.5.23 rounds embeddings to bfloat16 on their way here, whatever the model's
+            # dtype (`ModelRunner`, extend kwargs); the batch still has them as they were.
+            input_embeds = forward_batch.input_embeds
+        hidden_states = input_embeds.to(dtype)
         residual = None
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, forward_batch, residual)

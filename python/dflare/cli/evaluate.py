@@ -1,0 +1,44 @@
+"""`dflare evaluate`: accept length of a drafter by true speculative decoding."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dflare.cli.app import app
+
+
+@app.command("evaluate")
+def evaluate_command(
+    draft: Annotated[str, typer.Argument(help="Folder or Hugging Face id of the drafter.")],
+    target: Annotated[str, typer.Option(help="Folder, Hugging Face id, or `demo`.")],
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(help="Prompts: .txt, or JSONL with `prompt` or `messages`."),
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="Training configuration whose held-out sequences give prompts."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of evaluation.json and .png.")] = Path("."),
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 for greedy.")] = 0.0,
+    limit: Annotated[int | None, typer.Option(help="Prompts of each set; default all.")] = None,
+    rows: Annotated[int, typer.Option(help="Prompts side by side.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+) -> None:
+    """Decode prompts speculatively and report accept length, beside prompt lookup."""
+    from dflare.training.evaluate import run_evaluation
+
+    run_evaluation(
+        draft,
+        target,
+        prompts or [],
+        held_out,
+        output,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        limit=limit,
+        rows=rows,
+        device=device,
+    )

@@ -1,0 +1,104 @@
+"""Facts about the installation and what stands in the way of serving, for `dflare doctor`."""
+
+import logging
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Any
+
+from dflare.engine.plugin import ALGORITHM
+from dflare.engine.version import check_sglang_version
+from dflare.errors import DFlareError
+
+_PACKAGES = ("sglang-dflare", "sglang", "torch", "transformers", "triton")
+
+
+def diagnose() -> dict[str, Any]:
+    """Look at everything that serving needs.
+
+    Returns:
+        `facts`: names and values to print; `problems`: what is wrong and how to fix it, one
+        sentence each, empty where all is well.
+    """
+    facts: dict[str, str] = {"python": platform.python_version()}
+    facts |= {name: _version(name) for name in _PACKAGES}
+    problems: list[str] = []
+    _look_at_extension(facts, problems)
+    _look_at_device(facts)
+    try:
+        check_sglang_version()
+    except DFlareError as error:
+        problems.append(str(error))
+    else:
+        _look_at_plugin(facts, problems)
+    _look_at_demo(facts)
+    return {"facts": facts, "problems": problems}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _look_at_extension(facts: dict[str, str], problems: list[str]) -> None:
+    try:
+        import dflare.ops  # noqa: F401
+        from dflare import _C  # type: ignore[attr-defined]
+    except ImportError as error:
+        facts["extension"] = "missing"
+        problems.append(str(error))
+        return
+    info = _C.build_info()
+    cuda = " ".join(info["cuda_archs"]) or "not built (no nvcc when it was built)"
+    facts["extension"] = f"{info['version']} for torch {info['torch']}, {info['compiler']}"
+    facts["CPU kernels"] = " ".join(info["cpu_isas"])
+    facts["CUDA kernels"] = cuda
+
+
+def _look_at_device(facts: dict[str, str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        facts["device"] = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+    else:
+        facts["device"] = f"CPU, {os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()})"
+    facts["nvcc"] = shutil.which("nvcc") or "not found; needed only to build the CUDA kernels"
+
+
+def _look_at_plugin(facts: dict[str, str], problems: list[str]) -> None:
+    for group in ("sglang.srt.plugins", "sglang.srt.platforms"):
+        if not any(entry.value.startswith("dflare.") for entry in entry_points(group=group)):
+            problems.append(
+                f"the entry point in {group} is missing; install the package: pip install -e ."
+            )
+    # SGLang announces every plug-in that it loads; here only the outcome matters.
+    logging.getLogger("sglang").setLevel(logging.ERROR)
+    from sglang.srt.platforms import current_platform
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.speculative.spec_registry import get_spec
+
+    load_plugins()
+    facts["platform"] = type(current_platform).__name__
+    registered = get_spec(ALGORITHM) is not None
+    facts["plug-in"] = f"--speculative-algorithm {ALGORITHM}" if registered else "not registered"
+    if not registered:
+        allowed = os.environ.get("SGLANG_PLUGINS")
+        hint = f"; SGLANG_PLUGINS={allowed!r} must name dflare too" if allowed else ""
+        problems.append(
+            f"SGLang did not register {ALGORITHM}{hint}; its log above says why the plug-in failed"
+        )
+
+
+def _look_at_demo(facts: dict[str, str]) -> None:
+    from dflare.demo import TARGET_FOLDER, cache_folder, demo_draft
+
+    target = cache_folder() / TARGET_FOLDER
+    facts["demo target"] = str(target) if target.exists() else "not made yet; `make demo` makes it"
+    try:
+        facts["demo drafter"] = str(demo_draft())
+    except DFlareError as error:
+        facts["demo drafter"] = str(error)

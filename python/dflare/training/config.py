@@ -1,0 +1,246 @@
+"""What a training run is: one YAML file, with `key=value` overrides."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dflare.training.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class TargetSection(_Section):
+    """The frozen model that drafts are for.
+
+    Args:
+        name: Folder, Hugging Face id, or ``demo``.
+        attention: ``dflare_grouped``, or transformers' ``sdpa`` or ``eager`` for models with
+            attention sinks, capped scores or sliding windows.
+    """
+
+    name: str
+    attention: Literal["dflare_grouped", "sdpa", "eager"] = "dflare_grouped"
+
+
+class DrafterSection(_Section):
+    """The model that is trained; whatever is not here is as in the target.
+
+    Args:
+        architecture: ``dflare`` or ``dflash``.
+        shared_kv: DFlare without context projections of its own (an ablation).
+        layers: D.
+        taps: Ids of the tapped target layers, or how many to spread over its depth.
+        block_size: B.
+        mask_token_id: Token that stands for slots to be predicted; one that text never holds.
+        intermediate_size: Width of the feed-forward; none for the target's.
+        sliding_window: Tokens that every draft layer sees; none for all.
+        init: Start from layers of the target, or from random weights.
+        init_layers: Target layers to start from; none for its last D.
+        dtype: Of the exported weights.
+    """
+
+    architecture: Literal["dflare", "dflash"] = "dflare"
+    shared_kv: bool = False
+    layers: int = Field(gt=0)
+    taps: int | tuple[int, ...]
+    block_size: int = Field(ge=2, le=32)
+    mask_token_id: int = Field(ge=0)
+    intermediate_size: int | None = Field(default=None, gt=0)
+    sliding_window: int | None = Field(default=None, gt=0)
+    init: Literal["target", "random"] = "target"
+    init_layers: tuple[int, ...] | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+
+class DataSection(_Section):
+    """What is learned from.
+
+    Args:
+        files: Written by ``dflare synth``.
+        max_length: Tokens of a sequence that are used.
+        batch_size: Sequences a step, over all ranks and micro-batches.
+        anchors: Blocks a sequence.
+        held_out: Sequences set aside for validation and ``dflare evaluate``.
+        tap_cache: Folder that keeps the target's states, so that it runs over each sequence once;
+            none runs it in every step.
+    """
+
+    files: tuple[str, ...] = Field(min_length=1)
+    max_length: int = Field(gt=2)
+    batch_size: int = Field(gt=0)
+    anchors: int = Field(gt=0)
+    held_out: int = Field(default=64, ge=0)
+    tap_cache: str | None = None
+
+
+class ObjectiveSection(_Section):
+    """What is minimised; see :class:`dflare.training.objective.Objective`.
+
+    Args:
+        name: ``dpace`` or ``decay``.
+        alpha: D-PACE's smoothing.
+        gamma: Decay length in slots.
+        gamma_end: Decay length at the end of training, for a growing one.
+        soft_labels: Share of the target's own distribution in the labels.
+        frequent: Reduced loss vocabulary: this many of the most frequent tokens ...
+        random: ... and this many others, drawn anew each step; with neither, all tokens count.
+        chunk_tokens: Slots whose logits exist at once.
+    """
+
+    name: Literal["dpace", "decay"] = "dpace"
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    gamma: float = Field(default=7.0, gt=0)
+    gamma_end: float | None = Field(default=None, gt=0)
+    soft_labels: float = Field(default=0.0, ge=0, le=1)
+    frequent: int = Field(default=0, ge=0)
+    random: int = Field(default=0, ge=0)
+    chunk_tokens: int = Field(default=2048, gt=0)
+
+
+class OptimizerSection(_Section):
+    """AdamW with a cosine schedule.
+
+    Args:
+        learning_rate: At the end of the warm-up.
+        final_share: Share of it that is left at the end.
+        warmup: Share of the run that warms up.
+        betas: Of the moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Of matrices; norms and fusion logits do not decay.
+        clip: Norm to which gradients are clipped.
+    """
+
+    learning_rate: float = Field(default=6e-4, gt=0)
+    final_share: float = Field(default=0.0, ge=0, le=1)
+    warmup: float = Field(default=0.04, ge=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+
+
+class RunSection(_Section):
+    """How long, where and how.
+
+    Args:
+        output: Folder of checkpoints, logs and the export.
+        epochs: Passes over the data; ``steps`` overrides it.
+        steps: Steps; none to go by ``epochs``.
+        max_minutes: Training time, resumed runs added up; the schedule ends in time for it.
+        seed: Of everything random.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        compile: Compile the drafter and the loss; none to do so on CUDA.
+        checkpoint_activations: Recompute activations in the backward pass.
+        accumulate: Micro-batches a step on each rank.
+        shard: Shard weights and optimizer over the ranks (FSDP2) instead of replicating (DDP).
+        threads: CPU threads; none leaves PyTorch's choice.
+        log_every: Steps between log lines.
+        validate_every: Steps between validations; none only at the end.
+        save_minutes: Minutes between snapshots to resume from.
+    """
+
+    output: str
+    epochs: int = Field(default=1, gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    max_minutes: float | None = Field(default=None, gt=0)
+    seed: int = Field(default=0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool | None = None
+    checkpoint_activations: bool = False
+    accumulate: int = Field(default=1, gt=0)
+    shard: bool = False
+    threads: int | None = Field(default=None, gt=0)
+    log_every: int = Field(default=10, gt=0)
+    validate_every: int | None = Field(default=None, gt=0)
+    save_minutes: float = Field(default=10.0, gt=0)
+
+
+class TrainConfig(_Section):
+    """A whole training run."""
+
+    target: TargetSection
+    drafter: DrafterSection
+    data: DataSection
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    run: RunSection
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TrainConfig":
+        if self.drafter.shared_kv and self.drafter.architecture != "dflare":
+            raise ValueError(
+                "drafter.shared_kv belongs to architecture dflare; dflash always has it"
+            )
+        if self.drafter.init_layers and len(self.drafter.init_layers) != self.drafter.layers:
+            raise ValueError(
+                f"drafter.init_layers has {len(self.drafter.init_layers)} entries for "
+                f"{self.drafter.layers} layers; give one target layer for each"
+            )
+        if self.objective.random and not self.objective.frequent:
+            raise ValueError("objective.random adds to objective.frequent; give both or neither")
+        return self
+
+
+def _override(content: dict[str, Any], assignment: str) -> None:
+    key, separator, value = assignment.partition("=")
+    path = key.strip().split(".")
+    if not separator or not all(path):
+        raise ConfigError(f"{assignment!r} is not an override; write section.key=value")
+    node = content
+    for part in path[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{assignment!r}: {part} is a value, not a section")
+    try:
+        node[path[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{assignment!r}: the value is not YAML ({error})") from error
+
+
+def parse_config(content: Any, source: str) -> TrainConfig:
+    """Check a configuration.
+
+    Args:
+        content: Nested dict, as YAML gives it.
+        source: Where it is from, for messages.
+
+    Raises:
+        ConfigError: Names every key that is wrong, with the value given and what is expected.
+    """
+    try:
+        return TrainConfig.model_validate(content)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"] if part not in ("int", "tuple"))
+            if problem["type"] == "extra_forbidden":
+                text = f"{key} is not a setting; see docs/training.md for those there are"
+            elif problem["type"] == "missing":
+                text = f"{key} is missing; give it in the file or as {key}=..."
+            elif problem["type"] == "value_error":
+                text = str(problem["ctx"]["error"])
+            else:
+                text = f"{key} is {problem['input']!r}: {problem['msg'].lower()}"
+            lines.append(f"\n  - {text}")
+        raise ConfigError(f"{source}:{''.join(dict.fromkeys(lines))}") from error
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
+    """Read a YAML file and apply `section.key=value` overrides.
+
+    Raises:
+        ConfigError: Unreadable, not YAML, or with settings that make no sense.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds no settings; see configs/ for examples")
+    for assignment in overrides or []:
+        _override(content, assignment)
+    return parse_config(content, str(path))

@@ -1,0 +1,145 @@
+"""What a run will take, before it starts: memory by part, time from a measured matrix product."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from dflare.checkpoint import DraftConfig
+from dflare.training.config import TrainConfig
+from dflare.training.model import Drafter
+
+_EFFICIENCY = 0.35  # of the measured product rate that a training step reaches; a rough figure
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A forecast for one rank.
+
+    Args:
+        memory: Bytes by part.
+        flops_per_step: Floating-point operations of one step.
+        seconds_per_step: They, at a share of the product rate that this device showed.
+        snapshot_bytes: Size of a snapshot on disk.
+    """
+
+    memory: dict[str, int]
+    flops_per_step: float
+    seconds_per_step: float
+    snapshot_bytes: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.memory.values())
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure FLOP/s of a square matrix product (a few milliseconds)."""
+    size = 4096 if device.type == "cuda" else 768
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best
+
+
+def estimate_run(
+    config: TrainConfig,
+    drafter: Drafter,
+    target_parameters: int,
+    mean_length: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    world: int,
+) -> Estimate:
+    """Forecast memory and time.
+
+    Args:
+        config: Of the run.
+        drafter: Built, for its size.
+        target_parameters: Of the target, embedding included.
+        mean_length: Tokens of a training sequence.
+        dtype: Of computation.
+        device: Of this rank.
+        world: Ranks.
+    """
+    draft: DraftConfig = drafter.config
+    element = torch.empty((), dtype=dtype).element_size()
+    parameters = sum(p.numel() for p in drafter.parameters())
+    rows = max(1, config.data.batch_size // (world * config.run.accumulate))
+    context = rows * min(mean_length, config.data.max_length)
+    slots = rows * config.data.anchors * draft.block_size
+    hidden, vocab = draft.hidden_size, draft.vocab_size
+    loss_vocab = vocab
+    if config.objective.frequent:
+        loss_vocab = min(vocab, config.objective.frequent + config.objective.random)
+    # Values kept for the backward pass: a slot's q, attention output, residual and norm copies and
+    # the feed-forward's three; a context token's fused state and K/V.
+    attention = draft.num_attention_heads * draft.head_dim
+    kv = draft.num_key_value_heads * draft.head_dim
+    per_slot = 2 * attention + 4 * kv + 6 * hidden + 3 * draft.intermediate_size
+    per_token = 3 * hidden + 4 * kv
+    kept = int(draft.num_hidden_layers * (slots * per_slot + context * per_token) * element)
+    if config.run.checkpoint_activations:
+        kept = kept // draft.num_hidden_layers + int(
+            draft.num_hidden_layers * slots * hidden * element
+        )
+    shards = world if config.run.shard else 1
+    chunk = min(config.objective.chunk_tokens, slots)
+    memory = {
+        "target weights": target_parameters * element,
+        "target activations": int(context * hidden * 8 * element),
+        "drafter, gradients, Adam": parameters * 16 // shards,
+        "half-precision copies": parameters * element if element < 4 else 0,
+        "tapped states": int(context * draft.num_taps * hidden * element),
+        "activations": kept,
+        "logits of a chunk": chunk * loss_vocab * 4 * 4,
+    }
+    cached = config.data.tap_cache is not None
+    per_layer = parameters / draft.num_hidden_layers
+    flops = 6.0 * slots * per_layer * draft.num_hidden_layers
+    flops += 4.0 * slots * hidden * loss_vocab
+    flops += 0.0 if cached else 2.0 * context * target_parameters
+    flops *= config.run.accumulate
+    return Estimate(
+        memory,
+        flops,
+        flops / (_EFFICIENCY * product_rate(device, dtype)),
+        3 * 4 * parameters,
+    )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that the device has left, none where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            values = dict(line.split(":", 1) for line in lines)
+        return int(values["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def describe(estimate: Estimate, steps: int | None, free: int | None) -> str:
+    """Put a forecast into words, with advice where memory is short."""
+    gib = 2.0**30
+    parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in estimate.memory.items())
+    text = f"Estimate: {estimate.total / gib:.2f} GiB ({parts})"
+    text += f"; {estimate.seconds_per_step:.2f} s a step"
+    if steps is not None:
+        text += f", {steps * estimate.seconds_per_step / 60:.0f} min for {steps} steps"
+    if free is not None and estimate.total > free:
+        text += (
+            f"\nThat is more than the {free / gib:.1f} GiB that are free: lower data.batch_size or "
+            "data.anchors, raise run.accumulate, set run.checkpoint_activations=true, or a smaller "
+            "objective.chunk_tokens"
+        )
+    return text

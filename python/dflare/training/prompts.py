@@ -1,0 +1,104 @@
+"""Prompts from files, as messages and as token ids."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dflare.training.data import read_lines
+from dflare.training.errors import DataError
+
+Message = dict[str, str]
+_TURNS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_TURNS |= {"system": "system"}
+
+
+def _messages(record: dict[str, Any], where: str) -> list[Message]:
+    for key in ("prompt", "question", "instruction", "text"):
+        if isinstance(record.get(key), str):
+            return [{"role": "user", "content": record[key]}]
+    turns = record.get("messages", record.get("conversations"))
+    try:
+        if not isinstance(turns, list):
+            raise KeyError("messages")
+        messages = [
+            {
+                "role": _TURNS[turn["role"] if "role" in turn else turn["from"]],
+                "content": turn["content"] if "content" in turn else turn["value"],
+            }
+            for turn in turns
+        ]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f'{where}: expected "prompt" (a string) or "messages" (a list of role and content), '
+            f"got keys {sorted(record)}"
+        ) from error
+    # What the target would answer is what training wants; answers of others are dropped.
+    while messages and messages[-1]["role"] != "user":
+        messages.pop()
+    if not messages:
+        raise DataError(f"{where}: no user turn to answer; add one or remove the line")
+    return messages
+
+
+def read_prompts(path: Path) -> list[list[Message]]:
+    """Read prompts, one a line.
+
+    Args:
+        path: ``.txt`` with one user turn a line, or JSONL with ``prompt`` or ``messages``
+            (ShareGPT's ``conversations`` too); the last answer, if there is one, is dropped.
+
+    Raises:
+        DataError: The file or a line cannot be understood, or there is no prompt.
+    """
+    if path.suffix == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error})") from error
+        prompts = [[{"role": "user", "content": line.strip()}] for line in lines if line.strip()]
+    else:
+        prompts = [_messages(record, f"{path}:{number}") for number, record in read_lines(path)]
+    if not prompts:
+        raise DataError(f"{path}: holds no prompts")
+    return prompts
+
+
+def read_openers(path: Path) -> tuple[str, ...]:
+    """Read beginnings of user turns, one a line; an empty line is a free beginning.
+
+    Raises:
+        DataError: The file cannot be read or is empty.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    if not lines:
+        raise DataError(f"{path}: holds no openers")
+    return tuple(lines)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    """Turn messages into token ids, up to where the answer begins.
+
+    With a chat template it is what a server makes of a chat request; a base model gets the last
+    turn as plain text.
+    """
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(messages[-1]["content"])["input_ids"]
+
+
+def key(messages: list[Message]) -> str:
+    """Return what makes prompts the same: turns and words, not case or spacing."""
+    return json.dumps([[m["role"], " ".join(m["content"].lower().split())] for m in messages])
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> tuple[int, ...]:
+    """Return the tokens that end an answer: the tokenizer's and the generation config's."""
+    ends = getattr(generation_config, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    return tuple(sorted(token for token in ids if token is not None))

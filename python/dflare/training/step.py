@@ -1,0 +1,125 @@
+"""One training step's computation: target states, drafted blocks, their loss."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dflare.checkpoint import DraftConfig
+from dflare.training.batches import Batch
+from dflare.training.block_loss import BlockLoss, block_loss, chunk_loss
+from dflare.training.block_mask import dense_block_mask, flex_block_mask
+from dflare.training.model import Mask
+from dflare.training.objective import Objective
+from dflare.training.tap_cache import TapCache
+from dflare.training.target import Target, TargetOutput
+
+
+class BlockStep:
+    """Computes the loss of batches of blocks.
+
+    Args:
+        target: Frozen, tapped as the drafter wants.
+        config: The drafter's.
+        objective: What is minimised.
+        chunk_tokens: Slots whose logits exist at once.
+        flex: Flex attention's mask instead of a dense one (CUDA).
+        cache: Keeps target states between epochs.
+        run_chunk: The loss of a chunk, possibly compiled.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        config: DraftConfig,
+        objective: Objective,
+        chunk_tokens: int,
+        flex: bool,
+        cache: TapCache | None = None,
+        run_chunk: Callable = chunk_loss,
+    ) -> None:
+        self.target, self.config, self.objective = target, config, objective
+        self._chunk_blocks = max(1, chunk_tokens // (config.block_size - 1))
+        self._cache, self._run_chunk = cache, run_chunk
+        self._make_mask = flex_block_mask if flex else dense_block_mask
+
+    def target_states(self, batch: Batch, sequences: np.ndarray) -> TargetOutput:
+        """Read the target's states of a batch, from the cache where it has them."""
+        if self._cache is None:
+            return self.target.read(batch.ids)
+        unknown = self._cache.unknown(sequences)
+        if len(unknown):
+            rows = torch.from_numpy(np.flatnonzero(np.isin(sequences, unknown)))
+            output = self.target.read(batch.ids[rows.to(batch.ids.device)])
+            self._cache.put(sequences[rows.numpy()], torch.cat([output.taps, output.final], -1))
+        states = self._cache.get(sequences, batch.ids.shape[1])
+        states = states.to(self.target.device).to(self.target.dtype)
+        width = self.config.num_taps * self.config.hidden_size
+        return TargetOutput(states[..., :width], states[..., width:])
+
+    def draft(self, drafter: nn.Module, batch: Batch, taps: Tensor) -> Tensor:
+        """Run all blocks of a batch: final hidden states ``[N*A, B, H]``."""
+        size = self.config.block_size
+        rows, blocks = batch.anchors.shape
+        tokens = torch.full(
+            (rows, blocks, size), self.config.mask_token_id, device=batch.ids.device
+        )
+        tokens[:, :, 0] = batch.ids.gather(1, batch.anchors)
+        slots = torch.arange(size, device=batch.ids.device)
+        positions = (batch.anchors[:, :, None] + slots).flatten(1)
+        windows = {self.config.window(d) for d in range(self.config.num_hidden_layers)}
+        masks: dict[int, Mask] = {
+            window: self._make_mask(batch.anchors, taps.shape[1], size, window)
+            for window in windows
+        }
+        embeddings = self.target.embed(tokens.flatten(1))
+        hidden = drafter(taps, embeddings, positions, masks)
+        return hidden.view(rows * blocks, size, -1)
+
+    def loss(
+        self,
+        drafter: nn.Module,
+        batch: Batch,
+        sequences: np.ndarray,
+        head: Tensor,
+        rows: Tensor | None,
+        gamma: Tensor,
+        normaliser: Tensor,
+    ) -> BlockLoss:
+        """Loss of a batch.
+
+        Args:
+            drafter: The module to call, wrapped or not.
+            batch: On the target's device.
+            sequences: Its sequences' indices in the training corpus, for the cache.
+            head: ``[V', H]``, the head's rows that the loss looks at.
+            rows: ``[V']`` ascending, which those are; none for all.
+            gamma: Scalar, decay length.
+            normaliser: Scalar, supervised slots of the whole step.
+        """
+        states = self.target_states(batch, sequences)
+        hidden = self.draft(drafter, batch, states.taps)
+        labels, supervised = batch.labels.flatten(0, 1), batch.supervised.flatten(0, 1)
+        if rows is not None:
+            # A padded or unsupervised label may not be among the rows: any row will do for it.
+            labels = torch.searchsorted(rows, labels).clamp_(max=len(rows) - 1)
+        teacher = None
+        if self.objective.soft_labels:
+            # The state at n0 + j - 1 is the one from which the target predicts slot j.
+            slots = torch.arange(self.config.block_size - 1, device=batch.ids.device)
+            at = (batch.anchors[:, :, None] + slots).clamp_(max=batch.ids.shape[1] - 1)
+            row = torch.arange(len(at), device=at.device)[:, None, None]
+            teacher = states.final[row, at].flatten(0, 1)
+        return block_loss(
+            hidden[:, 1:],
+            head,
+            labels,
+            supervised,
+            self.objective,
+            gamma,
+            normaliser,
+            teacher=teacher,
+            chunk_blocks=self._chunk_blocks,
+            run_chunk=self._run_chunk,
+        )

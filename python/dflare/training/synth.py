@@ -1,0 +1,283 @@
+"""Training data from a target: it answers prompts, and writes the prompts if there are none."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase
+
+from dflare.training.data import FORMAT, read_lines
+from dflare.training.errors import ConfigError, DataError
+from dflare.training.generate import Answer, Sampling
+from dflare.training.prompts import Message, encode, key
+
+_MARK = "\u2980user turn\u2980"  # stands for a user turn in a chat template; no template holds it
+
+
+class AnswersPrompts(Protocol):
+    """A generator: ``Generator`` with transformers, or ``ServerGenerator``."""
+
+    generated: int
+    seconds: float
+
+    def run(self, prompts: Iterable[list[int]], deadline: float | None = None) -> Iterator[Answer]:
+        """Answer prompts in any order."""
+
+
+MakeGenerator = Callable[[Sampling, int], AnswersPrompts]
+"""Makes a generator for a way of sampling and a length of prompt and answer together."""
+
+
+@dataclass(frozen=True)
+class SynthSettings:
+    """How data is generated; kept in the first line of the file.
+
+    Args:
+        temperature: Of the answers; 0 for greedy.
+        min_p: Tokens below this share of the most probable are not drawn.
+        max_new_tokens: Tokens of an answer.
+        max_length: Tokens of prompt and answer.
+        prompt_temperature: Of prompts that the target writes.
+        prompt_min_p: The same for them.
+        prompt_max_tokens: Longer user turns are thrown away.
+        openers: Beginnings of user turns that the target continues, in turn; more kinds of
+            questions than it would think of itself.
+        seed: Of everything drawn.
+    """
+
+    temperature: float = 0.0
+    min_p: float = 0.0
+    max_new_tokens: int = 512
+    max_length: int = 2048
+    prompt_temperature: float = 1.0
+    prompt_min_p: float = 0.02
+    prompt_max_tokens: int = 128
+    openers: tuple[str, ...] = ("",)
+    seed: int = 0
+
+
+class JsonLines:
+    """A JSONL file that grows, and is continued where it was left.
+
+    Args:
+        path: The file; not compressed.
+        header: Its first line; a file that is there already must have the same.
+
+    Raises:
+        ConfigError: The file was made with other settings.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.records: list[dict[str, Any]] = []
+        if path.exists() and path.stat().st_size:
+            lines = [record for _, record in read_lines(path)]
+            if not lines or lines[0] != header:
+                old = lines[0] if lines else {}
+                raise ConfigError(
+                    f"{path}: was made with other settings ({old}); these are {header}. Name "
+                    "another file, or give the settings it was made with to go on"
+                )
+            self.records = lines[1:]
+            self._cut_partial_line(path)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    @staticmethod
+    def _cut_partial_line(path: Path) -> None:
+        """Remove what an interruption left of a last line."""
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            with path.open("r+b") as file:
+                file.truncate(content.rfind(b"\n") + 1)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append a line, at once: what was generated survives whatever happens."""
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Synth:
+    """Writes a data file.
+
+    Args:
+        path: The file; the prompts that the target writes go beside it.
+        tokenizer: The target's.
+        make_generator: Makes the generator.
+        settings: How to generate.
+        target_name: Noted in the file.
+        vocab_size: The target's, noted in the file.
+        stop_ids: Tokens that end an answer.
+        excluded: Prompts that must not be in the data, such as those of a benchmark.
+        deadline: ``time.monotonic()`` at which to stop; none to go on to the end.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        make_generator: MakeGenerator,
+        settings: SynthSettings,
+        target_name: str,
+        vocab_size: int,
+        stop_ids: tuple[int, ...],
+        excluded: Iterable[list[Message]] = (),
+        deadline: float | None = None,
+    ) -> None:
+        self._path, self._tokenizer, self._make_generator = path, tokenizer, make_generator
+        self._settings, self._stop_ids, self._deadline = settings, stop_ids, deadline
+        self._excluded = {key(messages) for messages in excluded}
+        self._header = {
+            "dflare_data": FORMAT,
+            "target": target_name,
+            "vocab_size": vocab_size,
+            "generation": json.loads(json.dumps(asdict(settings))),
+        }
+        self._console = Console(stderr=True)
+
+    def _progress(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[rate]}"),
+            console=self._console,
+        )
+
+    def write_prompts(self, count: int) -> list[list[Message]]:
+        """Let the target write user turns after its own chat template.
+
+        Args:
+            count: Different prompts wanted; those of an earlier call are counted.
+
+        Returns:
+            The prompts, from ``<file>.prompts.jsonl``.
+
+        Raises:
+            DataError: The target has no chat template.
+        """
+        before, after = self._user_turn()
+        settings = self._settings
+        ends = self._tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+        sampling = Sampling(
+            settings.prompt_temperature,
+            settings.prompt_min_p,
+            settings.prompt_max_tokens,
+            tuple({*ends, *self._stop_ids}),
+        )
+        starts = [
+            self._tokenizer(before + opener, add_special_tokens=False)["input_ids"]
+            for opener in settings.openers
+        ]
+        longest = max(len(ids) for ids in starts)
+        generator = self._make_generator(sampling, longest + settings.prompt_max_tokens)
+        file = JsonLines(self._path.with_suffix(".prompts.jsonl"), self._header)
+        prompts = [[{"role": "user", "content": r["prompt"]}] for r in file.records]
+        seen = {key(messages) for messages in prompts} | self._excluded
+
+        def endless() -> Iterator[list[int]]:
+            while len(prompts) < count:
+                yield from starts
+
+        with self._progress() as progress:
+            task = progress.add_task("prompts", total=count, completed=len(prompts), rate="")
+            for answer in generator.run(endless(), self._deadline):
+                opener = settings.openers[answer.prompt % len(starts)]
+                text = (opener + str(self._tokenizer.decode(answer.ids[:-1]))).strip()
+                messages = [{"role": "user", "content": text}]
+                # A turn that was cut, holds control tokens or is a mere sign makes no prompt.
+                special = set(answer.ids[:-1]) & set(self._tokenizer.all_special_ids)
+                same = key(messages)
+                if answer.finish == "length" or len(text) < 4 or special or same in seen:
+                    continue
+                if len(prompts) >= count:
+                    break
+                seen.add(same)
+                prompts.append(messages)
+                file.add({"prompt": text})
+                progress.update(task, completed=len(prompts), rate=_rate(generator))
+        file.close()
+        return prompts
+
+    def _user_turn(self) -> tuple[str, str]:
+        """Return what a chat template puts before and behind a user turn."""
+        if not self._tokenizer.chat_template:
+            raise DataError(
+                "the target's tokenizer has no chat template to write user turns with; "
+                "give prompts with --prompts"
+            )
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+        )
+        before, mark, after = str(text).partition(_MARK)
+        if not mark:
+            raise DataError(
+                "the target's chat template changes the user turn; give prompts with --prompts"
+            )
+        return before, after
+
+    def answer(self, prompts: Iterable[list[Message]]) -> int:
+        """Let the target answer prompts; those answered by an earlier call are skipped.
+
+        Args:
+            prompts: Conversations that end with a user turn.
+
+        Returns:
+            Sequences in the file.
+        """
+        settings = self._settings
+        file = JsonLines(self._path, self._header)
+        done = {record["key"] for record in file.records}
+        waiting: list[tuple[str, list[int]]] = []
+        for messages in prompts:
+            if key(messages) in self._excluded:
+                continue
+            digest = hashlib.sha256(key(messages).encode()).hexdigest()[:16]
+            if digest not in done:
+                done.add(digest)
+                ids = encode(self._tokenizer, messages)
+                if len(ids) < settings.max_length:
+                    waiting.append((digest, ids))
+        written = len(file.records)
+        sampling = Sampling(
+            settings.temperature, settings.min_p, settings.max_new_tokens, self._stop_ids
+        )
+        generator = self._make_generator(sampling, settings.max_length)
+        total = written + len(waiting)
+        with self._progress() as progress:
+            task = progress.add_task("answers", total=total, completed=written, rate="")
+            for answer in generator.run((ids for _, ids in waiting), self._deadline):
+                digest, ids = waiting[answer.prompt]
+                loss = [[len(ids), len(ids) + len(answer.ids)]]
+                record = {"key": digest, "ids": ids + answer.ids, "loss": loss}
+                file.add({**record, "finish": answer.finish})
+                written += 1
+                progress.update(task, completed=written, rate=_rate(generator))
+        file.close()
+        self._console.print(
+            f"{self._path}: {written} sequences; {generator.generated} tokens in this call, "
+            f"{_rate(generator)}",
+            highlight=False,
+        )
+        return written
+
+
+def _rate(generator: AnswersPrompts) -> str:
+    return f"{generator.generated / max(generator.seconds, 1e-9):.0f} tokens/s"
+
+
+def minutes_from_now(minutes: float | None) -> float | None:
+    """Turn a time budget into a deadline."""
+    return None if minutes is None else time.monotonic() + 60.0 * minutes

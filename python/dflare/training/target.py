@@ -1,0 +1,150 @@
+"""The frozen target: its tapped hidden states, its embedding and its head."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dflare.errors import UnsupportedError
+from dflare.training.errors import ConfigError
+from dflare.training.slot_cache import ATTENTION
+
+DEMO_TARGET = "demo"
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """What a forward pass of the target gives to training.
+
+    Args:
+        taps: ``[N, S, T*H]``, outputs of the tapped layers side by side (Hugging Face's
+            ``hidden_states[id + 1]``).
+        final: ``[N, S, H]``, the normed final hidden states that the head reads.
+    """
+
+    taps: Tensor
+    final: Tensor
+
+
+class Target:
+    """A Hugging Face causal LM, frozen.
+
+    Args:
+        model: The model, on its device and in its dtype.
+        taps: Ids of the tapped layers, none where only text is wanted.
+
+    Raises:
+        ConfigError: A tap that the target has no layer for.
+        UnsupportedError: Logits that are more than a product with the head.
+    """
+
+    def __init__(self, model: PreTrainedModel, taps: tuple[int, ...] = ()) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.config = model.config.get_text_config()
+        self.decoder = model.get_decoder()
+        self.taps = taps
+        layers = self.decoder.layers
+        if taps and not 0 <= min(taps) <= max(taps) < len(layers):
+            raise ConfigError(
+                f"drafter.taps is {list(taps)}, but the target has layers 0 to {len(layers) - 1}; "
+                "choose taps within them, or give their number and let them be spread"
+            )
+        for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+            if getattr(self.config, key, None) not in (None, 0, 1):
+                raise UnsupportedError(
+                    f"the target's config has {key} = {getattr(self.config, key)}; the drafter "
+                    "reads the head's logits as they are, so such a target is not supported"
+                )
+        self._seen: dict[int, Tensor] = {}
+        for tap in taps:
+            layers[tap].register_forward_hook(self._remember(tap))
+
+    def _remember(self, tap: int) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._seen[tap] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self.model.dtype
+
+    @property
+    def head(self) -> Tensor:
+        """Weight of the language-model head, ``[V, H]``."""
+        return self.model.get_output_embeddings().weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embed tokens as the target does, scaling included: ``[...]`` to ``[..., H]``."""
+        return self.model.get_input_embeddings()(ids)
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, **kwargs: Any) -> TargetOutput:
+        """Run the layers, not the head, over whole sequences or cached ones.
+
+        Args:
+            ids: ``[N, S]`` int64. Without a mask attention is causal, so padding belongs at the
+                end, where no real token sees it.
+            kwargs: Cache, positions and mask, handed to the model.
+
+        Returns:
+            Tapped and final states.
+        """
+        final = self.decoder(input_ids=ids, **kwargs).last_hidden_state
+        taps = (
+            torch.cat([self._seen[tap] for tap in self.taps], -1) if self.taps else final[..., :0]
+        )
+        self._seen.clear()
+        return TargetOutput(taps, final)
+
+
+def target_path(name: str) -> str:
+    """Resolve ``demo`` to the demo target's folder; other names stay as they are."""
+    if name != DEMO_TARGET:
+        return name
+    from dflare.demo import demo_target
+
+    return str(demo_target())
+
+
+def load_target(
+    name: str,
+    taps: tuple[int, ...] = (),
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attention: str = ATTENTION,
+) -> Target:
+    """Load a target from a folder, from the Hugging Face hub, or the demo's.
+
+    Args:
+        name: Folder, hub id or ``demo``.
+        taps: Ids of the layers to tap.
+        device: Where it runs.
+        dtype: What it computes in.
+        attention: Attention function; transformers' ``sdpa`` for models that ours refuses.
+
+    Returns:
+        The frozen target.
+
+    Raises:
+        ConfigError: No such model.
+    """
+    path = target_path(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, device_map=None
+        )
+    except (OSError, ValueError) as error:
+        hint = "" if Path(path).exists() else "; no such folder or hub repository, check the name"
+        raise ConfigError(f"target {name!r} cannot be loaded: {error}{hint}") from error
+    torch.nn.Module.to(model, device)
+    return Target(model, taps)

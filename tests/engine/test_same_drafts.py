@@ -1,0 +1,118 @@
+"""The engine drafts exactly what the paper's equations give, whatever its caches went through.
+
+This is the test that catches a drafter fed wrong context: such a drafter only accepts less.
+"""
+
+import random
+
+import pytest
+from checkpoints import write_random_draft, write_random_target
+from engines import proposals, running_engine
+from reference_drafter import ReferencePair
+from same_drafts import assert_same_drafts
+
+pytestmark = pytest.mark.slow
+
+GREEDY = {"temperature": 0, "ignore_eos": True}
+
+
+def random_prompts(count: int, low: int, high: int, seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [
+        [draw.randrange(5, 500) for _ in range(draw.randrange(low, high))] for _ in range(count)
+    ]
+
+
+def check(engine, pair: ReferencePair, prompts, new_tokens: int, name: str, window=None) -> int:
+    """Generate all prompts at once and check every step of each; returns accepted draft tokens."""
+    rids = [f"{name}-{i}" for i in range(len(prompts))]
+    answers = engine.generate(
+        input_ids=prompts, sampling_params=GREEDY | {"max_new_tokens": new_tokens}, rid=rids
+    )
+    return sum(
+        assert_same_drafts(pair, prompt, answer["output_ids"], proposals(rid), window)
+        for prompt, answer, rid in zip(prompts, answers, rids, strict=True)
+    )
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("radix", [True, False])
+def test_pages_and_radix_hits(random_pair, random_reference, page_size, radix):
+    prompts = random_prompts(6, 1, 150)
+    shared = [prompts[0][:70] + tail for tail in random_prompts(3, 1, 60, seed=1)]
+    name = f"pages-{page_size}-{radix}"
+    with running_engine(*random_pair, page_size=page_size, disable_radix_cache=not radix) as engine:
+        check(engine, random_reference, prompts, 70, name)
+        # The same prompts again, and others that begin alike: answered from the cache if there is one.
+        check(engine, random_reference, prompts[:3], 20, name + "-again")
+        check(engine, random_reference, shared, 20, name + "-shared")
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_chunked_prefill(random_pair, random_reference, page_size):
+    with running_engine(*random_pair, page_size=page_size, chunked_prefill_size=64) as engine:
+        check(engine, random_reference, random_prompts(5, 100, 300), 30, f"chunked-{page_size}")
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_retraction(random_pair, random_reference, page_size, capfd):
+    # Eight requests of about 200 tokens at the end do not fit into 640 slots, though each begins.
+    with running_engine(
+        *random_pair,
+        page_size=page_size,
+        max_total_tokens=640,
+        schedule_conservativeness=0.01,
+        log_level="info",
+    ) as engine:
+        check(engine, random_reference, random_prompts(8, 40, 60), 150, f"retract-{page_size}")
+    assert "retract" in capfd.readouterr().err.lower(), "the pool was large enough after all"
+
+
+def test_sliding_window_layers(tmp_path):
+    target = write_random_target(tmp_path / "target")
+    draft = write_random_draft(
+        tmp_path / "draft",
+        num_layers=3,
+        layer_types=("full_attention", "sliding_attention", "sliding_attention"),
+        sliding_window=24,
+    )
+    with running_engine(target, draft) as engine:
+        check(engine, ReferencePair(target, draft), random_prompts(4, 10, 120), 40, "sliding")
+
+
+def test_draft_window(random_pair, random_reference):
+    with running_engine(*random_pair, speculative_draft_window_size=32) as engine:
+        check(engine, random_reference, random_prompts(4, 10, 120), 40, "window", window=32)
+
+
+def test_attention_bias_and_wide_heads(tmp_path):
+    """GPT-OSS-like shapes: biased projections, heads that do not add up to the hidden size."""
+    target = write_random_target(tmp_path / "target", architecture="qwen3", head_dim=32)
+    draft = write_random_draft(
+        tmp_path / "draft", attention_bias=True, head_dim=64, num_heads=8, num_kv_heads=1
+    )
+    with running_engine(target, draft, page_size=16) as engine:
+        check(engine, ReferencePair(target, draft), random_prompts(4, 10, 90), 40, "bias")
+
+
+def test_demo_pair_accepts(demo_pair, demo_reference):
+    """A trained drafter: verified blocks of several tokens, a radix hit, chunks, small pages."""
+    question = "Count from 1 to 30, separated by commas."
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_pair[0])
+    chat = [
+        [{"role": "user", "content": question}],
+        [{"role": "user", "content": "Write the alphabet, one letter a line."}],
+        [{"role": "user", "content": "Say the word 'repeat' twenty times."}],
+    ]
+    prompts = [
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        for messages in chat
+    ]
+    with running_engine(*demo_pair, page_size=16, chunked_prefill_size=64) as engine:
+        accepted = check(engine, demo_reference, prompts, 60, "demo")
+        accepted += check(engine, demo_reference, prompts, 60, "demo-again")
+    assert accepted > 30, f"only {accepted} draft tokens were accepted"

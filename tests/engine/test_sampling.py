@@ -1,0 +1,113 @@
+"""With temperature, the distribution of the next tokens is the target's own."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from checkpoints import random_draft_config, random_tensors
+from engines import proposals, running_engine
+from scipy.stats import chisquare
+from transformers import AutoModelForCausalLM
+
+from dflare.checkpoint import save_checkpoint
+
+pytestmark = pytest.mark.slow
+
+TEMPERATURE, TOP_K, TOP_P = 0.8, 5, 0.97
+SAMPLES, LENGTH = 3000, 3
+# Probability that a correct engine fails this test; a wrong one fails with far smaller p-values.
+FALSE_ALARM_RATE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def constant_pair(random_pair, tmp_path_factory):
+    """A drafter that always proposes the same token: its layers add nothing to the mask's embedding."""
+    target, _ = random_pair
+    config = random_draft_config()
+    weights = random_tensors(config, seed=0)
+    for name in weights:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name].zero_()
+    weights["norm.weight"].fill_(1)
+    draft = tmp_path_factory.mktemp("constant") / "draft"
+    save_checkpoint(draft, config, weights)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    embedding = model.get_input_embeddings().weight[config.mask_token_id]
+    normed = embedding * torch.rsqrt(embedding.square().mean() + config.rms_norm_eps)
+    return target, draft, model, int((model.lm_head.weight @ normed).argmax())
+
+
+@torch.no_grad()
+def next_token_probs(model, tokens: list[int]) -> dict[int, float]:
+    """The target's distribution after temperature, top-k and top-p, as SGLang filters."""
+    logits = model(torch.tensor([tokens])).logits[0, -1].double()
+    probs, ids = torch.softmax(logits / TEMPERATURE, -1).sort(descending=True)
+    keep = (torch.arange(len(ids)) < TOP_K) & (probs.cumsum(0) - probs <= TOP_P)
+    kept = probs[keep] / probs[keep].sum()
+    return dict(zip(ids[keep].tolist(), kept.tolist(), strict=True))
+
+
+def find_prompt(model, constant: int) -> list[int]:
+    """A prompt after which the drafter's constant token is likely to be sampled, so that some drafts
+    are accepted and some rejected."""
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(2000):
+        prompt = torch.randint(5, 500, (6,), generator=draw).tolist()
+        first = next_token_probs(model, prompt)
+        hit = sum(
+            p * next_token_probs(model, [*prompt, token]).get(constant, 0.0)
+            for token, p in first.items()
+        )
+        if 0.1 < hit < 0.9:
+            return prompt
+    raise AssertionError("no prompt of 2000 makes the drafter's token likely")
+
+
+def test_distribution_of_three_tokens(constant_pair):
+    target, draft, model, constant = constant_pair
+    prompt = find_prompt(model, constant)
+    expected: Counter[tuple[int, ...]] = Counter()
+    for first, p in next_token_probs(model, prompt).items():
+        for second, q in next_token_probs(model, [*prompt, first]).items():
+            for third, r in next_token_probs(model, [*prompt, first, second]).items():
+                expected[first, second, third] = p * q * r * SAMPLES
+    sampling = {
+        "temperature": TEMPERATURE,
+        "top_k": TOP_K,
+        "top_p": TOP_P,
+        "max_new_tokens": LENGTH,
+        "ignore_eos": True,
+    }
+    rids = [f"sample-{i}" for i in range(SAMPLES)]
+    with running_engine(target, draft, random_seed=7) as engine:
+        answers = engine.generate(
+            input_ids=[prompt] * SAMPLES, sampling_params=sampling, rid=rids
+        )
+    observed = Counter(tuple(answer["output_ids"]) for answer in answers)
+    assert set(observed) <= set(expected), "a token that top-k or top-p excludes was sampled"
+    assert all(step["block"][1:] == [constant] * 3 for step in proposals("sample-0"))
+    accepted = sum(answer["meta_info"]["spec_num_correct_drafts"] for answer in answers)
+    assert SAMPLES * 0.05 < accepted < SAMPLES * 1.9, "both accepting and rejecting must happen"
+    rare = [cell for cell in expected if expected[cell] < 5]
+    common = [cell for cell in expected if expected[cell] >= 5]
+    f_expected = [expected[cell] for cell in common] + [sum(expected[cell] for cell in rare)]
+    f_observed = [observed[cell] for cell in common] + [sum(observed[cell] for cell in rare)]
+    p_value = chisquare(f_observed, f_expected).pvalue
+    assert p_value > FALSE_ALARM_RATE, f"{f_observed} against {f_expected}"
+
+
+def test_greedy_and_sampled_requests_in_one_batch(constant_pair, random_pair):
+    """Rows that ask for greedy stay greedy beside sampled ones."""
+    target, draft, *_ = constant_pair
+    prompts = [[9, 10, 11], [12, 13, 14]]
+    greedy = {"temperature": 0, "max_new_tokens": 30, "ignore_eos": True}
+    hot = greedy | {"temperature": 1.5}
+    with running_engine(target, draft, random_seed=3) as engine:
+        alone = engine.generate(input_ids=prompts, sampling_params=greedy)
+        mixed = engine.generate(
+            input_ids=list(itertools.chain(prompts, prompts)),
+            sampling_params=[greedy, greedy, hot, hot],
+        )
+    assert [a["output_ids"] for a in mixed[:2]] == [a["output_ids"] for a in alone]
+    assert [a["output_ids"] for a in mixed[2:]] != [a["output_ids"] for a in alone]

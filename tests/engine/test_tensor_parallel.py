@@ -1,0 +1,22 @@
+"""Two ranks over gloo on the CPU give the tokens of one, and the same drafts."""
+
+import os
+
+import pytest
+from engines import running_engine
+from test_same_drafts import check, random_prompts
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_two_ranks_draft_like_one(random_pair, random_reference, page_size):
+    prompts = random_prompts(4, 5, 80)
+    with running_engine(*random_pair, page_size=page_size, tp_size=2) as engine:
+        check(engine, random_reference, prompts, 40, f"tp-{page_size}")
+        sampling = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
+        two = [a["output_ids"] for a in engine.generate(input_ids=prompts, sampling_params=sampling)]
+    with running_engine(random_pair[0], page_size=page_size) as engine:
+        one = [a["output_ids"] for a in engine.generate(input_ids=prompts, sampling_params=sampling)]
+    assert two == one

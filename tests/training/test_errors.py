@@ -1,0 +1,206 @@
+"""What goes wrong ends in a message that says what to do, and loses nothing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from dflare.cli.app import app, main
+from dflare.errors import CheckpointError, DFlareError, UnsupportedError
+from dflare.training import estimate
+from dflare.training.config import load_config, parse_config
+from dflare.training.errors import ConfigError, DataError, TrainingError
+from dflare.training.snapshot import FILE
+from dflare.training.target import Target, load_target
+from dflare.training.trainer import Trainer
+from tiny_models import tiny_causal_lm, train_config, write_data
+from typer.testing import CliRunner
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_data(tmp_path / "data.jsonl", 14)
+    return tmp_path
+
+
+def target() -> Target:
+    return Target(tiny_causal_lm(), (0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "hint"),
+    [
+        ({"drafter__mask_token_id": 64}, ConfigError, "vocabulary ends at 63"),
+        ({"drafter__mask_token_id": 9}, ConfigError, "occurs .* times"),
+        ({"drafter__taps": [0, 4]}, CheckpointError, "target_layer_ids"),
+        ({"drafter__intermediate_size": 65}, ConfigError, "init=random"),
+        ({"drafter__init_layers": [2, 4]}, ConfigError, "layers 0 to 3"),
+        ({"data__batch_size": 5, "run__accumulate": 2}, ConfigError, "multiple of"),
+        ({"data__files": ["none.jsonl"]}, DataError, "none.jsonl"),
+        ({"data__max_length": 4}, DataError, "nothing to learn"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_the_first_step(folder, changes, error, hint):
+    with pytest.raises(error, match=hint):
+        Trainer(train_config(folder, **changes), target())
+    assert not (folder / "run" / FILE).exists()
+
+
+def test_a_tap_out_of_range_is_refused():
+    with pytest.raises(ConfigError, match=r"drafter.taps is \[0, 4\].*layers 0 to 3"):
+        Target(tiny_causal_lm(), (0, 4))
+
+
+def test_data_of_another_tokenizer_is_refused(folder):
+    write_data(folder / "data.jsonl", 14, vocab_size=32)
+    with pytest.raises(DataError, match=r"vocabulary of 32 .*the target has 64"):
+        Trainer(train_config(folder), target())
+
+
+def test_a_target_with_capped_logits_is_refused():
+    model = tiny_causal_lm()
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(UnsupportedError, match="final_logit_softcapping"):
+        Target(model)
+
+
+def test_a_target_that_is_nowhere_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        load_target(str(tmp_path / "none"))
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_snapshot(folder):
+    trainer = Trainer(train_config(folder, run__steps=2), target())
+    trainer.run()
+    before = (folder / "run" / FILE).read_bytes()
+    config = train_config(folder, run__steps=6)
+    trainer = Trainer(config, target(), resume=True)
+    with torch.no_grad():
+        trainer.drafter.norm.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"loss is nan after step 4.*learning_rate"):
+        trainer.run()
+    assert (folder / "run" / FILE).read_bytes() == before
+
+
+def test_a_run_is_not_overwritten(folder):
+    Trainer(train_config(folder, run__steps=1), target()).run()
+    with pytest.raises(ConfigError, match="--resume"):
+        Trainer(train_config(folder), target())
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"optimizer__learning_rate": 0.5}, "optimizer.learning_rate"),
+        ({"drafter__block_size": 5}, "drafter.block_size"),
+        ({"data__max_length": 15}, "data.max_length"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings(folder, changes, hint):
+    Trainer(train_config(folder, run__steps=1), target()).run()
+    with pytest.raises(ConfigError, match=hint):
+        Trainer(train_config(folder, **changes), target(), resume=True)
+
+
+def test_a_run_is_not_resumed_with_other_data(folder):
+    Trainer(train_config(folder, run__steps=1), target()).run()
+    write_data(folder / "data.jsonl", 14, seed=9)
+    with pytest.raises(ConfigError, match="other training data"):
+        Trainer(train_config(folder), target(), resume=True)
+
+
+def test_there_must_be_something_to_resume(folder):
+    with pytest.raises(ConfigError, match="without --resume"):
+        Trainer(train_config(folder), target(), resume=True)
+
+
+def test_a_full_disk_leaves_the_last_snapshot(folder, monkeypatch):
+    Trainer(train_config(folder, run__steps=2), target()).run()
+    before = (folder / "run" / FILE).read_bytes()
+    trainer = Trainer(train_config(folder, run__steps=4), target(), resume=True)
+
+    def no_space(content, path):
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", no_space)
+    with pytest.raises(
+        TrainingError, match=r"No space left.*GiB are free.*before it is intact.*--resume"
+    ):
+        trainer.run()
+    assert (folder / "run" / FILE).read_bytes() == before
+    assert not list((folder / "run").glob("*.partial"))
+
+
+def test_a_tap_cache_without_room_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+    with pytest.raises(TrainingError, match="tap_cache needs"):
+        Trainer(train_config(folder, data__tap_cache=str(folder / "taps")), target())
+
+
+def test_a_tap_cache_of_other_data_is_refused(folder):
+    config = train_config(folder, data__tap_cache=str(folder / "taps"), run__steps=1)
+    Trainer(config, target()).run()
+    write_data(folder / "data.jsonl", 14, seed=9)
+    other = {"data__tap_cache": str(folder / "taps"), "run__output": str(folder / "other")}
+    with pytest.raises(ConfigError, match="other data"):
+        Trainer(train_config(folder, **other), target())
+
+
+def test_unknown_and_missing_settings_are_all_named():
+    content = {"target": {"name": "x"}, "drafter": {"layers": 0, "tops": 3}, "data": {}}
+    with pytest.raises(ConfigError) as error:
+        parse_config(content, "my.yaml")
+    text = str(error.value)
+    for part in ("my.yaml", "drafter.layers is 0", "drafter.tops is not", "run is missing"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "hint"),
+    [
+        ("drafter", {"architecture": "dflash", "shared_kv": True}, "shared_kv"),
+        ("drafter", {"init_layers": [1]}, "init_layers"),
+        ("objective", {"random": 5}, "objective.frequent"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(folder, section, settings, hint):
+    content = train_config(folder).model_dump(mode="json")
+    content[section] |= settings
+    with pytest.raises(ConfigError, match=hint):
+        parse_config(content, "c.yaml")
+
+
+def test_overrides_change_settings_and_are_checked(folder):
+    file = folder / "c.yaml"
+    file.write_text(json.dumps(train_config(folder).model_dump(mode="json")))
+    config = load_config(file, ["drafter.taps=[0, 2]", "optimizer.learning_rate=1e-2"])
+    assert config.drafter.taps == (0, 2) and config.optimizer.learning_rate == 0.01
+    for wrong, hint in {"drafter.taps": "section.key=value", "run.stepz=3": "run.stepz"}.items():
+        with pytest.raises(ConfigError, match=hint):
+            load_config(file, [wrong])
+
+
+def test_the_command_line_prints_one_line_and_exits_with_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["dflare", "train", str(tmp_path / "none.yaml")])
+    with pytest.raises(SystemExit) as exit_status:
+        main()
+    assert exit_status.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dflare: ") and "none.yaml" in error and "Traceback" not in error
+
+
+def test_commands_without_prompts_say_which_options_give_them(tmp_path):
+    for arguments in (
+        ["synth", str(tmp_path / "d.jsonl"), "--target", "x"],
+        ["evaluate", "x", "--target", "y"],
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, DFlareError) and "--prompts" in str(result.exception)
+
+
+def test_the_forecast_advises_where_memory_is_short():
+    forecast = estimate.Estimate({"activations": 3 * 2**30}, 1e12, 0.5, 100)
+    text = estimate.describe(forecast, steps=120, free=2**30)
+    assert "3.00 GiB" in text and "1 min for 120 steps" in text and "run.accumulate" in text
+    assert "lower" not in estimate.describe(forecast, None, free=4 * 2**30)

@@ -1,0 +1,173 @@
+"""Data generation: what is written, resumed, left out, and who is asked."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from checkpoints import EOS, TURN, byte_tokenizer, write_random_target
+from dflare.cli.app import app
+from dflare.errors import DFlareError
+from dflare.training.data import load_corpus
+from dflare.training.errors import ConfigError, DataError
+from dflare.training.generate import Sampling
+from dflare.training.prompts import encode, key, read_prompts
+from dflare.training.server_generator import ServerGenerator
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return write_random_target(tmp_path_factory.mktemp("target"), num_layers=2)
+
+
+def synth(target, output, *arguments):
+    common = ["synth", str(output), "--target", str(target), "--max-new-tokens", "8"]
+    common += ["--max-length", "64", "--rows", "4", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*common, *arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_answers_follow_their_prompts_and_alone_are_supervised(target, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello there\nwhat is up\n\nhello  THERE\n")
+    header, *records = synth(target, tmp_path / "data.jsonl", "--prompts", str(prompts))
+    assert header["vocab_size"] == 512 and header["generation"]["temperature"] == 0.0
+    assert len(records) == 2  # the third differs from the first in case and spacing alone
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    expected = {tuple(encode(tokenizer, messages)) for messages in read_prompts(prompts)[:2]}
+    for record in records:
+        ((start, end),) = record["loss"]
+        assert tuple(record["ids"][:start]) in expected
+        assert end == len(record["ids"]) and 1 <= end - start <= 8
+        assert record["finish"] == ("stop" if record["ids"][-1] == EOS else "length")
+
+
+def test_an_interrupted_file_is_continued_without_repeating(target, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"question number {n}"}) for n in range(6)]
+    prompts.write_text("\n".join(lines[:3]) + "\n")
+    output = tmp_path / "data.jsonl"
+    synth(target, output, "--prompts", str(prompts))
+    before = output.read_text()
+    output.write_text(before + '{"key": "cut in the mid')
+    prompts.write_text("\n".join(lines) + "\n")
+    records = synth(target, output, "--prompts", str(prompts))[1:]
+    assert output.read_text().startswith(before)
+    assert len({record["key"] for record in records}) == len(records) == 6
+
+
+def test_other_settings_do_not_mix_into_a_file(target, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello\n")
+    synth(target, tmp_path / "data.jsonl", "--prompts", str(prompts))
+    with pytest.raises(ConfigError, match="other settings"):
+        synth(target, tmp_path / "data.jsonl", "--prompts", str(prompts), "--temperature", "1")
+
+
+def test_the_target_writes_its_own_prompts_after_openers(target, tmp_path):
+    openers = tmp_path / "openers.txt"
+    openers.write_text("\nwhat is\n")
+    arguments = ["--self-written", "3", "--openers", str(openers), "--prompt-min-p", "0"]
+    arguments += ["--rows", "16", "--max-length", "256", "--prompt-temperature", "4"]
+    header, *records = synth(target, tmp_path / "data.jsonl", *arguments)
+    lines = (tmp_path / "data.prompts.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines[1:]]
+    assert len(set(prompts)) == len(prompts) == len(records) == 3
+    assert any(prompt.startswith("what is") for prompt in prompts)
+    assert header["generation"]["openers"] == ["", "what is"]
+    assert all(record["ids"][0] == TURN for record in records)
+    # The same command again has nothing left to do.
+    assert len(synth(target, tmp_path / "data.jsonl", *arguments)) == 4
+
+
+def test_excluded_prompts_stay_out(target, tmp_path):
+    (tmp_path / "all.txt").write_text("one fish\ntwo fish\n")
+    (tmp_path / "bench.txt").write_text("Two  Fish\n")
+    arguments = ["--prompts", str(tmp_path / "all.txt"), "--exclude", str(tmp_path / "bench.txt")]
+    assert len(synth(target, tmp_path / "data.jsonl", *arguments)) == 2
+
+
+def test_what_is_written_can_be_trained_on(target, tmp_path):
+    (tmp_path / "p.txt").write_text("one fish\ntwo fish\n")
+    synth(target, tmp_path / "data.jsonl", "--prompts", str(tmp_path / "p.txt"))
+    corpus = load_corpus([tmp_path / "data.jsonl"], 512, 64)
+    assert 1 <= len(corpus) <= 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": "hi"},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "x"}]},
+    ],
+)
+def test_prompts_come_in_the_usual_forms(tmp_path, line):
+    (tmp_path / "p.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_prompts(tmp_path / "p.jsonl") == [[{"role": "user", "content": "hi"}]]
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"), [({"foo": 1}, "messages"), ({"messages": []}, "no user turn")]
+)
+def test_a_prompt_that_is_none_is_named_with_its_line(tmp_path, line, hint):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "x"}) + "\n" + json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=f"p.jsonl:2.*{hint}"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+def test_prompts_are_the_same_whatever_their_case_and_spacing():
+    a, b = ([{"role": "user", "content": text}] for text in ("Hello  World", "hello world\n"))
+    assert key(a) == key(b) != key([{"role": "system", "content": "hello world"}])
+
+
+def test_a_base_model_gets_plain_text():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    ids = encode(tokenizer, [{"role": "user", "content": "abc"}])
+    assert tokenizer.decode(ids) == "abc"
+
+
+class EchoServer(BaseHTTPRequestHandler):
+    """Speaks the part of SGLang's native HTTP interface that is used; answers in reverse."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        ids, stop = body["input_ids"], body["sampling_params"]["stop_token_ids"][0]
+        assert self.path == "/generate"
+        end = {"type": "stop", "matched": stop} if ids[0] != 99 else {"type": "length"}
+        answer = ids[::-1][: body["sampling_params"]["max_new_tokens"]]
+        content = json.dumps({"output_ids": answer, "meta_info": {"finish_reason": end}}).encode()
+        self.send_response(500 if ids[0] == 13 else 200)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def url():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), EchoServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_answers_by_http(url):
+    generator = ServerGenerator(url, 2, 10, Sampling(max_new_tokens=4, stop_ids=(7,)))
+    answers = {a.prompt: a for a in generator.run([[1, 2, 3], [99, 5], [1] * 10])}
+    assert sorted(answers) == [0, 1]  # the third leaves no room
+    assert answers[0].ids == [3, 2, 1, 7] and answers[0].finish == "stop"
+    assert answers[1].ids == [5, 99] and answers[1].finish == "length"
+    assert generator.generated == 6
+
+
+def test_a_server_that_fails_is_named(url):
+    generator = ServerGenerator(url, 1, 10, Sampling(stop_ids=(7,)))
+    with pytest.raises(DFlareError, match=r"127\.0\.0\.1.*500"):
+        list(generator.run([[13, 1]]))
