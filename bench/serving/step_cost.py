@@ -1,6 +1,6 @@
 """What a speculative step costs beside the verification forward in it.
 
-The drafter is random, so about one token is accepted a step and nothing hides the overhead. Prints a
+The drafter is random: about one token is accepted a step, nothing hides the overhead. Prints a
 table of medians and, as the last line a batch size, `step / verify = R`.
 
     python bench/serving/step_cost.py [--tokens 200] [--batches 1 4 8]
@@ -65,9 +65,7 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=200, help="tokens a request")
-    parser.add_argument(
-        "--batches", type=int, nargs="+", default=[1, 4, 8], help="requests at once"
-    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8], help="in flight")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ[TRACE_ENV] = folder
