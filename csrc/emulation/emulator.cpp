@@ -6,6 +6,7 @@
 #include <cstring>
 #include <deque>
 #include <memory>
+#include <new>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -47,19 +48,25 @@ dflare_switch_stack:
 
 namespace {
 
-constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kStackBytes = 128 << 10;
+constexpr uint64_t kStackEnd = 0x5a5a5a5a5a5a5a5a;
 
-// A stack with a guard page below.
+// No guard pages: thousands of stacks with one each would exhaust a process's mappings. The word at
+// the far end is checked instead.
 class Stack {
  public:
   Stack() {
-    base_ = static_cast<unsigned char*>(
-        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    mprotect(base_, 4096, PROT_NONE);
+    void* mapped =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    base_ = static_cast<unsigned char*>(mapped);
+    *reinterpret_cast<uint64_t*>(base_) = kStackEnd;
   }
   ~Stack() { munmap(base_, kStackBytes); }
   Stack(const Stack&) = delete;
   Stack& operator=(const Stack&) = delete;
+
+  bool overflowed() const { return *reinterpret_cast<const uint64_t*>(base_) != kStackEnd; }
 
   // Stack pointer from which dflare_switch_stack enters `entry`.
   void* prepare(void (*entry)()) {
@@ -110,7 +117,7 @@ struct Warp {
 struct Grid {
   Launch launch;
   std::vector<unsigned> order;  // in which its blocks start
-  size_t started = 0, finished = 0, released = 0;  // released: finished or launched dependents
+  size_t started = 0, finished = 0;
   bool done() const { return finished == order.size(); }
 };
 
@@ -120,7 +127,7 @@ struct Block {
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
   int threads = 0, live = 0, at_barrier = 0;
-  bool released = false, waited = false;
+  bool waited = false;
 };
 
 struct Machine {
@@ -188,20 +195,16 @@ void land(const AsyncCopy& copy) {
 
 // ------------------------------------------------------------ scheduling
 
-void release(Block& block) {
-  if (!block.released) ++block.grid->released;
-  block.released = true;
-}
-
 bool may_start(size_t index) {
   Machine& m = machine();
   for (size_t i = index; i > 0; --i) {
     const Grid& prior = m.grids[i - 1];
     if (prior.done()) continue;
-    // A prior grid that is still running must allow the overlap, and so must this one; a grid
-    // before that holds up everything that has not passed it.
+    // CUDA starts an overlapped grid when every block of the one before has launched dependents or
+    // exited, but promises nothing of what their writes look like before the wait. Starting it as
+    // soon as they all run shows every state that it could see.
     const bool overlaps =
-        m.grids[i].launch.overlap_prior && prior.released == prior.order.size();
+        m.grids[i].launch.overlap_prior && prior.started == prior.order.size();
     if (!overlaps) return false;
   }
   return true;
@@ -218,6 +221,7 @@ void start_block(Grid& grid) {
   if (block->shared_bytes > 0) {
     block->shared = static_cast<unsigned char*>(
         allocate_guarded(block->shared_bytes, 128, "shared memory"));
+    if (block->shared == nullptr) throw std::bad_alloc();
   }
   block->warps.resize(block->threads / 32);
   for (size_t w = 0; w < block->warps.size(); ++w) {
@@ -275,17 +279,20 @@ void finish_block(Block& block) {
               "after it could start before the one before it has finished";
     return;
   }
-  release(block);
   ++block.grid->finished;
   m.resident_threads -= block.threads;
   for (Warp& warp : block.warps) {
     if (m.starved == &warp) m.starved = nullptr;
-    for (auto& thread : warp.threads) m.idle_threads.push_back(std::move(thread));
+    for (auto& thread : warp.threads) {
+      if (thread->stack.overflowed()) m.error = "a thread's stack has overflowed";
+      m.idle_threads.push_back(std::move(thread));
+    }
   }
   if (block.shared != nullptr) {
-    m.error = check_guards();
+    if (m.error.empty()) m.error = check_guards();
     release_guarded(block.shared);
   }
+  std::erase_if(m.ready, [&](const Warp* warp) { return warp->block == &block; });
   std::erase_if(m.resident, [&](const auto& b) { return b.get() == &block; });
   for (auto& other : m.resident) {
     if (!priors_done(*other->grid)) continue;
@@ -376,7 +383,7 @@ void prepare(uint64_t seed) {
   m.resident.clear();
   m.run_on = std::initializer_list<double>{0.0, 0.9, 1.0}.begin()[m.below(3)];
   m.prefer_later = m.chance(0.5) ? 1.0 : 0.5;
-  m.most_resident_threads = m.chance(0.3) ? 1 : 512 + m.below(4096);
+  m.most_resident_threads = m.chance(0.3) ? 1 : 512 + m.below(2048);
   m.grids.clear();
   for (Launch& launch : m.queue) {
     Grid grid{.launch = std::move(launch), .order = {}};
@@ -488,8 +495,6 @@ void cp_async_wait(int pending) {
     groups.pop_front();
   }
 }
-
-void launch_dependents() { release(*machine().running->warp->block); }
 
 void wait_for_prior_kernels() {
   Block& block = *machine().running->warp->block;

@@ -7,10 +7,10 @@
 //   * the lanes of a warp run in random order between two warp-wide operations;
 //   * cp.async lands at a random moment between its issue and the wait that covers it;
 //   * thread blocks start in random order and several are resident at once;
-//   * a grid launched for programmatic overlap starts as soon as CUDA would let it, so that what it
-//     reads before ptx::wait_for_prior_kernels is what was there before.
+//   * a grid launched for programmatic overlap may start as soon as all blocks of the one before
+//     run, so that it may read old values until it calls ptx::wait_for_prior_kernels.
 //
-// Shared memory starts as NaN, every buffer ends at an unmapped page (guarded_memory.h). Reported
+// Shared memory starts as NaN, every buffer ends at unmapped memory (guarded_memory.h). Reported
 // as errors: out-of-bounds and misaligned accesses, lanes of a warp in different warp-wide
 // operations, threads that exit while others wait for them, deadlocks, overlapped blocks that exit
 // without having waited for the kernels before. Not seen: bank conflicts, the memory model, time.
@@ -57,7 +57,6 @@ void cp_async(void* shared, const void* global, bool valid);
 void cp_async_commit();
 void cp_async_wait(int pending);
 
-void launch_dependents();
 void wait_for_prior_kernels();
 
 // Ends the run with an error.

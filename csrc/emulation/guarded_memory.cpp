@@ -14,9 +14,12 @@ namespace dflare::emulation {
 namespace {
 
 constexpr unsigned char kGuardByte = 0xa5;
+// Address space without access rights on either side; wide, so that an access that is whole rows
+// off does not jump over it into something else's memory. It costs nothing but addresses.
+constexpr size_t kGuardBytes = 16 << 20;
 
 struct Buffer {
-  unsigned char* pages;  // leading guard page, accessible pages, trailing guard page
+  unsigned char* pages;  // leading guard, accessible pages, trailing guard
   size_t page_bytes;     // of all of them
   unsigned char* data;
   size_t bytes;
@@ -28,10 +31,8 @@ std::map<void*, Buffer>& buffers() {
   return all;
 }
 
-size_t page_size() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
-
-unsigned char* accessible_begin(const Buffer& b) { return b.pages + page_size(); }
-unsigned char* accessible_end(const Buffer& b) { return b.pages + b.page_bytes - page_size(); }
+unsigned char* accessible_begin(const Buffer& b) { return b.pages + kGuardBytes; }
+unsigned char* accessible_end(const Buffer& b) { return b.pages + b.page_bytes - kGuardBytes; }
 
 // Set by the signal handler, which may not allocate.
 sigjmp_buf* fault_target = nullptr;
@@ -39,25 +40,32 @@ uintptr_t fault_address = 0;
 struct sigaction previous_segv, previous_bus;
 
 void on_fault(int, siginfo_t* info, void*) {
+  if (fault_target == nullptr) {  // a fault of the emulator's own
+    signal(SIGSEGV, SIG_DFL);
+    signal(SIGBUS, SIG_DFL);
+    return;
+  }
   fault_address = reinterpret_cast<uintptr_t>(info->si_addr);
-  siglongjmp(*fault_target, 1);
+  sigjmp_buf* target = fault_target;
+  fault_target = nullptr;
+  siglongjmp(*target, 1);
 }
 
 }  // namespace
 
 void* allocate_guarded(size_t bytes, size_t alignment, const std::string& name) {
-  const size_t page = page_size();
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   const size_t accessible = (bytes + alignment + page - 1) / page * page;
-  const size_t total = accessible + 2 * page;
-  auto* pages = static_cast<unsigned char*>(
-      mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  if (pages == MAP_FAILED) return nullptr;
-  mprotect(pages, page, PROT_NONE);
-  mprotect(pages + total - page, page, PROT_NONE);
-  unsigned char* end = pages + total - page;
+  const size_t total = accessible + 2 * kGuardBytes;
+  void* mapped =
+      mmap(nullptr, total, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  auto* pages = static_cast<unsigned char*>(mapped);
+  mprotect(pages + kGuardBytes, accessible, PROT_READ | PROT_WRITE);
+  unsigned char* end = pages + kGuardBytes + accessible;
   auto* data = reinterpret_cast<unsigned char*>(reinterpret_cast<uintptr_t>(end - bytes) /
                                                 alignment * alignment);
-  std::memset(pages + page, kGuardByte, accessible);
+  std::memset(pages + kGuardBytes, kGuardByte, accessible);
   std::memset(data, 0xff, bytes);
   buffers()[data] = {pages, total, data, bytes, name};
   return data;

@@ -1,5 +1,5 @@
-// Buffers whose ends are guarded: a page without access rights follows (and precedes) each, and the
-// bytes that alignment leaves between data and guard hold a pattern that is checked.
+// Buffers whose ends are guarded: address space without access rights follows (and precedes) each,
+// and the bytes that alignment leaves between data and guard hold a pattern that is checked.
 #pragma once
 
 #include <csetjmp>
@@ -8,15 +8,15 @@
 
 namespace dflare::emulation {
 
-// Data starts at a multiple of `alignment` and ends fewer than `alignment` bytes before the guard
-// page. The content is all ones: NaN in every floating-point type.
+// Data starts at a multiple of `alignment` and ends fewer than `alignment` bytes before the guard.
+// The content is all ones: NaN in every floating-point type.
 void* allocate_guarded(size_t bytes, size_t alignment, const std::string& name);
 void release_guarded(void* data);
 
 // What was written outside of the buffers, or an empty string.
 std::string check_guards();
 
-// While one of these lives, an access to a guard page of a buffer (or to any unmapped address)
+// While one of these lives, an access to a guard of a buffer (or to any unmapped address)
 // jumps to `target` after describing itself in `description()`.
 class FaultCatcher {
  public:

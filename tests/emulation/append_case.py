@@ -16,6 +16,10 @@ from emulated import (
 from torch import Tensor
 
 
+class ForeignWriteError(AssertionError):
+    """A pool row was written that belongs to no valid token."""
+
+
 @dataclass(frozen=True)
 class AppendCase:
     commit_lens: tuple[int, ...] | None = None
@@ -73,7 +77,7 @@ class AppendCase:
         lens = None if self.commit_lens is None else torch.tensor(self.commit_lens)
         return float64_reference.valid_rows(lens, self.block, self.num_rows)
 
-    def errors(self, seed: int = 0, on: Emulator | None = None, fused: bool = True) -> float:
+    def error(self, seed: int = 0, on: Emulator | None = None, fused: bool = True) -> float:
         """Largest relative error of a head; raises if a pool row that is not due was written."""
         emu = on or emulator(self.dtype, self.head_dim)
         x, valid = self.inputs(), self.valid_rows()
@@ -98,7 +102,8 @@ class AppendCase:
         ):
             untouched = torch.ones(pools.shape[1], dtype=torch.bool)
             untouched[written] = False
-            assert torch.equal(pools[:, untouched], before[:, untouched]), "wrote a foreign slot"
+            if not torch.equal(pools[:, untouched], before[:, untouched]):
+                raise ForeignWriteError("a slot that is not due was written")
             if len(valid):
                 error = float64_reference.worst_row_error(pools[:, written], reference)
                 worst = max(worst, error)

@@ -1,6 +1,6 @@
 """One call of block_attention: random inputs, the emulated kernel, the float64 reference."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import float64_reference
 import torch
@@ -25,6 +25,8 @@ class AttentionCase:
     logit_scale: float = 1.0  # standard deviation of the logits
     sm_count: int = 4
     lens_64bit: bool = True
+    layers: int = 1  # calls that share the schedule, each with its own qkv
+    scheduled_lens: tuple[int, ...] | None = None  # what the schedule is made for, if not lens
     seed: int = 0
 
     def inputs(self) -> dict[str, Tensor]:
@@ -54,7 +56,7 @@ class AttentionCase:
         positions = positions + torch.arange(self.block)
         sharpness = self.logit_scale**0.5
         return {
-            "qkv": normal(rows, (self.heads + 2 * self.kv_heads) * self.head_dim),
+            "qkv": normal(self.layers, rows, (self.heads + 2 * self.kv_heads) * self.head_dim),
             "q_norm_weight": ((1 + normal(self.head_dim) / 4) * sharpness).to(self.dtype),
             "k_norm_weight": ((1 + normal(self.head_dim) / 4) * sharpness).to(self.dtype),
             "cos_sin_cache": torch.cat([angles.cos(), angles.sin()], 1),
@@ -73,8 +75,12 @@ class AttentionCase:
         return self.head_dim**-0.5
 
     def reference(self) -> Tensor:
+        x = self.inputs()
+        return torch.stack([self._layer_reference(x | {"qkv": qkv}) for qkv in x["qkv"]])
+
+    def _layer_reference(self, inputs: dict[str, Tensor]) -> Tensor:
         return float64_reference.block_attention(
-            **self.inputs(),
+            **inputs,
             eps=1e-6,
             block_size=self.block,
             window=self.window,
@@ -83,13 +89,13 @@ class AttentionCase:
             operand_dtype=self.dtype if self.logit_scale > 1 else torch.float64,
         )
 
-    def run(self, seed: int = 0, layers: int = 1, on: Emulator | None = None) -> Tensor:
-        """Schedules once and runs `layers` equal layers; returns the last one's output."""
+    def run(self, seed: int = 0, on: Emulator | None = None) -> Tensor:
+        """Schedules once and runs all layers; returns their outputs."""
         emu = on or emulator(self.dtype, self.head_dim)
         with emu.memory() as memory:
-            return self._run(emu, memory, seed, layers).clone()
+            return self._run(emu, memory, seed).clone()
 
-    def _run(self, emu: Emulator, memory: Memory, seed: int, layers: int) -> Tensor:
+    def _run(self, emu: Emulator, memory: Memory, seed: int) -> Tensor:
         batch = len(self.lens)
         x = {name: memory.copy(name, tensor) for name, tensor in self.inputs().items()}
         plan = emu.plan_attention(
@@ -97,10 +103,11 @@ class AttentionCase:
         )
         schedule = memory.empty("schedule", (emu.schedule_size(plan),), torch.int32)
         partials = memory.empty("partials", (emu.partials_size(plan),), torch.float32)
+        lens = memory.copy("lens", torch.tensor(self.scheduled_lens or self.lens).to(x["seq_lens"]))
         emu.launch(
             "block_attention_schedule",
             AttentionScheduleParams(
-                seq_lens=x["seq_lens"].data_ptr(),
+                seq_lens=lens.data_ptr(),
                 seq_lens_64bit=self.lens_64bit,
                 batch_size=batch,
                 head_dim=self.head_dim,
@@ -109,12 +116,13 @@ class AttentionCase:
                 schedule=schedule.data_ptr(),
             ),
         )
-        for _ in range(layers):
-            shape = (batch * self.block, self.heads * self.head_dim)
-            out = memory.empty("out", shape, self.dtype)
+        shape = (self.layers, batch * self.block, self.heads * self.head_dim)
+        out = memory.empty("out", shape, self.dtype)
+        for layer in range(self.layers):
             params = BlockAttentionParams(
                 element=emu.element,
-                qkv_stride=x["qkv"].stride(0),
+                qkv=x["qkv"][layer].data_ptr(),
+                qkv_stride=x["qkv"].stride(1),
                 eps=1e-6,
                 cos_sin=x["cos_sin_cache"].data_ptr(),
                 rotary=self.rotary,
@@ -133,11 +141,11 @@ class AttentionCase:
                 plan=plan,
                 schedule=schedule.data_ptr(),
                 partials=partials.data_ptr(),
-                out=out.data_ptr(),
+                out=out[layer].data_ptr(),
                 overlap_launch=True,
             )
             for name in (
-                "qkv", "q_norm_weight", "k_norm_weight", "positions", "k_pool", "v_pool",
+                "q_norm_weight", "k_norm_weight", "positions", "k_pool", "v_pool",
                 "req_to_token", "req_pool_indices", "seq_lens",
             ):  # fmt: skip
                 setattr(params, name, x[name].data_ptr())
@@ -145,11 +153,8 @@ class AttentionCase:
         emu.synchronize(seed)
         return out
 
-    def error(self, seed: int = 0, layers: int = 1, on: Emulator | None = None) -> float:
+    def error(self, seed: int = 0, on: Emulator | None = None) -> float:
         """Largest relative error of a head of a token."""
-        out = self.run(seed, layers, on).unflatten(1, (self.heads, self.head_dim))
-        reference = self.reference().unflatten(1, (self.heads, self.head_dim))
+        out = self.run(seed, on).unflatten(-1, (self.heads, self.head_dim))
+        reference = self.reference().unflatten(-1, (self.heads, self.head_dim))
         return float64_reference.worst_row_error(out, reference)
-
-    def with_seed(self, seed: int) -> "AttentionCase":
-        return replace(self, seed=seed)

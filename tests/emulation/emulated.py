@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "build" / "emulation"
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-DDFLARE_EMULATION"]
 # Hidden: libraries with different kernels are loaded side by side.
-FLAGS += ["-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
+FLAGS += ["-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused"]
 ELEMENTS = {torch.bfloat16: (0, "Bf16"), torch.float16: (1, "Fp16")}
 MAX_LAYERS = 16
 
@@ -158,28 +158,32 @@ class BlockAttentionParams(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Plant:
-    """A bug to plant: `before`, which must occur exactly once in `file`, becomes `after`."""
+    """A bug to plant: `before` becomes `after` in a file under csrc.
 
-    file: str  # under csrc
+    The text must occur exactly once, or `which` says which of several occurrences is meant.
+    """
+
+    file: str
     before: str
     after: str
+    which: int | None = None
 
 
 def _source_tree(plant: Plant | None) -> Path:
     if plant is None:
         return ROOT / "csrc"
-    name = hashlib.sha256(repr(plant).encode()).hexdigest()[:16]
-    tree = CACHE / "planted" / name
+    tree = CACHE / "planted" / hashlib.sha256(repr(plant).encode()).hexdigest()[:16]
     shutil.rmtree(tree, ignore_errors=True)
     for folder in ("cuda", "emulation"):
         shutil.copytree(ROOT / "csrc" / folder, tree / folder)
     path = tree / plant.file
-    text = path.read_text()
-    assert text.count(plant.before) == 1, (
-        f"{plant.file} holds {plant.before!r} {text.count(plant.before)} times, expected once: "
-        "adapt the planted bug to the kernel"
+    pieces = path.read_text().split(plant.before)
+    at = 1 if plant.which is None else plant.which + 1
+    assert at < len(pieces) and (plant.which is not None or len(pieces) == 2), (
+        f"{plant.file} holds {plant.before!r} {len(pieces) - 1} times: adapt the planted bug"
     )
-    path.write_text(text.replace(plant.before, plant.after))
+    before, after = plant.before.join(pieces[:at]), plant.before.join(pieces[at:])
+    path.write_text(before + plant.after + after)
     return tree
 
 
@@ -256,6 +260,8 @@ class Memory:
         count = int(torch.Size(shape).numel())
         size = max(count * dtype.itemsize, 1)
         address = self._library.emu_allocate(size, name.encode())
+        if address is None:
+            raise MemoryError(f"{name}: no {size} bytes")
         self._addresses.append(address)
         buffer = (ctypes.c_char * size).from_address(address)
         return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)

@@ -12,7 +12,7 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 def check(case: AppendCase, seed: int = 0) -> None:
     for fused in (True, False):
-        assert case.errors(seed, fused=fused) < TOLERANCE[case.dtype]
+        assert case.error(seed, fused=fused) < TOLERANCE[case.dtype]
 
 
 @pytest.mark.parametrize(
