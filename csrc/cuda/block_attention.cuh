@@ -1,7 +1,7 @@
 // block_attention: a drafter block attends to its paged context and to itself.
 //
-// Rows. The queries of one KV head are packed: row r of a request's kRows-row tile is head r % group
-// of token r / group, so that all of them share each K/V tile. A warp owns 16 rows.
+// Rows. The queries of one KV head are packed: row r of a request is head r % group of token
+// r / group, so that all of them share each K/V tile. A warp owns 16 rows.
 //
 // Work. A thread block handles one (KV head, row tile) of one schedule item: part i of a request's
 // n parts of the context; the last part also takes the block's own keys. Context tiles are gathered
@@ -45,9 +45,9 @@ struct BlockAttention {
   static constexpr int kKeys = attention_keys(kHeadDim), kStages = attention_stages(kHeadDim);
   static constexpr int kTileElements = kKeys * kHeadDim;  // of K or of V
   static constexpr bool kQueryInRegisters = kHeadDim <= 128;
-  static constexpr int kChunks = kHeadDim / 8;            // 16-byte chunks of a key
-  static constexpr int kKeysPerWarp = kKeys / kWarps;     // that a warp copies of a tile
-  static constexpr int kKeysPerCopy = 32 / kChunks;       // that one instruction of a warp copies
+  static constexpr int kChunks = kHeadDim / 8;         // 16-byte chunks of a key
+  static constexpr int kKeysPerWarp = kKeys / kWarps;  // that a warp copies of a tile
+  static constexpr int kKeysPerCopy = 32 / kChunks;    // that one instruction of a warp copies
   static_assert(!kQueryInRegisters || kRows <= 2 * kKeys, "q fits the stage it borrows");
 
   const BlockAttentionParams& p;
@@ -57,8 +57,8 @@ struct BlockAttention {
   // The item.
   int request, part, parts, first_partial;
   int kv_head, row_tile;
-  int seq_len, first_key, first_tile, tiles;  // context tiles of this part
-  const int32_t* slots;                       // of the request's context
+  int seq_len, first_key, tiles;  // first context index of this part and its tiles
+  const int32_t* slots;           // of the request's context
 
   // mma accumulators: sum[j] holds columns 8j + lane % 4 * 2 + {0, 1} of rows lane / 4 (elements
   // 0, 1) and lane / 4 + 8 (elements 2, 3) of the warp's 16. Maxima are in units of log2.
@@ -71,24 +71,31 @@ struct BlockAttention {
 
   __device__ __forceinline__ T* keys(int stage) const { return shared + stage * 2 * kTileElements; }
   __device__ __forceinline__ T* values(int stage) const { return keys(stage) + kTileElements; }
-  __device__ __forceinline__ int group() const { return p.num_heads / p.kv_heads; }
-  __device__ __forceinline__ int rows() const { return group() * p.block_size; }
+  __device__ __forceinline__ int rows() const { return p.plan.group * p.block_size; }
+  __device__ __forceinline__ int token_of(int row) const {
+    return row * p.plan.inverse_group >> 20;
+  }
+  __device__ __forceinline__ bool warp_has_rows() const {
+    return row_tile * kRows + warp * 16 < rows();
+  }
+  // This block among those of its item.
+  __device__ __forceinline__ int unit() const { return blockIdx.y * p.plan.row_tiles + blockIdx.x; }
   // Row within the request of this thread's accumulator rows.
   __device__ __forceinline__ int row_of(int half) const {
     return row_tile * kRows + warp * 16 + half * 8 + lane / 4;
   }
 
   __device__ __forceinline__ void read_item() {
-    const int4 item = reinterpret_cast<const int4*>(p.schedule)[blockIdx.y];
+    const int4 item = reinterpret_cast<const int4*>(p.schedule)[blockIdx.z];
     request = item.x, part = item.y, parts = item.z, first_partial = item.w;
     if (request < 0) return;
-    row_tile = blockIdx.x % p.plan.row_tiles;
-    kv_head = blockIdx.x / p.plan.row_tiles;
+    row_tile = blockIdx.x;
+    kv_head = blockIdx.y;
     seq_len = load_seq_len(p.seq_lens, p.seq_lens_64bit, request);
-    first_key = attention_first_key(seq_len, p.window);
     const int all = attention_tiles(seq_len, p.window, kHeadDim);
-    first_tile = static_cast<int>(int64_t{all} * part / parts);
-    tiles = static_cast<int>(int64_t{all} * (part + 1) / parts) - first_tile;
+    const int first_tile = all * part / parts;
+    tiles = all * (part + 1) / parts - first_tile;
+    first_key = attention_first_key(seq_len, p.window) + first_tile * kKeys;
     slots = p.req_to_token + p.req_pool_indices[request] * p.req_to_token_stride;
   }
 
@@ -96,8 +103,7 @@ struct BlockAttention {
 
   // Slot of the key that this lane looks up for its warp, -1 beyond the context.
   __device__ __forceinline__ int find_slot(int tile) const {
-    const int key = first_key + (first_tile + tile) * kKeys + warp * kKeysPerWarp +
-                    lane % kKeysPerWarp;
+    const int key = first_key + tile * kKeys + warp * kKeysPerWarp + lane % kKeysPerWarp;
     return tile < tiles && key < seq_len ? slots[key] : -1;
   }
 
@@ -110,56 +116,62 @@ struct BlockAttention {
 #pragma unroll
     for (int i = 0; i < kKeysPerWarp / kKeysPerCopy; ++i) {
       const int key = i * kKeysPerCopy + lane / kChunks;
-      const int64_t key_slot = __shfl_sync(0xffffffffu, slot, key);
+      const int key_slot = __shfl_sync(0xffffffffu, slot, key);
       const bool valid = key_slot >= 0;
       const int offset = tile_offset<kHeadDim>(warp * kKeysPerWarp + key, column);
-      ptx::cp_async_16(k_tile + offset, valid ? k_head + key_slot * p.k_stride : k_head, valid);
-      ptx::cp_async_16(v_tile + offset, valid ? v_head + key_slot * p.v_stride : v_head, valid);
+      ptx::cp_async_16(k_tile + offset, k_head + int64_t{max(key_slot, 0)} * p.k_stride, valid);
+      ptx::cp_async_16(v_tile + offset, v_head + int64_t{max(key_slot, 0)} * p.v_stride, valid);
     }
   }
 
   // ---------------------------------------------------------- the block itself
 
-  // Normalises and rotates heads of the block into rows [0, kTileRows) of a tile, zeros where
-  // there is none. source(row) gives {token, head of the qkv row}, token < 0 for none.
+  // Heads of the block on their way from qkv to a tile, a few rows a thread at a time: their loads
+  // are in flight together, else every row would cost the latencies of its position, of its cosines
+  // and sines, and of the head itself.
+  static constexpr int kRowsPerPass = kThreads / Row::kLanes;
+  template <int kTileRows>
+  struct HeadBatch {
+    static constexpr int kPasses = kTileRows / kRowsPerPass;
+    static constexpr int kInFlight = kPasses < 8 / Row::kVectors ? kPasses : 8 / Row::kVectors;
+    static constexpr int kBatchRows = kInFlight * kRowsPerPass;
+    static_assert(kPasses % kInFlight == 0, "whole batches");
+    Row heads[kInFlight], rotations[kInFlight];
+  };
+
+  // source(row) gives {token of the block, head of its qkv row}.
   template <int kTileRows, class Source>
-  __device__ __forceinline__ void load_heads(T* tile, const T* norm_weight, Source source) const {
-    constexpr int kRowsPerPass = kThreads / Row::kLanes;
-    // Rows whose loads are in flight together: one at a time, a pass would cost three latencies
-    // (position, cosine and sine, the head itself) and the prologue more than the context.
-    constexpr int kPasses = kTileRows / kRowsPerPass;
-    constexpr int kInFlight = kPasses < 8 / Row::kVectors ? kPasses : 8 / Row::kVectors;
-    static_assert(kTileRows % (kRowsPerPass * kInFlight) == 0, "whole passes");
+  __device__ __forceinline__ void request_heads(HeadBatch<kTileRows>& batch, int first,
+                                                Source source) const {
+    constexpr int kInFlight = HeadBatch<kTileRows>::kInFlight;
+    int position[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int2 from = source(first + i * kRowsPerPass + threadIdx.x / Row::kLanes);
+      const int token = request * p.block_size + from.x;
+      position[i] = static_cast<int>(p.positions[token]);
+      batch.heads[i].load(p.rotary, static_cast<const T*>(p.qkv) + int64_t{token} * p.qkv_stride +
+                                        from.y * kHeadDim);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      batch.rotations[i].load_rotation(p.rotary, p.cos_sin + int64_t{position[i]} * p.rotary);
+    }
+  }
+
+  template <int kTileRows>
+  __device__ __forceinline__ void finish_heads(HeadBatch<kTileRows>& batch, int first,
+                                               const T* norm_weight, T* tile) const {
     Row weight;
     weight.load(p.rotary, norm_weight);
-#pragma unroll 1
-    for (int base = threadIdx.x / Row::kLanes; base < kTileRows;
-         base += kRowsPerPass * kInFlight) {
-      Row heads[kInFlight], rotations[kInFlight];
-      int2 from[kInFlight];
-      int64_t position[kInFlight];
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        from[i] = source(base + i * kRowsPerPass);
-        const int index = request * p.block_size + max(from[i].x, 0);
-        position[i] = p.positions[index];
-        heads[i].load(p.rotary, static_cast<const T*>(p.qkv) + index * p.qkv_stride +
-                                    from[i].y * kHeadDim);
-      }
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        rotations[i].load_rotation(p.rotary, p.cos_sin + position[i] * p.rotary);
-      }
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        if (from[i].x < 0) heads[i].fill(0);
-        heads[i].normalize(weight, p.eps, from[i].x >= 0);
-        heads[i].rotate(rotations[i]);
-        const int row = base + i * kRowsPerPass;
-        heads[i].template store_with<T>(p.rotary, [&](int place, uint32_t pair) {
-          *reinterpret_cast<uint32_t*>(tile + tile_offset<kHeadDim>(row, place)) = pair;
-        });
-      }
+    for (int i = 0; i < HeadBatch<kTileRows>::kInFlight; ++i) {
+      batch.heads[i].normalize(weight, p.eps, true);
+      batch.heads[i].rotate(batch.rotations[i]);
+      const int row = first + i * kRowsPerPass + threadIdx.x / Row::kLanes;
+      batch.heads[i].template store_with<T>(p.rotary, [&](int place, uint32_t pair) {
+        *reinterpret_cast<uint32_t*>(tile + tile_offset<kHeadDim>(row, place)) = pair;
+      });
     }
   }
 
@@ -167,12 +179,23 @@ struct BlockAttention {
     return keys(kQueryInRegisters ? kStages - 1 : kStages);
   }
 
-  __device__ __forceinline__ void load_query() {
-    load_heads<kRows>(query_tile(), static_cast<const T*>(p.q_norm_weight), [&](int row) {
-      const int packed = row_tile * kRows + row;
-      return packed < rows() ? make_int2(packed / group(), kv_head * group() + packed % group())
-                             : make_int2(-1, 0);
+  // Rows beyond the last repeat it: their results are not written.
+  __device__ __forceinline__ void request_query(HeadBatch<kRows>& batch, int first) const {
+    request_heads<kRows>(batch, first, [&](int row) {
+      const int packed = min(row_tile * kRows + row, rows() - 1), token = token_of(packed);
+      return make_int2(token, (kv_head - token) * p.plan.group + packed);
     });
+  }
+
+  // `batch` holds the first rows already.
+  __device__ __forceinline__ void load_query(HeadBatch<kRows>& batch) {
+    const T* norm_weight = static_cast<const T*>(p.q_norm_weight);
+    finish_heads<kRows>(batch, 0, norm_weight, query_tile());
+#pragma unroll 1
+    for (int first = batch.kBatchRows; first < kRows; first += batch.kBatchRows) {
+      request_query(batch, first);
+      finish_heads<kRows>(batch, first, norm_weight, query_tile());
+    }
     if constexpr (kQueryInRegisters) {
       __syncthreads();
 #pragma unroll
@@ -183,20 +206,27 @@ struct BlockAttention {
     }
   }
 
+  // K rows beyond the block's last are masked whatever they hold; V rows must be zeros there.
   __device__ __forceinline__ void load_block() const {
-    load_heads<kKeys>(keys(kStages - 1), static_cast<const T*>(p.k_norm_weight), [&](int row) {
-      return make_int2(row < p.block_size ? row : -1, p.num_heads + kv_head);
-    });
     for (int i = threadIdx.x; i < kKeys * kChunks; i += kThreads) {
       const int row = i / kChunks, column = i % kChunks * 8;
       uint4 v = make_uint4(0, 0, 0, 0);
       if (row < p.block_size) {
         const int head = p.num_heads + p.kv_heads + kv_head;
-        v = *reinterpret_cast<const uint4*>(
-            static_cast<const T*>(p.qkv) +
-            (int64_t{request} * p.block_size + row) * p.qkv_stride + head * kHeadDim + column);
+        v = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.qkv) +
+                                            int64_t{request * p.block_size + row} * p.qkv_stride +
+                                            head * kHeadDim + column);
       }
       *reinterpret_cast<uint4*>(values(kStages - 1) + tile_offset<kHeadDim>(row, column)) = v;
+    }
+    using Batch = HeadBatch<kKeys / 4>;  // B = 16, the usual size, is one batch at head_dim 128
+#pragma unroll 1
+    for (int first = 0; first < p.block_size; first += Batch::kBatchRows) {
+      Batch batch;
+      request_heads(batch, first, [&](int row) {
+        return make_int2(min(row, p.block_size - 1), p.num_heads + kv_head);
+      });
+      finish_heads(batch, first, static_cast<const T*>(p.k_norm_weight), keys(kStages - 1));
     }
   }
 
@@ -212,7 +242,7 @@ struct BlockAttention {
       if constexpr (!kQueryInRegisters) {
         load_fragment_a<kHeadDim>(a, query_tile(), warp * 16, k * 16);
       }
-      const uint32_t(&q)[4] = kQueryInRegisters ? query[kQueryInRegisters ? k : 0] : a;
+      const uint32_t (&q)[4] = kQueryInRegisters ? query[kQueryInRegisters ? k : 0] : a;
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         uint32_t b[4];
@@ -279,7 +309,7 @@ struct BlockAttention {
     if (end - begin == kKeys && !below_window && !after_query) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int query_index = seq_len + row_of(half) / group();
+      const int query_index = seq_len + token_of(row_of(half));
       const int first = p.window >= 0 ? query_index - p.window : INT_MIN;
       const int last = p.causal ? min(query_index, end - 1) : end - 1;
 #pragma unroll
@@ -295,15 +325,19 @@ struct BlockAttention {
 
   // ---------------------------------------------------------- result
 
+  __device__ __forceinline__ T* output_head(int row) const {
+    const int token = token_of(row), head = (kv_head - token) * p.plan.group + row;
+    return static_cast<T*>(p.out) +
+           (int64_t{request * p.block_size + token} * p.num_heads + head) * kHeadDim;
+  }
+
   __device__ __forceinline__ void write_output() const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row_of(half);
       if (row >= rows()) continue;
-      const float inverse = 1.0f / normalizer[half];
-      const int head = kv_head * group() + row % group();
-      T* out = static_cast<T*>(p.out) +
-               ((int64_t{request} * p.block_size + row / group()) * p.num_heads + head) * kHeadDim;
+      const float inverse = ptx::reciprocal(normalizer[half]);
+      T* out = output_head(row);
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
         *reinterpret_cast<uint32_t*>(out + j * 8 + lane % 4 * 2) =
@@ -314,11 +348,12 @@ struct BlockAttention {
 
   // Scratch of one part: kRows x head_dim sums, then kRows x {maximum, normaliser}.
   __device__ __forceinline__ float* partial(int of_part) const {
-    const int64_t index = int64_t{first_partial + of_part} * p.plan.units + blockIdx.x;
-    return p.partials + index * kRows * (kHeadDim + 2);
+    const int index = (first_partial + of_part) * p.plan.units + unit();
+    return p.partials + index * (kRows * (kHeadDim + 2));  // under 2^31, see plan_attention
   }
 
   __device__ __forceinline__ void write_partial() const {
+    if (!warp_has_rows()) return;
     float* sums = partial(part);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -338,46 +373,77 @@ struct BlockAttention {
   // Whether this was the last part of the request's to arrive.
   __device__ __forceinline__ bool draw_ticket() const {
     int32_t* tickets = p.schedule + 4 * p.plan.max_items;
-    int32_t* ticket = tickets + first_partial * p.plan.units + blockIdx.x;
+    int32_t* ticket = tickets + first_partial * p.plan.units + unit();
     int* shared_flag = reinterpret_cast<int*>(shared);
-    __threadfence();  // this thread's share of the partial result, before the ticket
-    __syncthreads();
+    __syncthreads();  // every thread's share of the partial result is written
     if (threadIdx.x == 0) {
-      const bool last = atomicAdd(ticket, 1) == parts - 1;
+      const bool last = ptx::atomic_add_acq_rel(ticket, 1) == parts - 1;
       if (last) *ticket = 0;
       *shared_flag = last;
     }
     __syncthreads();
-    __threadfence();  // the ticket, before the others' partial results
     return *shared_flag != 0;
   }
 
-  __device__ __forceinline__ void merge_parts() {
+  // Adds up all parts and writes the result. A lane takes four columns of a row, 16 bytes a load,
+  // and several rows at a time, so that enough loads are in flight to be bound by L2.
+  __device__ __forceinline__ void merge_parts() const {
+    constexpr int kVectors = Row::kVectors, kRowsInFlight = 8 / kVectors;
+    const int column = threadIdx.x % Row::kLanes * 4;
+    const int all_rows = min(rows() - row_tile * kRows, kRows);
+#pragma unroll 1
+    for (int first = threadIdx.x / Row::kLanes; first < all_rows;
+         first += kRowsInFlight * kRowsPerPass) {
+      float total[kRowsInFlight][kVectors][4] = {};
+      float highest[kRowsInFlight], weights[kRowsInFlight];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      maximum[half] = -INFINITY, normalizer[half] = 0;
+      for (int r = 0; r < kRowsInFlight; ++r) highest[r] = -INFINITY, weights[r] = 0;
+#pragma unroll 2
+      for (int i = 0; i < parts; ++i) {
+        const float* sums = partial(i);
+        float2 state[kRowsInFlight];  // maximum, normaliser
+        float4 values[kRowsInFlight][kVectors];
 #pragma unroll
-      for (int j = 0; j < kHeadDim / 8; ++j) sum[j][2 * half] = sum[j][2 * half + 1] = 0;
-    }
-    for (int i = 0; i < parts; ++i) {
-      const float* sums = partial(i);
+        for (int r = 0; r < kRowsInFlight; ++r) {
+          const int row = first + r * kRowsPerPass;
+          state[r] =
+              ptx::load_from_l2(reinterpret_cast<const float2*>(sums + kRows * kHeadDim + row * 2));
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp * 16 + half * 8 + lane / 4;
-        const float2 other = ptx::load_from_l2(
-            reinterpret_cast<const float2*>(sums + kRows * kHeadDim + row * 2));
-        const float highest = fmaxf(maximum[half], other.x);
-        const float offset = highest == -INFINITY ? 0.0f : highest;
-        const float shrink = ptx::exp2(maximum[half] - offset);
-        const float weight = ptx::exp2(other.x - offset);
-        maximum[half] = highest;
-        normalizer[half] = normalizer[half] * shrink + other.y * weight;
+          for (int v = 0; v < kVectors; ++v) {
+            values[r][v] = ptx::load_from_l2(reinterpret_cast<const float4*>(
+                sums + row * kHeadDim + v * Row::kLanes * 4 + column));
+          }
+        }
 #pragma unroll
-        for (int j = 0; j < kHeadDim / 8; ++j) {
-          const float2 v = ptx::load_from_l2(reinterpret_cast<const float2*>(
-              sums + row * kHeadDim + j * 8 + lane % 4 * 2));
-          sum[j][2 * half] = sum[j][2 * half] * shrink + v.x * weight;
-          sum[j][2 * half + 1] = sum[j][2 * half + 1] * shrink + v.y * weight;
+        for (int r = 0; r < kRowsInFlight; ++r) {
+          const float before = highest[r];
+          highest[r] = fmaxf(before, state[r].x);
+          const float offset = highest[r] == -INFINITY ? 0.0f : highest[r];
+          const float shrink = ptx::exp2(before - offset);
+          const float weight = ptx::exp2(state[r].x - offset);
+          weights[r] = weights[r] * shrink + state[r].y * weight;
+#pragma unroll
+          for (int v = 0; v < kVectors; ++v) {
+            float (&t)[4] = total[r][v];
+            t[0] = t[0] * shrink + values[r][v].x * weight;
+            t[1] = t[1] * shrink + values[r][v].y * weight;
+            t[2] = t[2] * shrink + values[r][v].z * weight;
+            t[3] = t[3] * shrink + values[r][v].w * weight;
+          }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kRowsInFlight; ++r) {
+        const int row = first + r * kRowsPerPass;
+        if (row >= all_rows) break;
+        const float inverse = ptx::reciprocal(weights[r]);
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          const float (&t)[4] = total[r][v];
+          *reinterpret_cast<uint2*>(output_head(row_tile * kRows + row) + v * Row::kLanes * 4 +
+                                    column) =
+              make_uint2(ptx::pack<T>(t[0] * inverse, t[1] * inverse),
+                         ptx::pack<T>(t[2] * inverse, t[3] * inverse));
         }
       }
     }
@@ -394,13 +460,15 @@ struct BlockAttention {
     int slot[kStages - 1];
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) slot[i] = find_slot(i);
+    HeadBatch<kRows> batch;
+    request_query(batch, 0);  // before the slots are needed, so that both latencies pass at once
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
       load_context(i, slot[i]);
       ptx::cp_async_commit();
     }
     int next_slot = find_slot(kStages - 1);
-    load_query();
+    load_query(batch);
     const bool with_block = part == parts - 1;
     if (with_block) load_block();
 
@@ -408,7 +476,7 @@ struct BlockAttention {
       int stage = kStages - 1, begin = seq_len, end = seq_len + p.block_size;
       if (tile >= 0) {
         stage = tile % kStages;
-        begin = first_key + (first_tile + tile) * kKeys;
+        begin = first_key + tile * kKeys;
         end = min(begin + kKeys, seq_len);
         ptx::cp_async_wait<kStages - 2>();
       }
@@ -418,7 +486,7 @@ struct BlockAttention {
         ptx::cp_async_commit();
         next_slot = find_slot(tile + kStages);
       }
-      if (row_tile * kRows + warp * 16 < rows()) attend(stage, begin, end);
+      if (warp_has_rows()) attend(stage, begin, end);
     }
     ptx::cp_async_wait<0>();
 
@@ -427,12 +495,12 @@ struct BlockAttention {
       normalizer[half] += __shfl_xor_sync(0xffffffffu, normalizer[half], 1);
       normalizer[half] += __shfl_xor_sync(0xffffffffu, normalizer[half], 2);
     }
-    if (parts > 1) {
+    if (parts == 1) {
+      write_output();
+    } else {
       write_partial();
-      if (!draw_ticket()) return;
-      merge_parts();
+      if (draw_ticket()) merge_parts();
     }
-    write_output();
   }
 };
 
@@ -445,9 +513,9 @@ __global__ void __launch_bounds__(32 * kWarps, attention_blocks_per_sm(kHeadDim,
 
 template <class T, int kHeadDim, int kWarps>
 cudaError_t launch_block_attention(const BlockAttentionParams& p, cudaStream_t stream) {
-  return launch(block_attention_kernel<T, kHeadDim, kWarps>, dim3(p.plan.units, p.plan.max_items),
-                32 * kWarps, attention_shared_bytes(kHeadDim, kWarps), p.overlap_launch, p,
-                stream);
+  const dim3 grid(p.plan.row_tiles, p.kv_heads, p.plan.max_items);
+  return launch(block_attention_kernel<T, kHeadDim, kWarps>, grid, 32 * kWarps,
+                attention_shared_bytes(kHeadDim, kWarps), p.overlap_launch, p, stream);
 }
 
 template <class T, int kHeadDim>

@@ -1,5 +1,5 @@
-// block_attention_schedule: cuts a batch's contexts into parts of about equal length, on the device,
-// once a step. One warp; a batch is a few hundred requests at most.
+// block_attention_schedule: cuts a batch's contexts into parts of about equal length, on the
+// device, once a step. One warp; a batch is a few hundred requests at most.
 #include "launch.cuh"
 #include "params.h"
 #include "ptx.cuh"
@@ -35,10 +35,9 @@ __global__ void __launch_bounds__(32)
     block_attention_schedule_kernel(const __grid_constant__ AttentionScheduleParams p) {
   const int lane = threadIdx.x;
   const auto tiles_of = [&](int request) {
-    const int seq_len =
-        p.seq_lens_64bit
-            ? static_cast<int>(static_cast<const int64_t*>(p.seq_lens)[request])
-            : static_cast<const int32_t*>(p.seq_lens)[request];
+    const int seq_len = p.seq_lens_64bit
+                            ? static_cast<int>(static_cast<const int64_t*>(p.seq_lens)[request])
+                            : static_cast<const int32_t*>(p.seq_lens)[request];
     return attention_tiles(seq_len, p.window, p.head_dim);
   };
   const auto items_at = [&](int chunk) {

@@ -34,7 +34,8 @@ struct ContextHead {
     const int n = out.compact_rows != nullptr ? out.compact_rows[1 + m] : m;
     T* row;
     if (is_key()) {
-      other.load_rotation(out.rotary, out.cos_sin + out.positions[n] * out.rotary);
+      other.load_rotation(out.rotary,
+                          out.cos_sin + int64_t{static_cast<int>(out.positions[n])} * out.rotary);
       values.rotate(other);
       row = static_cast<T*>(out.k_pools[layer]) + out.cache_loc[n] * out.k_strides[layer] +
             head * kHeadDim;

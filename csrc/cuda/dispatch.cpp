@@ -16,12 +16,14 @@ template <class Run>
 cudaError_t dispatch(ElementType element, int head_dim, Run run) {
   const bool bf16 = element == ElementType::kBf16;
   switch (head_dim) {
-    case 64: return bf16 ? run.template operator()<Bf16, 64>() : run.template operator()<Fp16, 64>();
+    case 64:
+      return bf16 ? run.template operator()<Bf16, 64>() : run.template operator()<Fp16, 64>();
     case 128:
       return bf16 ? run.template operator()<Bf16, 128>() : run.template operator()<Fp16, 128>();
     case 256:
       return bf16 ? run.template operator()<Bf16, 256>() : run.template operator()<Fp16, 256>();
-    default: return cudaErrorInvalidValue;
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

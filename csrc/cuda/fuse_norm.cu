@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kLayers == 8 ? 512 : 1024)
     if (first_layer + layer >= p.num_layers) break;
     float square = 0;
     for (int w = 0; w < warps; ++w) square += shared.sums[w][layer];
-    const float inverse = rsqrtf(square / p.hidden + p.eps);
+    const float inverse = ptx::rsqrt(square / p.hidden + p.eps);
     uint32_t out[4];
 #pragma unroll
     for (int w = 0; w < 4; ++w) {

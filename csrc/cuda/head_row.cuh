@@ -2,8 +2,8 @@
 //
 // RoPE turns elements i and i + rotary/2 together, so a lane holds both. Number the head's
 // head_dim / 2 such pairs: the first rotary/2 are the rotated ones, the others join element
-// rotary + j with rotary + j + (head_dim - rotary) / 2 of the part that passes through. A lane holds
-// two neighbouring pairs at a time, which makes every access 4 bytes wide:
+// rotary + j with rotary + j + (head_dim - rotary) / 2 of the part that passes through. A lane
+// holds two neighbouring pairs at a time, which makes every access 4 bytes wide:
 //
 //   pair p, p+1:  first  first+1   second  second+1    -> x[v][0..1] and x[v][2..3]
 #pragma once
@@ -51,10 +51,6 @@ struct HeadRow {
     });
   }
 
-  __device__ __forceinline__ void fill(float value) {
-    load_with(0, [&](int) { return make_float2(value, value); });
-  }
-
   // The cosines and sines of a position's row of the cache, rotary/2 each: of the lane's pairs,
   // x[v][0..1] become cosines and x[v][2..3] sines; pairs that pass through turn by 0.
   __device__ __forceinline__ void load_rotation(int rotary, const float* cos_sin) {
@@ -91,7 +87,7 @@ struct HeadRow {
       square += __shfl_xor_sync(0xffffffffu, square, lanes);
     }
     if (!wanted) return;
-    const float inverse = rsqrtf(square * (1.0f / kHeadDim) + eps);
+    const float inverse = ptx::rsqrt(square * (1.0f / kHeadDim) + eps);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
 #pragma unroll

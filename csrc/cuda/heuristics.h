@@ -12,9 +12,9 @@
 
 namespace dflare {
 
-constexpr int kMaxLayers = 16;   // drafter layers: pool addresses travel in the launch parameters
-constexpr int kMaxTaps = 32;     // target layers read
-constexpr int kMaxHidden = 8192; // fuse_norm: 1024 threads of 8 elements
+constexpr int kMaxLayers = 16;    // drafter layers: pool addresses travel in the launch parameters
+constexpr int kMaxTaps = 32;      // target layers read
+constexpr int kMaxHidden = 8192;  // fuse_norm: 1024 threads of 8 elements
 
 struct DeviceLimits {
   int sm_count;
@@ -29,8 +29,8 @@ DFLARE_HOST_DEVICE constexpr Int ceil_div(Int a, Int b) {
 // ------------------------------------------------------------ append_context_kv
 
 // fuse_norm keeps one fp32 sum per layer for each of a thread's 8 elements. 64 sums fit the 128
-// registers of 512 threads; a 1024-thread block has 64 registers, room for 32 sums. More layers take
-// another block, which finds the taps in L2.
+// registers of 512 threads; a 1024-thread block has 64 registers, room for 32 sums. More layers
+// take another block, which finds the taps in L2.
 constexpr int fuse_norm_layers_per_block(int num_layers, int hidden) {
   return hidden <= 4096 && num_layers > 4 ? 8 : 4;
 }
@@ -57,8 +57,8 @@ constexpr int kv_project_tokens(int num_rows, int head_dim) {
 // 64 KiB an SM, three times what 3 TB/s times 0.8 us of latency asks of each of 132 SMs.
 template <int kHeadDim, int kTokens>
 struct KvProjectShape {
-  // Elements of the hidden size per stage: a 128-byte line of each row; half a line at head_dim 256,
-  // where a full one would leave room for two stages only.
+  // Elements of the hidden size per stage: a 128-byte line of each row; half a line at head_dim
+  // 256, where a full one would leave room for two stages only.
   static constexpr int kDepth = kHeadDim == 256 ? 32 : 64;
   static constexpr int kStageBytes = (kHeadDim + kTokens) * kDepth * 2;
   static constexpr int kStages = 96 * 1024 / kStageBytes < 8 ? 96 * 1024 / kStageBytes : 8;
@@ -70,8 +70,7 @@ struct KvProjectShape {
   static constexpr int kOutputStride = kHeadDim + 8;  // fp32 tile, padded against bank conflicts
   static constexpr int kPipelineBytes = kStages * kStageBytes;
   static constexpr int kOutputBytes = kTokens * kOutputStride * 4;
-  static constexpr int kSharedBytes =
-      kPipelineBytes > kOutputBytes ? kPipelineBytes : kOutputBytes;
+  static constexpr int kSharedBytes = kPipelineBytes > kOutputBytes ? kPipelineBytes : kOutputBytes;
 };
 
 // ------------------------------------------------------------ block_attention
@@ -79,7 +78,8 @@ struct KvProjectShape {
 // Keys a pipeline stage holds: K and V of 64 keys are 32 KiB at head_dim 128; at 256 half as many.
 DFLARE_HOST_DEVICE constexpr int attention_keys(int head_dim) { return head_dim == 256 ? 32 : 64; }
 
-// 99 KiB at most, as above. At head_dim 256 the query tile stays in shared memory beside the stages.
+// 99 KiB at most, as above. At head_dim 256 the query tile stays in shared memory beside the
+// stages.
 constexpr int attention_stages(int head_dim) {
   return head_dim == 64 ? 4 : head_dim == 128 ? 3 : 2;
 }
@@ -98,17 +98,19 @@ constexpr int attention_shared_bytes(int head_dim, int warps) {
 
 // Resident blocks on an SM that registers allow (the launch bound of the kernel).
 constexpr int attention_blocks_per_sm(int head_dim, int warps) {
-  return head_dim == 64 ? (warps == 4 ? 3 : 2) : (warps == 4 ? 2 : 1);
+  return warps == 8 ? 1 : head_dim == 64 ? 3 : 2;
 }
 
 // Shapes that are known before the lengths are, so that the grid can be captured in a CUDA graph.
 struct AttentionPlan {
-  int warps;         // per block
-  int row_tiles;     // blocks that share a KV head's query rows
-  int units;         // kv_heads * row_tiles: blocks per item
-  int wave_items;    // items that the device runs at once
-  int max_items;     // grid size: an item is one request's part of the context, or idle
-  int max_partials;  // items of requests that are cut, whose partial results need scratch
+  int group;          // query heads of a KV head
+  int inverse_group;  // 2^20 / group, rounded up: row / group == row * inverse_group >> 20
+  int warps;          // per block
+  int row_tiles;      // blocks that share a KV head's query rows
+  int units;          // kv_heads * row_tiles: blocks per item
+  int wave_items;     // items that the device runs at once
+  int max_items;      // grid size: an item is one request's part of the context, or idle
+  int max_partials;   // items of requests that are cut, whose partial results need scratch
 };
 
 // A batch smaller than a wave is cut into one wave of equal parts. A larger one is cut as if into
@@ -117,7 +119,9 @@ struct AttentionPlan {
 constexpr AttentionPlan plan_attention(int batch_size, int block_size, int num_heads, int kv_heads,
                                        int head_dim, DeviceLimits device) {
   AttentionPlan plan{};
-  const int rows = num_heads / kv_heads * block_size;
+  plan.group = num_heads / kv_heads;
+  plan.inverse_group = ceil_div(1 << 20, plan.group);
+  const int rows = plan.group * block_size;
   plan.warps = attention_warps(rows, head_dim);
   plan.row_tiles = ceil_div(rows, 16 * plan.warps);
   plan.units = kv_heads * plan.row_tiles;

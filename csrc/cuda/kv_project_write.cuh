@@ -80,8 +80,8 @@ struct KvProjectWrite {
     }
     if (first_token != 0) load_first_weights();
 
-    const T* fused = static_cast<const T*>(p.fused) +
-                     (int64_t{layer} * p.out.num_rows + first_token) * p.hidden;
+    const T* fused =
+        static_cast<const T*>(p.fused) + (int64_t{layer} * p.out.num_rows + first_token) * p.hidden;
     const auto load_fused = [&](int tile) {
       load_stage<kTokens>(stages + tile % kStages * kStageElements + kHeadDim * kDepth, fused,
                           tokens, tile * kDepth, p.hidden);
@@ -146,9 +146,8 @@ struct KvProjectWrite {
       const bool valid = token < tokens;
       const float* source = output + (valid ? token : 0) * kStride;
       Row values;
-      values.load_with(p.out.rotary, [&](int place) {
-        return *reinterpret_cast<const float2*>(source + place);
-      });
+      values.load_with(p.out.rotary,
+                       [&](int place) { return *reinterpret_cast<const float2*>(source + place); });
       ContextHead<T, kHeadDim>{p.out, layer, head}.write(values, first_token + token, valid);
     }
   }
@@ -171,8 +170,10 @@ cudaError_t launch_kv_project_write(const KvProjectWriteParams& p, cudaStream_t 
 template <class T, int kHeadDim>
 cudaError_t run_kv_project_write(const KvProjectWriteParams& p, cudaStream_t stream) {
   switch (kv_project_tokens(p.out.num_rows, kHeadDim)) {
-    case 16: return launch_kv_project_write<T, kHeadDim, 16>(p, stream);
-    case 64: return launch_kv_project_write<T, kHeadDim, 64>(p, stream);
+    case 16:
+      return launch_kv_project_write<T, kHeadDim, 16>(p, stream);
+    case 64:
+      return launch_kv_project_write<T, kHeadDim, 64>(p, stream);
     default:
       if constexpr (kHeadDim <= 128) return launch_kv_project_write<T, kHeadDim, 128>(p, stream);
       return cudaErrorInvalidValue;

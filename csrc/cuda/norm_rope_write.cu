@@ -1,7 +1,8 @@
 // norm_rope_write: K norm, RoPE and pool write of K/V that a batched GEMM projected; for many rows.
 //
 // A warp takes one head of one token at a time (two heads at head_dim 64) and loads four of them
-// before it works on the first: with 8 bytes a lane, one load in flight would leave the memory idle.
+// before it works on the first: with 8 bytes a lane, one load in flight would leave the memory
+// idle.
 #include "context_kv_output.cuh"
 #include "launch.cuh"
 
@@ -19,10 +20,10 @@ __global__ void __launch_bounds__(kThreads)
   using Row = HeadRow<kHeadDim>;
   const int heads = 2 * p.out.kv_heads, layer = blockIdx.y;
   const int64_t tasks = int64_t{valid_rows(p.out)} * heads;
-  const int64_t first = int64_t{blockIdx.x} * kHeadsInFlight * kHeadsPerPass<kHeadDim> +
-                        threadIdx.x / Row::kLanes;
-  const T* layer_kv = static_cast<const T*>(p.kv) +
-                      int64_t{layer} * p.out.num_rows * heads * kHeadDim;
+  const int64_t first =
+      int64_t{blockIdx.x} * kHeadsInFlight * kHeadsPerPass<kHeadDim> + threadIdx.x / Row::kLanes;
+  const T* layer_kv =
+      static_cast<const T*>(p.kv) + int64_t{layer} * p.out.num_rows * heads * kHeadDim;
   Row values[kHeadsInFlight];
 #pragma unroll
   for (int i = 0; i < kHeadsInFlight; ++i) {
@@ -49,10 +50,14 @@ cudaError_t run(const NormRopeWriteParams& p, cudaStream_t stream) {
 template <class T>
 cudaError_t run(const NormRopeWriteParams& p, cudaStream_t stream) {
   switch (p.head_dim) {
-    case 64: return run<T, 64>(p, stream);
-    case 128: return run<T, 128>(p, stream);
-    case 256: return run<T, 256>(p, stream);
-    default: return cudaErrorInvalidValue;
+    case 64:
+      return run<T, 64>(p, stream);
+    case 128:
+      return run<T, 128>(p, stream);
+    case 256:
+      return run<T, 256>(p, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

@@ -13,39 +13,39 @@ namespace dflare {
 
 // ------------------------------------------------------------ append_context_kv
 
-// fused[d, m, :] = RMSNorm(sum_t probs[d, t] * target_hidden[n, t, :]) * norm_weight, where m counts
-// the valid rows n in order. With commit_lens, rows are num_rows / block_size blocks of block_size
-// and row i of block b is valid iff i < commit_lens[b]; without, every row is.
+// fused[d, m, :] = RMSNorm(sum_t probs[d, t] * target_hidden[n, t, :]) * norm_weight, where m
+// counts the valid rows n in order. With commit_lens, rows are num_rows / block_size blocks of
+// block_size and row i of block b is valid iff i < commit_lens[b]; without, every row is.
 struct FuseNormParams {
   ElementType element;
-  const void* target_hidden;   // [num_rows, num_taps, hidden], rows target_hidden_stride apart
+  const void* target_hidden;  // [num_rows, num_taps, hidden], rows target_hidden_stride apart
   int64_t target_hidden_stride;
-  const float* probs;          // [num_layers, num_taps]
-  const void* norm_weight;     // [hidden]
+  const float* probs;       // [num_layers, num_taps]
+  const void* norm_weight;  // [hidden]
   float eps;
   const int32_t* commit_lens;  // [num_rows / block_size] or null
   int num_rows, block_size, num_taps, num_layers, hidden;
-  void* fused;                 // [num_layers, num_rows, hidden]
-  int32_t* compact_rows;       // out, with commit_lens: [0] valid rows, [1 + m] source row n of m
+  void* fused;            // [num_layers, num_rows, hidden]
+  int32_t* compact_rows;  // out, with commit_lens: [0] valid rows, [1 + m] source row n of m
 };
 cudaError_t run_fuse_norm(const FuseNormParams& params, cudaStream_t stream);
 
 // Where projected heads go: bias, K norm per head, RoPE, then a row of the layer's pool.
 struct ContextKvOutput {
-  const void* kv_bias;          // [num_layers, 2 * kv_heads * head_dim] or null
-  const void* k_norm_weight;    // [num_layers, head_dim]
+  const void* kv_bias;        // [num_layers, 2 * kv_heads * head_dim] or null
+  const void* k_norm_weight;  // [num_layers, head_dim]
   float k_norm_eps;
-  const float* cos_sin;         // [max_pos, rotary]
+  const float* cos_sin;  // [max_pos, rotary]
   int rotary;
   const int64_t* positions;     // [num_rows]
   const int64_t* cache_loc;     // [num_rows]
   const int32_t* compact_rows;  // as in FuseNormParams, or null: all rows valid
   int num_rows, num_layers, kv_heads;
   // By value, so that one launch serves all layers without a table in device memory.
-  void* k_pools[kMaxLayers];    // [slots, kv_heads, head_dim], slots *_strides elements apart
+  void* k_pools[kMaxLayers];  // [slots, kv_heads, head_dim], slots *_strides elements apart
   void* v_pools[kMaxLayers];
-  int64_t k_strides[kMaxLayers];
-  int64_t v_strides[kMaxLayers];
+  int k_strides[kMaxLayers];
+  int v_strides[kMaxLayers];
 };
 
 // Projection, K norm, RoPE and pool write in one kernel; for few rows.
@@ -79,24 +79,24 @@ struct AttentionScheduleParams {
   bool seq_lens_64bit;
   int batch_size, head_dim, window;
   AttentionPlan plan;
-  int32_t* schedule;     // out: [attention_schedule_size(plan)]
+  int32_t* schedule;  // out: [attention_schedule_size(plan)]
 };
 cudaError_t run_block_attention_schedule(const AttentionScheduleParams& params,
                                          cudaStream_t stream);
 
 struct BlockAttentionParams {
   ElementType element;
-  const void* qkv;              // [batch_size * block_size, (num_heads + 2 * kv_heads) * head_dim]
-  int64_t qkv_stride;
-  const void* q_norm_weight;    // [head_dim]
-  const void* k_norm_weight;    // [head_dim]
+  const void* qkv;  // [batch_size * block_size, (num_heads + 2 * kv_heads) * head_dim]
+  int qkv_stride;
+  const void* q_norm_weight;  // [head_dim]
+  const void* k_norm_weight;  // [head_dim]
   float eps;
-  const float* cos_sin;         // [max_pos, rotary]
+  const float* cos_sin;  // [max_pos, rotary]
   int rotary;
-  const int64_t* positions;     // [batch_size * block_size]
-  const void* k_pool;           // [slots, kv_heads, head_dim], slots *_stride elements apart
+  const int64_t* positions;  // [batch_size * block_size]
+  const void* k_pool;        // [slots, kv_heads, head_dim], slots *_stride elements apart
   const void* v_pool;
-  int64_t k_stride, v_stride;
+  int k_stride, v_stride;
   const int32_t* req_to_token;  // [rows, max_len], rows req_to_token_stride apart
   int64_t req_to_token_stride;
   const int64_t* req_pool_indices;  // [batch_size]

@@ -26,10 +26,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // Copies 16 bytes from global to shared memory past L1; writes zeros and reads nothing if !valid.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(
-                   shared_address(shared)),
-               "l"(global), "r"(valid ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
+      "l"(global), "r"(valid ? 16 : 0)
+      : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() {
@@ -129,12 +129,44 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / sqrt(x).
+__device__ __forceinline__ float rsqrt(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ------------------------------------------------------------ communication between thread blocks
+
+// Adds and returns the old value. What the block wrote before the barrier in front of this is
+// visible to whoever later draws from the same address, once their block has passed a barrier.
+__device__ __forceinline__ int atomic_add_acq_rel(int* global, int value) {
+  int old;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;\n"
+               : "=r"(old)
+               : "l"(global), "r"(value)
+               : "memory");
+  return old;
+}
 
 // Reads past L1: for data that other thread blocks of the same grid wrote.
 __device__ __forceinline__ float2 load_from_l2(const float2* global) {
   float2 v;
   asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];\n" : "=f"(v.x), "=f"(v.y) : "l"(global));
+  return v;
+}
+
+__device__ __forceinline__ float4 load_from_l2(const float4* global) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(global));
   return v;
 }
 

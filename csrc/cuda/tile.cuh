@@ -2,9 +2,10 @@
 // banks.
 //
 // A row of kColumns elements is cut into 16-byte chunks of 8. ldmatrix reads the same chunk of 8
-// consecutive rows; unswizzled, with rows of 128 bytes or more, all 8 would lie in the same 4 banks.
-// So chunk c of row r is stored at place c ^ (r % 8): the 8 rows then use the 8 different 16-byte
-// columns of the 32 banks. Rows of 64 bytes lie two to a 128-byte line: there c ^ (r / 2 % 4).
+// consecutive rows; unswizzled, with rows of 128 bytes or more, all 8 would lie in the same 4
+// banks. So chunk c of row r is stored at place c ^ (r % 8): the 8 rows then use the 8 different
+// 16-byte columns of the 32 banks. Rows of 64 bytes lie two to a 128-byte line: there c ^ (r / 2 %
+// 4).
 #pragma once
 
 #include "ptx.cuh"
@@ -33,8 +34,8 @@ template <int kColumns, class T>
 __device__ __forceinline__ void load_fragments_b(uint32_t (&b)[4], const T* tile, int row,
                                                  int column) {
   const int lane = threadIdx.x % 32;
-  ptx::ldmatrix_x4(b, tile + tile_offset<kColumns>(row + lane / 16 * 8 + lane % 8,
-                                                   column + lane / 8 % 2 * 8));
+  ptx::ldmatrix_x4(
+      b, tile + tile_offset<kColumns>(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
 }
 
 // The same from a tile that holds B's rows as rows: b[0..1] multiplies columns column .. column+7,

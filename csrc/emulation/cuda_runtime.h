@@ -32,29 +32,27 @@ struct alignas(16) int4 {
 struct alignas(8) float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 // ------------------------------------------------------------ device functions
 
 using std::max;
 using std::min;
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 inline void __syncthreads() { dflare::emulation::block_barrier(); }
-inline void __threadfence() {}
-
-template <class T>
-T atomicAdd(T* address, std::type_identity_t<T> value) {
-  const T old = *address;
-  *address += value;
-  return old;
-}
 
 // Every lane receives the value of the lane that it names.
 template <class T>
@@ -99,7 +97,8 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-// The most that every supported GPU gives a block (consumer parts: 100 KiB an SM, 1 of it reserved).
+// The most that every supported GPU gives a block (consumer parts: 100 KiB an SM, 1 of it
+// reserved).
 constexpr int kMaxSharedBytes = 99 * 1024;
 
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {

@@ -59,12 +59,20 @@ float2 unpack(uint32_t pair) {
 }
 
 inline float exp2(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
+inline int atomic_add_acq_rel(int* global, int value) {
+  const int old = *global;
+  *global += value;
+  return old;
+}
 inline float2 load_from_l2(const float2* global) { return *global; }
+inline float4 load_from_l2(const float4* global) { return *global; }
 
 // ------------------------------------------------------------ tensor cores
 
-// Four 8x8 matrices of 16-bit elements: lane i names row i % 8 of matrix i / 8 and receives, of each
-// matrix, elements 2 * (i % 4), + 1 of row i / 4 (or column i / 4 if transposed).
+// Four 8x8 matrices of 16-bit elements: lane i names row i % 8 of matrix i / 8 and receives, of
+// each matrix, elements 2 * (i % 4), + 1 of row i / 4 (or column i / 4 if transposed).
 template <bool kTransposed>
 void ldmatrix(uint32_t (&r)[4], const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulation::fail("misaligned ldmatrix");

@@ -141,8 +141,8 @@ struct Machine {
   std::mt19937_64 random;
   std::string error;
   // The seed's temper.
-  double run_on = 0;         // probability to continue the warp that ran last
-  double prefer_later = 0;   // probability to start blocks of an overlapping grid first
+  double run_on = 0;        // probability to continue the warp that ran last
+  double prefer_later = 0;  // probability to start blocks of an overlapping grid first
   size_t resident_threads = 0, most_resident_threads = 0;
   Warp* starved = nullptr;
   int starved_for = 0;
@@ -203,8 +203,7 @@ bool may_start(size_t index) {
     // CUDA starts an overlapped grid when every block of the one before has launched dependents or
     // exited, but promises nothing of what their writes look like before the wait. Starting it as
     // soon as they all run shows every state that it could see.
-    const bool overlaps =
-        m.grids[i].launch.overlap_prior && prior.started == prior.order.size();
+    const bool overlaps = m.grids[i].launch.overlap_prior && prior.started == prior.order.size();
     if (!overlaps) return false;
   }
   return true;
@@ -219,8 +218,8 @@ void start_block(Grid& grid) {
   block->threads = block->live = static_cast<int>(grid.launch.block.x);
   block->shared_bytes = grid.launch.shared_bytes;
   if (block->shared_bytes > 0) {
-    block->shared = static_cast<unsigned char*>(
-        allocate_guarded(block->shared_bytes, 128, "shared memory"));
+    block->shared =
+        static_cast<unsigned char*>(allocate_guarded(block->shared_bytes, 128, "shared memory"));
     if (block->shared == nullptr) throw std::bad_alloc();
   }
   block->warps.resize(block->threads / 32);
@@ -256,8 +255,7 @@ void start_blocks() {
     }
     if (startable.empty()) return;
     const size_t pick = m.chance(m.prefer_later) ? startable.back() : startable.front();
-    const bool fits =
-        m.resident_threads + m.grids[pick].launch.block.x <= m.most_resident_threads;
+    const bool fits = m.resident_threads + m.grids[pick].launch.block.x <= m.most_resident_threads;
     if (!fits && !m.resident.empty()) return;
     start_block(m.grids[pick]);
   }
@@ -275,8 +273,9 @@ bool priors_done(const Grid& grid) {
 void finish_block(Block& block) {
   Machine& m = machine();
   if (block.grid->launch.overlap_prior && !block.waited) {
-    m.error = "a block of an overlapped launch exits without wait_for_prior_kernels: the kernel "
-              "after it could start before the one before it has finished";
+    m.error =
+        "a block of an overlapped launch exits without wait_for_prior_kernels: the kernel "
+        "after it could start before the one before it has finished";
     return;
   }
   ++block.grid->finished;
@@ -359,7 +358,8 @@ std::string describe_deadlock() {
             return "deadlock: waits at the block barrier" + describe(*thread);
           case State::kAwaitingKernels:
             return "deadlock: waits for the kernels before" + describe(*thread);
-          default: break;
+          default:
+            break;
         }
       }
     }

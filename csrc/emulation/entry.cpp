@@ -1,8 +1,8 @@
 // C interface of the emulator for tests/emulation: kernels of one element type and head size
 // (DFLARE_EMULATED_ELEMENT, DFLARE_EMULATED_HEAD_DIM) and the pure functions of heuristics.h.
+#include "../cuda/params.h"
 #include "emulator.h"
 #include "guarded_memory.h"
-#include "../cuda/params.h"
 
 namespace dflare {
 template <class T, int kHeadDim>

@@ -101,7 +101,7 @@ FaultCatcher::FaultCatcher(sigjmp_buf& target) {
   alternate.ss_size = stack.size();
   sigaltstack(&alternate, nullptr);
   fault_target = &target;
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   sigaction(SIGSEGV, &action, &previous_segv);

@@ -68,8 +68,8 @@ class ContextKvOutput(ctypes.Structure):
         ("kv_heads", c_int),
         ("k_pools", c_void_p * MAX_LAYERS),
         ("v_pools", c_void_p * MAX_LAYERS),
-        ("k_strides", c_int64 * MAX_LAYERS),
-        ("v_strides", c_int64 * MAX_LAYERS),
+        ("k_strides", c_int * MAX_LAYERS),
+        ("v_strides", c_int * MAX_LAYERS),
     ]
 
 
@@ -96,6 +96,8 @@ class NormRopeWriteParams(ctypes.Structure):
 
 class AttentionPlan(ctypes.Structure):
     _fields_ = [
+        ("group", c_int),
+        ("inverse_group", c_int),
         ("warps", c_int),
         ("row_tiles", c_int),
         ("units", c_int),
@@ -121,7 +123,7 @@ class BlockAttentionParams(ctypes.Structure):
     _fields_ = [
         ("element", c_int),
         ("qkv", c_void_p),
-        ("qkv_stride", c_int64),
+        ("qkv_stride", c_int),
         ("q_norm_weight", c_void_p),
         ("k_norm_weight", c_void_p),
         ("eps", c_float),
@@ -130,8 +132,8 @@ class BlockAttentionParams(ctypes.Structure):
         ("positions", c_void_p),
         ("k_pool", c_void_p),
         ("v_pool", c_void_p),
-        ("k_stride", c_int64),
-        ("v_stride", c_int64),
+        ("k_stride", c_int),
+        ("v_stride", c_int),
         ("req_to_token", c_void_p),
         ("req_to_token_stride", c_int64),
         ("req_pool_indices", c_void_p),

@@ -66,11 +66,11 @@ SLOW = {
     "attention: ticket left drawn": (CUT, Plant(ATTENTION, "if (last) *ticket = 0;", "")),
     "attention: merges before the last part has arrived": (
         CUT,
-        Plant(ATTENTION, "atomicAdd(ticket, 1) == parts - 1", "atomicAdd(ticket, 1) == parts - 2"),
+        Plant(ATTENTION, "(ticket, 1) == parts - 1", "(ticket, 1) == parts - 2"),
     ),
     "attention: merges parts without their weight": (
         CUT,
-        Plant(ATTENTION, "const float weight = ptx::exp2(other.x - offset);", "float weight = 1;"),
+        Plant(ATTENTION, "const float weight = ptx::exp2(state[r].x - offset);", "float weight = 1;"),
     ),
     "attention: rows beyond the group are written": (
         RAGGED,
