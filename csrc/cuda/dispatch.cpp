@@ -22,8 +22,7 @@ cudaError_t dispatch(ElementType element, int head_dim, Run run) {
       return bf16 ? run.template operator()<Bf16, 128>() : run.template operator()<Fp16, 128>();
     case 256:
       return bf16 ? run.template operator()<Bf16, 256>() : run.template operator()<Fp16, 256>();
-    default:
-      return cudaErrorInvalidValue;
+    default: return cudaErrorInvalidValue;
   }
 }
 

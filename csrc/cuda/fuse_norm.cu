@@ -31,6 +31,7 @@ struct FuseNormShared {
   float sums[32][kLayers];  // per warp
   int row;
 };
+static_assert(sizeof(FuseNormShared<4>) == fuse_norm_shared_bytes(4));
 
 template <class T, int kLayers>
 __global__ void __launch_bounds__(kLayers == 8 ? 512 : 1024)
@@ -133,10 +134,9 @@ cudaError_t run(const FuseNormParams& p, cudaStream_t stream) {
   const int layers = fuse_norm_layers_per_block(p.num_layers, p.hidden);
   const dim3 grid(p.num_rows, ceil_div(p.num_layers, layers));
   const int threads = ceil_div(p.hidden / 8, 32) * 32;
-  return layers == 8 ? launch(fuse_norm_kernel<T, 8>, grid, threads, sizeof(FuseNormShared<8>),
-                              false, p, stream)
-                     : launch(fuse_norm_kernel<T, 4>, grid, threads, sizeof(FuseNormShared<4>),
-                              false, p, stream);
+  const int shared_bytes = fuse_norm_shared_bytes(layers);
+  const auto kernel = layers == 8 ? fuse_norm_kernel<T, 8> : fuse_norm_kernel<T, 4>;
+  return launch(kernel, grid, threads, shared_bytes, false, p, stream);
 }
 
 }  // namespace

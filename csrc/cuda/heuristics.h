@@ -35,6 +35,11 @@ constexpr int fuse_norm_layers_per_block(int num_layers, int hidden) {
   return hidden <= 4096 && num_layers > 4 ? 8 : 4;
 }
 
+// Probabilities of every tap, one partial sum a warp, one row index.
+constexpr int fuse_norm_shared_bytes(int layers) {
+  return (kMaxTaps * layers + 32 * layers + 1) * 4;
+}
+
 // Fused projection or GEMM + write kernel. The fused kernel reads the weights once per token tile
 // and needs no round trip of K/V through memory, but mma.sync reaches about 60 % of the GEMM's
 // rate, so it wins while the projection is bound by weight bytes: up to about 300 rows on H100

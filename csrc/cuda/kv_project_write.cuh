@@ -170,10 +170,8 @@ cudaError_t launch_kv_project_write(const KvProjectWriteParams& p, cudaStream_t 
 template <class T, int kHeadDim>
 cudaError_t run_kv_project_write(const KvProjectWriteParams& p, cudaStream_t stream) {
   switch (kv_project_tokens(p.out.num_rows, kHeadDim)) {
-    case 16:
-      return launch_kv_project_write<T, kHeadDim, 16>(p, stream);
-    case 64:
-      return launch_kv_project_write<T, kHeadDim, 64>(p, stream);
+    case 16: return launch_kv_project_write<T, kHeadDim, 16>(p, stream);
+    case 64: return launch_kv_project_write<T, kHeadDim, 64>(p, stream);
     default:
       if constexpr (kHeadDim <= 128) return launch_kv_project_write<T, kHeadDim, 128>(p, stream);
       return cudaErrorInvalidValue;

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads)
     norm_rope_write_kernel(const __grid_constant__ NormRopeWriteParams p) {
   using Row = HeadRow<kHeadDim>;
   const int heads = 2 * p.out.kv_heads, layer = blockIdx.y;
-  const int64_t tasks = int64_t{valid_rows(p.out)} * heads;
+  const int tasks = valid_rows(p.out) * heads;
   const int64_t first =
       int64_t{blockIdx.x} * kHeadsInFlight * kHeadsPerPass<kHeadDim> + threadIdx.x / Row::kLanes;
   const T* layer_kv =
@@ -27,37 +27,32 @@ __global__ void __launch_bounds__(kThreads)
   Row values[kHeadsInFlight];
 #pragma unroll
   for (int i = 0; i < kHeadsInFlight; ++i) {
-    const int64_t task = first + i * kHeadsPerPass<kHeadDim>;
-    const T* source = layer_kv + (task < tasks ? task : 0) * kHeadDim;
+    const int task = first + i * kHeadsPerPass<kHeadDim>;
+    const T* source = layer_kv + int64_t{task < tasks ? task : 0} * kHeadDim;
     values[i].load(p.out.rotary, source);
   }
 #pragma unroll
   for (int i = 0; i < kHeadsInFlight; ++i) {
-    const int64_t task = first + i * kHeadsPerPass<kHeadDim>;
-    const ContextHead<T, kHeadDim> head{p.out, layer, static_cast<int>(task % heads)};
-    head.write(values[i], static_cast<int>(task / heads), task < tasks);
+    const int task = first + i * kHeadsPerPass<kHeadDim>;
+    const ContextHead<T, kHeadDim> head{p.out, layer, task % heads};
+    head.write(values[i], task / heads, task < tasks);
   }
 }
 
 template <class T, int kHeadDim>
 cudaError_t run(const NormRopeWriteParams& p, cudaStream_t stream) {
-  const int64_t tasks = int64_t{p.out.num_rows} * 2 * p.out.kv_heads;
-  const int64_t blocks = ceil_div(tasks, int64_t{kHeadsInFlight} * kHeadsPerPass<kHeadDim>);
-  const dim3 grid(static_cast<unsigned>(blocks), p.out.num_layers);
+  const int tasks = p.out.num_rows * 2 * p.out.kv_heads;
+  const dim3 grid(ceil_div(tasks, kHeadsInFlight * kHeadsPerPass<kHeadDim>), p.out.num_layers);
   return launch(norm_rope_write_kernel<T, kHeadDim>, grid, kThreads, 0, false, p, stream);
 }
 
 template <class T>
 cudaError_t run(const NormRopeWriteParams& p, cudaStream_t stream) {
   switch (p.head_dim) {
-    case 64:
-      return run<T, 64>(p, stream);
-    case 128:
-      return run<T, 128>(p, stream);
-    case 256:
-      return run<T, 256>(p, stream);
-    default:
-      return cudaErrorInvalidValue;
+    case 64: return run<T, 64>(p, stream);
+    case 128: return run<T, 128>(p, stream);
+    case 256: return run<T, 256>(p, stream);
+    default: return cudaErrorInvalidValue;
   }
 }
 

@@ -305,7 +305,7 @@ Warp* pick_warp() {
   Machine& m = machine();
   if (m.starved_for-- <= 0) {
     m.starved = m.ready[m.below(m.ready.size())];
-    m.starved_for = static_cast<int>(m.below(256));
+    m.starved_for = 1 << m.below(15);  // from one step to whole tiles of work
   }
   size_t pick = m.chance(m.run_on) ? m.ready.size() - 1 : m.below(m.ready.size());
   if (m.ready[pick] == m.starved) pick = m.below(m.ready.size());
@@ -354,12 +354,10 @@ std::string describe_deadlock() {
           case State::kInWarpOperation:
             return std::string("deadlock: waits for the other lanes in ") + warp.operation_name +
                    describe(*thread);
-          case State::kAtBarrier:
-            return "deadlock: waits at the block barrier" + describe(*thread);
+          case State::kAtBarrier: return "deadlock: waits at the block barrier" + describe(*thread);
           case State::kAwaitingKernels:
             return "deadlock: waits for the kernels before" + describe(*thread);
-          default:
-            break;
+          default: break;
         }
       }
     }

@@ -84,7 +84,7 @@ def test_any_shape_under_any_thread_schedule(
         page=draw(st.sampled_from([1, 3, 16, 64])),
         window=draw(st.just(-1) | st.integers(0, 300)),
         causal=draw(st.booleans()),
-        logit_scale=draw(st.sampled_from([0.25, 1.0, 30.0])),
+        logit_scale=draw(st.sampled_from([0.25, 1.0, 8.0])),
         sm_count=draw(st.integers(1, 40)),
         lens_64bit=draw(st.booleans()),
         layers=draw(st.integers(1, 2)),
