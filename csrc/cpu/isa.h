@@ -1,0 +1,40 @@
+// The kernels of one instruction set, and the choice between those that were compiled.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/params.h"
+
+namespace dflare::cpu {
+
+template <typename T>
+struct KernelsFor {
+  // Rows (compacted) and tasks in [begin, end); see kernels/append.h.
+  void (*fuse_norm)(const AppendParams<T>&, int64_t begin, int64_t end);
+  void (*project)(const AppendParams<T>&, int64_t begin, int64_t end);
+  // See kernels/attention.h.
+  void (*attend)(const AttentionParams<T>&, const AttentionItem&, int64_t tile_begin,
+                 int64_t tile_end, float* partial);
+  void (*merge)(const AttentionParams<T>&, const AttentionItem&, const float* const* pieces,
+                int64_t count);
+};
+
+struct Kernels {
+  const char* isa;
+  KernelsFor<float> f32;
+  KernelsFor<BFloat16> bf16;
+
+  template <typename T>
+  const KernelsFor<T>& get() const {
+    if constexpr (std::is_same_v<T, float>) {
+      return f32;
+    } else {
+      return bf16;
+    }
+  }
+};
+
+// The best level that this CPU has, or the one that the environment variable DFLARE_CPU_ISA names.
+const Kernels& kernels();
+
+}  // namespace dflare::cpu

@@ -1,0 +1,103 @@
+// Arguments of the CPU kernels, free of torch: what csrc/cpu/*.cpp fill in and csrc/cpu/kernels
+// read.
+#pragma once
+
+#include <stdint.h>
+
+namespace dflare::cpu {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Neox-style rotary embedding: cos_sin[position] holds rotary / 2 cosines, then as many sines.
+struct Rope {
+  const float* cos_sin;
+  int64_t rotary;
+  const int64_t* positions;  // of each row
+};
+
+// One operation over all draft layers; T is float or BFloat16.
+template <typename T>
+struct AppendParams {
+  // Some of the rows that count: rows[m] indexes target_hidden, rope.positions and cache_loc.
+  const int64_t* rows;
+  int64_t num_rows;
+
+  const T* target_hidden;  // [N, taps * hidden]
+  int64_t target_hidden_stride;
+  const float* fusion_probs;  // [layers, taps]
+  const T* norm_weight;       // [hidden]
+  float eps;
+
+  const T* kv_weight;      // [layers, 2 * kv_heads * head_dim, hidden]
+  const T* kv_bias;        // [layers, 2 * kv_heads * head_dim] or null
+  const T* k_norm_weight;  // [layers, head_dim]
+  float k_norm_eps;
+  Rope rope;
+
+  const int64_t* cache_loc;
+  T* const* pools;              // 2 * layers: keys, then values
+  const int64_t* slot_strides;  // 2 * layers
+
+  int64_t layers, taps, hidden, kv_heads, head_dim;
+
+  void* fused;           // scratch [layers, num_rows, fused_stride] of float or smaller elements
+  int64_t fused_stride;  // hidden, padded with zeros to whole vectors of any level
+  int64_t chunk_rows;    // rows that one projection task handles
+};
+
+// Queries first_row .. first_row + num_queries - 1 have the indices first_index .. ; the request's
+// keys are `pooled` ones in the pool, then, for a draft block, its own `num_queries`.
+struct Request {
+  const int32_t* slots;  // of each context index
+  int64_t pooled;
+  int64_t first_row;
+  int64_t num_queries;
+  int64_t first_index;
+};
+
+// The queries of some tokens and of all heads that share a KV head, over the keys they can see.
+struct AttentionItem {
+  int64_t request, kv_head;
+  int64_t first_token, num_tokens;  // counted from the request's first query
+  int64_t key_begin, key_end;
+};
+
+// Position of the first slot outside the pool that a kernel met; it reads nothing there.
+struct BadSlot {
+  int32_t found;
+  int64_t request, index;
+};
+
+constexpr int64_t kKeyTile = 64;  // keys that one step of the online softmax takes
+
+template <typename T>
+struct AttentionParams {
+  const Request* requests;
+  const T* q;  // [rows, q_heads, head_dim]
+  int64_t q_stride;
+
+  // Draft block only (norm weights not null): its keys and values lie beside the queries.
+  const T* block_k;
+  const T* block_v;
+  const T* q_norm_weight;  // [head_dim]
+  const T* k_norm_weight;
+  float eps;
+  Rope rope;
+
+  const T* k_pool;  // [slots, kv_heads, head_dim]
+  const T* v_pool;
+  int64_t k_slot_stride, v_slot_stride;
+  int64_t num_slots;
+
+  int64_t kv_heads, group, head_dim;
+  int64_t window;  // negative: none
+  bool causal;
+  float scale, logit_cap;
+
+  T* out;  // [rows, q_heads, head_dim], contiguous
+  BadSlot* bad_slot;
+};
+
+}  // namespace dflare::cpu

@@ -1,0 +1,204 @@
+#include "cpu/run_attention.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "cpu/isa.h"
+
+namespace dflare::cpu {
+
+namespace {
+
+// Rows of one item (tokens x heads of a KV head): enough that K and V are read rarely, few enough
+// that queries, scores and outputs stay in the second-level cache.
+constexpr int64_t kItemRows = 64;
+// Work of a key tile that does not depend on rows (gathering it), in rows.
+constexpr int64_t kTileOverheadRows = 8;
+// Least work (rows x tiles x head_dim) that is worth waking a thread: a few microseconds.
+constexpr int64_t kThreadCost = 4096;
+
+int64_t tiles_of(const AttentionItem& item) {
+  return (item.key_end - item.key_begin + kKeyTile - 1) / kKeyTile;
+}
+
+// The items of all requests in the order in which they are worked off, with the running sum of
+// their costs. Items that share keys are neighbours.
+struct Plan {
+  std::vector<AttentionItem> items;
+  std::vector<int64_t> cost_before;  // items.size() + 1 of them
+  int64_t max_rows = 0;
+};
+
+template <typename T>
+int64_t tile_cost(const AttentionParams<T>& p, const AttentionItem& item) {
+  return item.num_tokens * p.group + kTileOverheadRows;
+}
+
+template <typename T>
+Plan make_plan(const AttentionParams<T>& p, const std::vector<Request>& requests) {
+  Plan plan;
+  plan.items.reserve(requests.size() * p.kv_heads);
+  plan.cost_before.reserve(requests.size() * p.kv_heads + 1);
+  plan.cost_before.push_back(0);
+  const int64_t item_tokens = std::max<int64_t>(1, kItemRows / p.group);
+  for (size_t b = 0; b < requests.size(); ++b) {
+    const Request& r = requests[b];
+    const int64_t keys = r.pooled + (p.block_k ? r.num_queries : 0);
+    for (int64_t head = 0; head < p.kv_heads; ++head) {
+      for (int64_t token = 0; token < r.num_queries; token += item_tokens) {
+        AttentionItem item{static_cast<int64_t>(b),
+                           head,
+                           token,
+                           std::min(item_tokens, r.num_queries - token),
+                           0,
+                           keys};
+        const int64_t index = r.first_index + token;
+        if (p.window >= 0) item.key_begin = std::max<int64_t>(0, index - p.window);
+        if (p.causal) item.key_end = index + item.num_tokens;
+        plan.items.push_back(item);
+        plan.cost_before.push_back(plan.cost_before.back() + tiles_of(item) * tile_cost(p, item));
+        plan.max_rows = std::max(plan.max_rows, item.num_tokens * p.group);
+      }
+    }
+  }
+  return plan;
+}
+
+// A position in the plan: a key tile of an item.
+struct Cut {
+  int64_t item, tile;
+};
+
+template <typename T>
+Cut cut_at(const AttentionParams<T>& p, const Plan& plan, int64_t cost) {
+  const auto after = std::upper_bound(plan.cost_before.begin(), plan.cost_before.end(), cost);
+  const int64_t item = after - plan.cost_before.begin() - 1;
+  if (item == static_cast<int64_t>(plan.items.size())) return {item, 0};
+  return {item, (cost - plan.cost_before[item]) / tile_cost(p, plan.items[item])};
+}
+
+// Part of an item whose result waits for the others.
+struct Piece {
+  int64_t item = -1;
+  const float* data = nullptr;
+};
+
+}  // namespace
+
+template <typename T>
+void run_attention(const Checker& check, AttentionParams<T>& p,
+                   const std::vector<Request>& requests) {
+  const Plan plan = make_plan(p, requests);
+  if (plan.items.empty()) return;
+  const KernelsFor<T>& kernel = kernels().get<T>();
+  BadSlot bad_slot{};
+  p.requests = requests.data();
+  p.bad_slot = &bad_slot;
+
+  // Every thread takes an equal share of the cost, wherever that cuts an item's context; it leaves
+  // at most two pieces, of the items that its share begins and ends in.
+  const int64_t total = plan.cost_before.back();
+  const int64_t shares =
+      std::clamp<int64_t>(total * p.head_dim / kThreadCost, 1, at::get_num_threads());
+  const int64_t piece_size = plan.max_rows * (p.head_dim + 2);
+  std::unique_ptr<float[]> piece_data;
+  std::vector<Piece> pieces;
+  if (shares > 1) {
+    piece_data.reset(new float[2 * shares * piece_size]);
+    pieces.resize(2 * shares);
+  }
+  at::parallel_for(0, shares, 1, [&](int64_t first_share, int64_t last_share) {
+    for (int64_t share = first_share; share < last_share; ++share) {
+      const Cut begin = cut_at(p, plan, total * share / shares);
+      const Cut end = cut_at(p, plan, total * (share + 1) / shares);
+      int64_t next_piece = 2 * share;
+      for (int64_t i = begin.item; i <= end.item; ++i) {
+        if (i == end.item && end.tile == 0) break;
+        const AttentionItem& item = plan.items[i];
+        const int64_t tiles = tiles_of(item);
+        const int64_t from = i == begin.item ? begin.tile : 0;
+        const int64_t to = i == end.item ? end.tile : tiles;
+        if (from == to) continue;
+        float* partial = nullptr;
+        if (from > 0 || to < tiles) {
+          partial = piece_data.get() + next_piece * piece_size;
+          pieces[next_piece++] = {i, partial};
+        }
+        kernel.attend(p, item, from, to, partial);
+      }
+    }
+  });
+  TORCH_CHECK(!bad_slot.found, check.op, ": req_to_token gives slot ",
+              requests[bad_slot.request].slots[bad_slot.index], " for index ", bad_slot.index,
+              " of request ", bad_slot.request, ", but the pool has ", p.num_slots, " slots");
+
+  std::vector<const float*> parts;
+  int64_t item = -1;
+  auto flush = [&] {
+    if (!parts.empty()) kernel.merge(p, plan.items[item], parts.data(), parts.size());
+    parts.clear();
+  };
+  for (const Piece& piece : pieces) {
+    if (piece.item < 0) continue;
+    if (piece.item != item) flush();
+    item = piece.item;
+    parts.push_back(piece.data);
+  }
+  flush();
+}
+
+template <typename T>
+void set_pools(const Checker& check, const at::Tensor& k_pool, const at::Tensor& v_pool,
+               AttentionParams<T>& p) {
+  check.shape("v_pool", v_pool, k_pool.sizes(), "shape of k_pool");
+  check.dtype("v_pool", v_pool, k_pool.scalar_type());
+  check.device("k_pool", k_pool);
+  check.device("v_pool", v_pool);
+  check.packed("k_pool", k_pool, 2);
+  check.packed("v_pool", v_pool, 2);
+  check.heads(k_pool.size(1), k_pool.size(2));
+  p.k_pool = static_cast<const T*>(k_pool.const_data_ptr());
+  p.v_pool = static_cast<const T*>(v_pool.const_data_ptr());
+  p.num_slots = k_pool.size(0);
+  p.kv_heads = k_pool.size(1);
+  p.head_dim = k_pool.size(2);
+  p.k_slot_stride = k_pool.stride(0);
+  p.v_slot_stride = v_pool.stride(0);
+}
+
+void check_page_table(const Checker& check, const at::Tensor& req_to_token,
+                      const at::Tensor& req_pool_indices, const at::Tensor& seq_lens) {
+  const int64_t bs = seq_lens.dim() == 1 ? seq_lens.size(0) : kAny;
+  check.shape("seq_lens", seq_lens, {kAny}, "[bs]");
+  check.shape("req_pool_indices", req_pool_indices, {bs}, "[bs]");
+  check.shape("req_to_token", req_to_token, {kAny, kAny}, "[rows, max_len]");
+  check.integer("seq_lens", seq_lens);
+  check.dtype("req_pool_indices", req_pool_indices, at::kLong);
+  check.dtype("req_to_token", req_to_token, at::kInt);
+  check.device("seq_lens", seq_lens);
+  check.device("req_pool_indices", req_pool_indices);
+  check.device("req_to_token", req_to_token);
+  check.packed("req_to_token", req_to_token, 1);
+}
+
+const int32_t* request_slots(const Checker& check, const at::Tensor& req_to_token,
+                             const Indices& req_pool_indices, int64_t b, int64_t length) {
+  const int64_t row = req_pool_indices[b];
+  TORCH_CHECK(row >= 0 && row < req_to_token.size(0), check.op, ": req_pool_indices[", b, "] is ",
+              row, ", but req_to_token has ", req_to_token.size(0), " rows");
+  TORCH_CHECK(length >= 0 && length <= req_to_token.size(1), check.op, ": seq_lens[", b, "] is ",
+              length, ", expected 0 to ", req_to_token.size(1), ", the columns of req_to_token");
+  return static_cast<const int32_t*>(req_to_token.const_data_ptr()) + row * req_to_token.stride(0);
+}
+
+template void run_attention(const Checker&, AttentionParams<float>&, const std::vector<Request>&);
+template void run_attention(const Checker&, AttentionParams<BFloat16>&,
+                            const std::vector<Request>&);
+template void set_pools(const Checker&, const at::Tensor&, const at::Tensor&,
+                        AttentionParams<float>&);
+template void set_pools(const Checker&, const at::Tensor&, const at::Tensor&,
+                        AttentionParams<BFloat16>&);
+
+}  // namespace dflare::cpu

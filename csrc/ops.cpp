@@ -1,0 +1,23 @@
+// Schemas of torch.ops.dflare.*; implementations register themselves per device (csrc/cpu,
+// csrc/cuda). The contract of each argument is the docstring of the Python function of the same
+// name (python/dflare/ops).
+#include <torch/library.h>
+
+TORCH_LIBRARY(dflare, m) {
+  m.def(
+      "append_context_kv(Tensor target_hidden, Tensor fusion_probs, Tensor norm_weight, float eps,"
+      " Tensor kv_weight, Tensor? kv_bias, Tensor k_norm_weight, float k_norm_eps,"
+      " Tensor cos_sin_cache, Tensor positions, Tensor cache_loc, Tensor? commit_lens,"
+      " int block_size, Tensor(a!)[] k_pools, Tensor(b!)[] v_pools) -> ()");
+  m.def(
+      "block_attention(Tensor qkv, Tensor q_norm_weight, Tensor k_norm_weight, float eps,"
+      " Tensor cos_sin_cache, Tensor positions, Tensor k_pool, Tensor v_pool,"
+      " Tensor req_to_token, Tensor req_pool_indices, Tensor seq_lens, int block_size, int window,"
+      " bool causal, float scale, Tensor? schedule=None) -> Tensor");
+  m.def(
+      "paged_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor req_to_token,"
+      " Tensor req_pool_indices, Tensor seq_lens, Tensor query_start, int window, bool causal,"
+      " float scale, float logit_cap) -> Tensor");
+  // Instruction set that the CPU kernels run with: "baseline", "avx2", "avx512" or "avx512bf16".
+  m.def("cpu_isa() -> str");
+}

@@ -1,0 +1,137 @@
+"""Attention of a draft block: over the paged context and over the block itself."""
+
+import torch
+from torch import Tensor
+
+from dflare.ops.reference_math import apply_rope, attend, rms_norm, visibility
+
+
+def block_attention(
+    qkv: Tensor,
+    q_norm_weight: Tensor,
+    k_norm_weight: Tensor,
+    eps: float,
+    cos_sin_cache: Tensor,
+    positions: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    req_to_token: Tensor,
+    req_pool_indices: Tensor,
+    seq_lens: Tensor,
+    block_size: int,
+    window: int,
+    causal: bool,
+    scale: float,
+    schedule: Tensor | None = None,
+) -> Tensor:
+    """Normalises and rotates the block's q and k, then attends over context and block.
+
+    The block's keys and values come from `qkv` and never touch the pool, which is read only at
+    context indices below `seq_lens[b]` (arXiv 2606.02091, block-parallel drafting).
+    Block token i has index seq_lens[b] + i; key j is visible to query i iff
+    (window < 0 or j >= i - window) and (not causal or j <= i), indices, not positions.
+
+    Args:
+        qkv: [bs * B, (HQ + 2 * KV) * hd], query heads, key heads, value heads; float32 or
+            bfloat16 on the CPU, bfloat16 or float16 on CUDA; rows may have any stride.
+        q_norm_weight, k_norm_weight: [hd], per-head RMSNorm weights, dtype of qkv.
+        eps: epsilon of both norms.
+        cos_sin_cache: [max_pos, rotary] float32, cosines then sines, neox style; rotary <= hd.
+        positions: [bs * B] int64, used for RoPE only.
+        k_pool, v_pool: [slots, KV, hd], dtype of qkv, last two dimensions contiguous.
+        req_to_token: [rows, max_len] int32, slot of each context index of a request.
+        req_pool_indices: [bs] int64, row of `req_to_token` of each request.
+        seq_lens: [bs] int64 or int32, context length before the block, may be 0.
+        block_size: B, tokens a block.
+        window: sliding window in tokens, negative for none.
+        causal: whether later tokens of the block are hidden from earlier ones.
+        scale: factor of the logits, usually hd ** -0.5.
+        schedule: split schedule made once a step on CUDA; None on the CPU.
+
+    Returns:
+        [bs * B, HQ * hd] in qkv's dtype.
+
+    Raises:
+        RuntimeError: a shape, dtype, device, stride, position or slot that does not fit.
+    """
+    return torch.ops.dflare.block_attention.default(
+        qkv,
+        q_norm_weight,
+        k_norm_weight,
+        eps,
+        cos_sin_cache,
+        positions,
+        k_pool,
+        v_pool,
+        req_to_token,
+        req_pool_indices,
+        seq_lens,
+        block_size,
+        window,
+        causal,
+        scale,
+        schedule,
+    )
+
+
+@torch.library.register_fake("dflare::block_attention")
+def _fake(
+    qkv: Tensor,
+    q_norm_weight: Tensor,
+    k_norm_weight: Tensor,
+    eps: float,
+    cos_sin_cache: Tensor,
+    positions: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    req_to_token: Tensor,
+    req_pool_indices: Tensor,
+    seq_lens: Tensor,
+    block_size: int,
+    window: int,
+    causal: bool,
+    scale: float,
+    schedule: Tensor | None = None,
+) -> Tensor:
+    kv_width = 2 * k_pool.shape[1] * k_pool.shape[2]
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1] - kv_width)
+
+
+def block_attention_reference(
+    qkv: Tensor,
+    q_norm_weight: Tensor,
+    k_norm_weight: Tensor,
+    eps: float,
+    cos_sin_cache: Tensor,
+    positions: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    req_to_token: Tensor,
+    req_pool_indices: Tensor,
+    seq_lens: Tensor,
+    block_size: int,
+    window: int,
+    causal: bool,
+    scale: float,
+    schedule: Tensor | None = None,
+) -> Tensor:
+    """`block_attention` in plain PyTorch, on any device and in any floating dtype."""
+    kv_heads, head_dim = k_pool.shape[1:]
+    heads = qkv.unflatten(1, (-1, head_dim))
+    q_heads = heads.shape[1] - 2 * kv_heads
+    q, k, v = heads.split((q_heads, kv_heads, kv_heads), dim=1)
+    q = apply_rope(rms_norm(q, q_norm_weight, eps), cos_sin_cache, positions)
+    k = apply_rope(rms_norm(k, k_norm_weight, eps), cos_sin_cache, positions)
+    out = torch.empty_like(q)
+    for request, length in enumerate(seq_lens.tolist()):
+        block = slice(request * block_size, (request + 1) * block_size)
+        slots = req_to_token[req_pool_indices[request], :length].long()
+        index = torch.arange(length + block_size, device=qkv.device)
+        out[block] = attend(
+            q[block],
+            torch.cat((k_pool[slots], k[block])),
+            torch.cat((v_pool[slots], v[block])),
+            visibility(index[length:], index, window, causal),
+            scale,
+        )
+    return out.flatten(1)

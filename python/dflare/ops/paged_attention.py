@@ -1,0 +1,103 @@
+"""Attention of a target over its paged cache on the CPU: prefill, decode and verify."""
+
+import torch
+from torch import Tensor
+
+from dflare.ops.reference_math import attend, visibility
+
+
+def paged_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    req_to_token: Tensor,
+    req_pool_indices: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    window: int,
+    causal: bool,
+    scale: float,
+    logit_cap: float,
+) -> Tensor:
+    """Attention of each request's last tokens over all its tokens, read through the page table.
+
+    Request b's queries are rows query_start[b] .. query_start[b + 1] - 1 and are the last of its
+    seq_lens[b] tokens, whose keys and values are already in the pool. Rows of `q` from
+    query_start[bs] on are padding: their output is zero. Key j is visible to query i iff
+    (window < 0 or j >= i - window) and (not causal or j <= i), i and j counted from the request's
+    first token. It serves the CPU, as SGLang's `torch_native` attention backend does.
+
+    Args:
+        q: [Nq, HQ, hd], float32 or bfloat16; the last two dimensions contiguous.
+        k_pool, v_pool: [slots, KV, hd], dtype of q, last two dimensions contiguous.
+        req_to_token: [rows, max_len] int32, slot of each index of a request.
+        req_pool_indices: [bs] int64, row of `req_to_token` of each request.
+        seq_lens: [bs] int64 or int32, tokens of each request, its queries included.
+        query_start: [bs + 1] int64 or int32, non-decreasing.
+        window: sliding window in tokens, negative for none.
+        causal: whether later tokens are hidden from a query.
+        scale: factor of the logits, usually hd ** -0.5.
+        logit_cap: when positive, logits become cap * tanh(logits / cap).
+
+    Returns:
+        [Nq, HQ * hd] in q's dtype.
+
+    Raises:
+        RuntimeError: a shape, dtype, device, stride or slot that does not fit.
+    """
+    return torch.ops.dflare.paged_attention.default(
+        q,
+        k_pool,
+        v_pool,
+        req_to_token,
+        req_pool_indices,
+        seq_lens,
+        query_start,
+        window,
+        causal,
+        scale,
+        logit_cap,
+    )
+
+
+@torch.library.register_fake("dflare::paged_attention")
+def _fake(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    req_to_token: Tensor,
+    req_pool_indices: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    window: int,
+    causal: bool,
+    scale: float,
+    logit_cap: float,
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
+
+
+def paged_attention_reference(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    req_to_token: Tensor,
+    req_pool_indices: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    window: int,
+    causal: bool,
+    scale: float,
+    logit_cap: float,
+) -> Tensor:
+    """`paged_attention` in plain PyTorch, on any device and in any floating dtype."""
+    out = torch.zeros_like(q)
+    starts = query_start.tolist()
+    for request, length in enumerate(seq_lens.tolist()):
+        rows = slice(starts[request], starts[request + 1])
+        slots = req_to_token[req_pool_indices[request], :length].long()
+        index = torch.arange(length, device=q.device)
+        queries = index[length - (rows.stop - rows.start) :]
+        visible = visibility(queries, index, window, causal)
+        out[rows] = attend(q[rows], k_pool[slots], v_pool[slots], visible, scale, logit_cap)
+    return out.flatten(1)
