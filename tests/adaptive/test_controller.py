@@ -1,6 +1,7 @@
 import time
 
 import pytest
+
 from dflare.adaptive import (
     AdaptiveConfig,
     CostTable,
