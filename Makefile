@@ -1,29 +1,45 @@
-# One entry point for people and continuous integration; `make help` lists it.
+# One entry point for people and continuous integration; `make` lists it.
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+# Several processes with spinning OpenMP teams on few cores take many times as long as one.
+export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help test test-fast lint format
+.PHONY: help install demo test test-fast lint format
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-$(STAMP): pyproject.toml setup.py
+install: $(STAMP)  ## make .venv: SGLang, the package and its extension
+
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { $(PYTHON) --version; echo "expected Python 3.11 to 3.13: make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q uv
-	$(VENV)/bin/uv pip install -q --python $(PY) "setuptools>=77" "cmake>=3.25" "ninja>=1.11" "pybind11>=2.13"
+	test -x $(VENV)/bin/uv || $(PY) -m pip install --quiet --disable-pip-version-check uv
+	@echo "installing SGLang and the build tools (about 11 GB the first time)"
+	$(VENV)/bin/uv pip install --python $(PY) "setuptools>=77" "cmake>=3.25" "ninja>=1.11" "pybind11>=2.13" "sglang==0.5.23"
+	@echo "building the extension"
 	$(VENV)/bin/uv pip install --python $(PY) --no-build-isolation -e ".[sglang,train,demo,dev]"
 	touch $@
+
+demo: $(STAMP)  ## serve the demo pair with and without DFLARE, chat, print a table
+	$(VENV)/bin/dflare demo
 
 test: $(STAMP)  ## run every test
 	$(PY) -m pytest
 
-test-fast: $(STAMP)  ## run the tests that need no engine
+test-fast: $(STAMP)  ## run the tests that start no engine and train no model
 	$(PY) -m pytest -m "not slow"
 
-lint: $(STAMP)  ## format and lint checks, types
+lint: $(STAMP)  ## format, lint and type checks
 	$(VENV)/bin/ruff format --check python tests bench setup.py
 	$(VENV)/bin/ruff check python tests bench setup.py
 	$(VENV)/bin/mypy
+
+format: $(STAMP)  ## format the sources
+	$(VENV)/bin/ruff format python tests bench setup.py
+	$(VENV)/bin/ruff check --fix python tests bench setup.py

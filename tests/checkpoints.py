@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from dflare.checkpoint import DraftConfig, expected_tensors, make_config, spread_taps
 from safetensors.torch import save_file
+
+from dflare.checkpoint import DraftConfig, expected_tensors, make_config, spread_taps
 
 VOCAB_SIZE = 512
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>", "<|turn|>")

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from dflare.checkpoint import inspect_draft
 from dflare.demo import cache_folder, demo_draft, demo_target
 from dflare.errors import DFlareError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from dflare.adaptive import CostTable
 from world import Scenario
+
+from dflare.adaptive import CostTable
 
 Seconds = Callable[[int, int], float]
 

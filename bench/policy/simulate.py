@@ -19,8 +19,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 import scenarios
-from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
 from world import Scenario, World
+
+from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
 
 
 @dataclass(frozen=True)

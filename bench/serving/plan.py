@@ -36,7 +36,7 @@ class Dataset(_Data):
 
     Attributes:
         prompts: Prompt files under `bench/serving/prompts` by stem, or paths of JSON Lines in
-            `sglang.benchmark.serving`'s custom format; several are mixed. Empty for generated loads.
+            `sglang.benchmark.serving`'s custom format; several are mixed. None for generated loads.
         shared_prefixes: Groups of requests with a common prefix, for a generated load.
         args: Further flags of `sglang.benchmark.serving`.
     """

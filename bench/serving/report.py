@@ -52,7 +52,7 @@ def count_differences(sweep: Sweep, records: Iterable[Record]) -> dict[str, tupl
 
 
 def verdict(sweep: Sweep, table: dict[Key, Record]) -> str:
-    """The adaptive arm against the best of no speculation and every fixed width, where it is worst."""
+    """Where the adaptive arm is worst against the best of no speculation and all fixed widths."""
     kinds = {arm.name: arm.kind for arm in sweep.arms}
     ratios = []
     for dataset, concurrency in sorted({key[:2] for key in table}):

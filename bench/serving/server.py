@@ -1,5 +1,6 @@
 """Start a real SGLang server, wait until it answers, stop all of its processes."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -78,19 +79,13 @@ class Server:
         """End the whole process group: politely, then not."""
         if self._process is None:
             return
-        for stop in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self._process.pid, stop)
-                self._process.wait(_STOP_SECONDS)
-            except ProcessLookupError:
-                break
-            except subprocess.TimeoutExpired:
-                continue
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STOP_SECONDS)
         # The leader may be gone while its children still are not.
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        self._process.wait()
         self._process = None
         if self._output:
             self._output.close()

@@ -19,6 +19,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from transformers import AutoTokenizer
+
 from dflare.training.config import TrainConfig, load_config
 from dflare.training.evaluate import evaluate, held_out_prompts
 from dflare.training.init import draft_config
@@ -27,7 +29,6 @@ from dflare.training.model_card import hardware
 from dflare.training.prompts import stop_tokens
 from dflare.training.target import Target, target_path
 from dflare.training.trainer import Trainer
-from transformers import AutoTokenizer
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "DFlash": {"architecture": "dflash", "shared_kv": False},

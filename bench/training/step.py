@@ -19,12 +19,13 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from torch.profiler import ProfilerActivity, profile
+
 from dflare.training.config import TrainConfig, load_config
 from dflare.training.data import FORMAT
 from dflare.training.model_card import hardware
 from dflare.training.target import Target
 from dflare.training.trainer import Trainer
-from torch.profiler import ProfilerActivity, profile
 
 PARTS = ("batch", "target", "draft", "loss", "backward", "optimizer")
 _WARM_UP = 4  # one epoch of the random data, which fills a tap cache

@@ -20,6 +20,8 @@ constexpr Checker kCheck{"append_context_kv"};
 // hidden size 2560, where weights come from memory, and equal at 576 (Zen 5, 1 MiB second level).
 constexpr int64_t kChunkBytes = 2 << 20;
 constexpr int64_t kMaxChunkRows = 192;
+// Rows fused before they are projected: bounds the scratch of a long prompt.
+constexpr int64_t kPanelRows = 4 * kMaxChunkRows;
 // Multiply-adds of the fusion that are worth waking a thread for: a few microseconds.
 constexpr int64_t kThreadCost = 1 << 17;
 
@@ -71,8 +73,6 @@ void append_context_kv_as(const at::Tensor& target_hidden, const at::Tensor& fus
   p.hidden = norm_weight.size(0);
   p.kv_heads = k_pools[0].size(1);
   p.head_dim = k_pools[0].size(2);
-  p.rows = rows.data();
-  p.num_rows = rows.size();
   p.rope = make_rope(kCheck, cos_sin_cache, positions, target_hidden.size(0), p.head_dim);
 
   std::vector<T*> pools;
@@ -105,19 +105,24 @@ void append_context_kv_as(const at::Tensor& target_hidden, const at::Tensor& fus
   p.k_norm_weight = static_cast<const T*>(k_norm_weight.const_data_ptr());
   p.k_norm_eps = static_cast<float>(k_norm_eps);
   p.fused_stride = (p.hidden + 31) / 32 * 32;
-  const at::Tensor fused = at::empty({p.layers, p.num_rows, p.fused_stride}, at::kFloat);
+  const int64_t num_rows = rows.size();
+  const at::Tensor fused =
+      at::empty({p.layers, std::min(num_rows, kPanelRows), p.fused_stride}, at::kFloat);
   p.fused = fused.mutable_data_ptr();
-  const int64_t heads = 2 * p.kv_heads;
-  p.chunk_rows = choose_chunk_rows(p.num_rows, p.fused_stride * 4, p.layers * heads);
 
   const KernelsFor<T>& kernel = kernels().get<T>();
-  const int64_t row_cost = p.layers * p.taps * p.hidden;
-  const int64_t grain = std::max<int64_t>(1, kThreadCost / std::max<int64_t>(1, row_cost));
-  at::parallel_for(0, p.num_rows, grain,
-                   [&](int64_t begin, int64_t end) { kernel.fuse_norm(p, begin, end); });
-  const int64_t chunks = (p.num_rows + p.chunk_rows - 1) / p.chunk_rows;
-  at::parallel_for(0, p.layers * chunks * heads, 1,
-                   [&](int64_t begin, int64_t end) { kernel.project(p, begin, end); });
+  const int64_t heads = 2 * p.kv_heads;
+  const int64_t grain = std::max<int64_t>(1, kThreadCost / (p.layers * p.taps * p.hidden));
+  for (int64_t first = 0; first < num_rows; first += kPanelRows) {
+    p.rows = rows.data() + first;
+    p.num_rows = std::min(kPanelRows, num_rows - first);
+    p.chunk_rows = choose_chunk_rows(p.num_rows, p.fused_stride * 4, p.layers * heads);
+    at::parallel_for(0, p.num_rows, grain,
+                     [&](int64_t begin, int64_t end) { kernel.fuse_norm(p, begin, end); });
+    const int64_t chunks = (p.num_rows + p.chunk_rows - 1) / p.chunk_rows;
+    at::parallel_for(0, p.layers * chunks * heads, 1,
+                     [&](int64_t begin, int64_t end) { kernel.project(p, begin, end); });
+  }
 }
 
 void append_context_kv(const at::Tensor& target_hidden, const at::Tensor& fusion_probs,

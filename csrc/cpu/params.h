@@ -20,7 +20,7 @@ struct Rope {
 // One operation over all draft layers; T is float or BFloat16.
 template <typename T>
 struct AppendParams {
-  // Rows that count, compacted: rows[m] indexes target_hidden, rope.positions and cache_loc.
+  // Some of the rows that count: rows[m] indexes target_hidden, rope.positions and cache_loc.
   const int64_t* rows;
   int64_t num_rows;
 

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-from dflare.adaptive.acceptance import AcceptanceModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dflare.adaptive.acceptance import AcceptanceModel
 
 
 def draw_commits(rng, accept, width, batch):

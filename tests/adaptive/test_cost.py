@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-from dflare.adaptive import CostTable, StepTime, save_step_times
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dflare.adaptive import CostTable, StepTime, save_step_times
 
 WIDTHS = (1, 2, 4, 8)
 

@@ -6,6 +6,7 @@ import time
 
 import prometheus_client
 import pytest
+
 from dflare.adaptive.metrics import SpecMetrics
 
 LABELS = {"model_name": "target", "tp_rank": "0"}
@@ -32,7 +33,7 @@ def publish_after_a_second(metrics, accept_rates, monkeypatch):
 
 
 def test_steps_are_counted_and_averaged(value, monkeypatch):
-    metrics = SpecMetrics(LABELS, block_size=4)
+    metrics = SpecMetrics(LABELS)
     metrics.record(1, [1, 1], predicted=0.01, actual=0.012)
     metrics.record(4, [3, 2], exploring=True, predicted=0.02, actual=0.022)
     metrics.record(4, [4])
@@ -49,7 +50,7 @@ def test_steps_are_counted_and_averaged(value, monkeypatch):
 
 
 def test_counters_go_on_and_gauges_start_over(value, monkeypatch):
-    metrics = SpecMetrics(LABELS, block_size=2)
+    metrics = SpecMetrics(LABELS)
     metrics.record(2, [2])
     publish_after_a_second(metrics, [0.9], monkeypatch)
     metrics.record(1, [1])
@@ -59,7 +60,7 @@ def test_counters_go_on_and_gauges_start_over(value, monkeypatch):
 
 
 def test_nothing_is_written_before_the_interval_is_over(value):
-    metrics = SpecMetrics(LABELS, block_size=2)
+    metrics = SpecMetrics(LABELS)
     metrics.record(2, [2])
     assert metrics.publish([0.9]) is None
     assert value("committed_tokens_total") == 0
@@ -71,7 +72,7 @@ def test_another_process_collects_what_the_scheduler_wrote(tmp_path):
         """
         import time
         from dflare.adaptive.metrics import SpecMetrics
-        metrics = SpecMetrics({"model_name": "target"}, block_size=2)
+        metrics = SpecMetrics({"model_name": "target"})
         metrics.record(2, [2, 1])
         time.sleep(1.1)
         assert metrics.publish([0.5])

@@ -2,9 +2,10 @@ import itertools
 
 import numpy as np
 import pytest
-from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
 
 BLOCK = 8
 

@@ -1,6 +1,7 @@
 import pytest
 import scenarios
 import simulate
+
 from dflare.adaptive import AdaptiveConfig
 
 SHAPES = [(scenarios.cpu, 8, 16), (scenarios.gpu, 16, 64)]

@@ -10,6 +10,7 @@ from threading import Thread
 
 import pytest
 import torch
+
 from checkpoints import (
     random_draft_config,
     random_tensors,

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3Config
+
 from checkpoints import random_draft_config
 from dflare.checkpoint import find_folder, make_config, read_config, spread_taps
 from dflare.errors import CheckpointError
-from transformers import Qwen3Config
 
 
 def write(folder: Path, content: object) -> Path:

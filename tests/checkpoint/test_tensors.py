@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
 from checkpoints import random_draft_config, random_tensors, write_random_draft, write_tensors
 from dflare.checkpoint import (
     DraftConfig,
@@ -19,9 +23,6 @@ from dflare.checkpoint import (
     read_headers,
 )
 from dflare.errors import CheckpointError
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors import safe_open
 
 
 def published_4b() -> DraftConfig:

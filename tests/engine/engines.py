@@ -1,4 +1,4 @@
-"""Engines for the tests: real `sglang.Engine`s whose processes are forked, not spawned, to start fast."""
+"""Real `sglang.Engine`s whose processes are forked instead of spawned, to start fast."""
 
 import json
 import multiprocessing

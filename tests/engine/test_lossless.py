@@ -3,9 +3,10 @@
 import asyncio
 
 import pytest
+from transformers import AutoTokenizer
+
 from engines import running_engine
 from prompts import chat_prompts
-from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -116,8 +117,10 @@ def test_aborted_request_leaves_others_alone(demo_pair, questions, demo_alone):
             engine.async_generate(input_ids=ids, sampling_params=sampling) for ids in questions[:3]
         ]
         aborted, *answers = await asyncio.gather(doomed(), *others)
-        return aborted, answers, await engine.async_generate(
-            input_ids=questions[3], sampling_params=sampling
+        return (
+            aborted,
+            answers,
+            await engine.async_generate(input_ids=questions[3], sampling_params=sampling),
         )
 
     with running_engine(*demo_pair) as engine:

@@ -6,6 +6,7 @@ This is the test that catches a drafter fed wrong context: such a drafter only a
 import random
 
 import pytest
+
 from checkpoints import write_random_draft, write_random_target
 from engines import proposals, running_engine
 from reference_drafter import ReferencePair
@@ -43,7 +44,7 @@ def test_pages_and_radix_hits(random_pair, random_reference, page_size, radix):
     name = f"pages-{page_size}-{radix}"
     with running_engine(*random_pair, page_size=page_size, disable_radix_cache=not radix) as engine:
         check(engine, random_reference, prompts, 70, name)
-        # The same prompts again, and others that begin alike: answered from the cache if there is one.
+        # The same prompts again, and others that begin alike: from the cache if there is one.
         check(engine, random_reference, prompts[:3], 20, name + "-again")
         check(engine, random_reference, shared, 20, name + "-shared")
 

@@ -5,12 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
-from checkpoints import random_draft_config, random_tensors
-from engines import proposals, running_engine
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
+from checkpoints import random_draft_config, random_tensors
 from dflare.checkpoint import save_checkpoint
+from engines import proposals, running_engine
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ FALSE_ALARM_RATE = 1e-4
 
 @pytest.fixture(scope="module")
 def constant_pair(random_pair, tmp_path_factory):
-    """A drafter that always proposes the same token: its layers add nothing to the mask's embedding."""
+    """A drafter whose layers add nothing to the mask's embedding: it always says the same."""
     target, _ = random_pair
     config = random_draft_config()
     weights = random_tensors(config, seed=0)
@@ -49,8 +49,7 @@ def next_token_probs(model, tokens: list[int]) -> dict[int, float]:
 
 
 def find_prompt(model, constant: int) -> list[int]:
-    """A prompt after which the drafter's constant token is likely to be sampled, so that some drafts
-    are accepted and some rejected."""
+    """A prompt after which the drafter's token is sampled now and then, so that both happen."""
     draw = torch.Generator().manual_seed(0)
     for _ in range(2000):
         prompt = torch.randint(5, 500, (6,), generator=draw).tolist()
@@ -81,9 +80,7 @@ def test_distribution_of_three_tokens(constant_pair):
     }
     rids = [f"sample-{i}" for i in range(SAMPLES)]
     with running_engine(target, draft, random_seed=7) as engine:
-        answers = engine.generate(
-            input_ids=[prompt] * SAMPLES, sampling_params=sampling, rid=rids
-        )
+        answers = engine.generate(input_ids=[prompt] * SAMPLES, sampling_params=sampling, rid=rids)
     observed = Counter(tuple(answer["output_ids"]) for answer in answers)
     assert set(observed) <= set(expected), "a token that top-k or top-p excludes was sampled"
     assert all(step["block"][1:] == [constant] * 3 for step in proposals("sample-0"))

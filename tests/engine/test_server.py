@@ -89,7 +89,10 @@ def test_bad_requests_do_not_stop_it(server):
     bad_grammar = server.chat(
         "hello",
         max_tokens=8,
-        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 3}}},
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {"type": 3}},
+        },
     )
     assert bad_grammar.status_code >= 400 or bad_grammar.json()["choices"]
     assert server.chat("hello", temperature=-1, max_tokens=4).status_code == 400

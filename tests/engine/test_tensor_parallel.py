@@ -3,6 +3,7 @@
 import os
 
 import pytest
+
 from engines import running_engine
 from test_same_drafts import check, random_prompts
 
@@ -16,7 +17,11 @@ def test_two_ranks_draft_like_one(random_pair, random_reference, page_size):
     with running_engine(*random_pair, page_size=page_size, tp_size=2) as engine:
         check(engine, random_reference, prompts, 40, f"tp-{page_size}")
         sampling = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
-        two = [a["output_ids"] for a in engine.generate(input_ids=prompts, sampling_params=sampling)]
+        two = [
+            a["output_ids"] for a in engine.generate(input_ids=prompts, sampling_params=sampling)
+        ]
     with running_engine(random_pair[0], page_size=page_size) as engine:
-        one = [a["output_ids"] for a in engine.generate(input_ids=prompts, sampling_params=sampling)]
+        one = [
+            a["output_ids"] for a in engine.generate(input_ids=prompts, sampling_params=sampling)
+        ]
     assert two == one

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from dflare.ops import append_context_kv, append_context_kv_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import append_case, assert_accurate, copied
+
+from dflare.ops import append_context_kv, append_context_kv_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -52,6 +53,11 @@ def test_equals_the_reference_for_odd_hidden_sizes(hidden, dtype):
 
 def test_weights_larger_than_the_cache_block_are_projected_completely():
     case = append_case(0, layers=1, taps=2, hidden=2880, kv_heads=1, head_dim=128, rows=30)
+    assert_accurate(append_context_kv, append_context_kv_reference, case, torch.float32)
+
+
+def test_a_prompt_longer_than_the_scratch_is_projected_completely():
+    case = append_case(0, layers=2, taps=2, hidden=32, kv_heads=1, head_dim=16, rows=1700)
     assert_accurate(append_context_kv, append_context_kv_reference, case, torch.float32)
 
 

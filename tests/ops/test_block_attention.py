@@ -1,9 +1,10 @@
 import pytest
 import torch
-from dflare.ops import block_attention, block_attention_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import assert_accurate, block_case, copied
+
+from dflare.ops import block_attention, block_attention_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dflare.ops import append_context_kv, block_attention, paged_attention
 from op_cases import Case, append_case, block_case, copied, paged_case
+
+from dflare.ops import append_context_kv, block_attention, paged_attention
 
 Change = Callable[[Case], object]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_cases import append_case, block_case, paged_case
+
 from dflare import _C
 from dflare.ops.library import OperatorLibraryError, load_library
-from op_cases import append_case, block_case, paged_case
 
 OPS = torch.ops.dflare
 ACCURACY_TESTS = [

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from dflare.ops import paged_attention, paged_attention_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import assert_accurate, paged_case
+
+from dflare.ops import paged_attention, paged_attention_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 

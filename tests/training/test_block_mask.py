@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from dflare.training.block_mask import dense_block_mask, flex_block_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dflare.training.block_mask import dense_block_mask, flex_block_mask
 
 
 def rule(anchors, context_len, block_size, window):

@@ -6,12 +6,13 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from dflare.training.batches import draw_anchors, epoch_batches, make_batch
 from dflare.training.data import Corpus, check_mask_token, load_corpus, split
 from dflare.training.errors import ConfigError, DataError
 from dflare.training.vocabulary import LossVocabulary
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 HEADER = {"dflare_data": 1, "target": "t", "vocab_size": 100}
 

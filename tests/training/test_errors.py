@@ -5,6 +5,9 @@ import shutil
 
 import pytest
 import torch
+from tiny_models import tiny_causal_lm, train_config, write_data
+from typer.testing import CliRunner
+
 from dflare.cli.app import app, main
 from dflare.errors import CheckpointError, DFlareError, UnsupportedError
 from dflare.training import estimate
@@ -13,8 +16,6 @@ from dflare.training.errors import ConfigError, DataError, TrainingError
 from dflare.training.snapshot import FILE
 from dflare.training.target import Target, load_target
 from dflare.training.trainer import Trainer
-from tiny_models import tiny_causal_lm, train_config, write_data
-from typer.testing import CliRunner
 
 
 @pytest.fixture

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_causal_lm
+
 from dflare.errors import UnsupportedError
 from dflare.training.generate import Generator, Sampling, sample
 from dflare.training.slot_cache import ATTENTION, grouped_attention
 from dflare.training.target import Target
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny_models import tiny_causal_lm
 
 STOP = (2, 7, 11, 19)
 

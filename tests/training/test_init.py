@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_causal_lm
+
 from dflare.training.config import DrafterSection, load_config
 from dflare.training.init import build_drafter, draft_config
 from dflare.training.pipeline import load_pipeline
 from dflare.training.target import Target
-from tiny_models import tiny_causal_lm
 
 
 def section(**changes) -> DrafterSection:

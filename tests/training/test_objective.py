@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from dflare.errors import UnsupportedError
 from dflare.training.block_loss import block_loss
 from dflare.training.objective import Objective, decay_weights, dpace_weights
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def test_dpace_of_three_slots_by_hand():

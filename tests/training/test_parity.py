@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from checkpoints import random_draft_config, write_random_draft, write_random_target
 from dflare.training.export import load_drafter
 from dflare.training.speculate import ContextCache, decode

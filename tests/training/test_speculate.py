@@ -4,15 +4,16 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import random_drafter, tiny_causal_lm, tiny_draft_config
+
 from dflare.training.evaluate import Score, evaluate, write_report
 from dflare.training.generate import Generator, Sampling
 from dflare.training.prompt_lookup import propose, simulate
 from dflare.training.slot_cache import ATTENTION
 from dflare.training.speculate import decode
 from dflare.training.target import Target
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny_models import random_drafter, tiny_causal_lm, tiny_draft_config
 
 STOP = (2, 7, 11, 19)
 

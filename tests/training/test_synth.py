@@ -5,6 +5,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
 from checkpoints import EOS, TURN, byte_tokenizer, write_random_target
 from dflare.cli.app import app
 from dflare.errors import DFlareError
@@ -13,8 +16,6 @@ from dflare.training.errors import ConfigError, DataError
 from dflare.training.generate import Sampling
 from dflare.training.prompts import encode, key, read_prompts
 from dflare.training.server_generator import ServerGenerator
-from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_causal_lm, train_config, write_data
+
 from dflare.checkpoint import check_tensors, read_config
 from dflare.training.export import load_drafter
 from dflare.training.generate import Generator, Sampling
@@ -12,7 +14,6 @@ from dflare.training.slot_cache import ATTENTION
 from dflare.training.speculate import decode
 from dflare.training.target import Target
 from dflare.training.trainer import Interrupted, Trainer
-from tiny_models import tiny_causal_lm, train_config, write_data
 
 
 def target() -> Target:

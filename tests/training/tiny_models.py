@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from dflare.checkpoint import DraftConfig, make_config
 from dflare.training.config import TrainConfig, parse_config
 from dflare.training.model import Drafter
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def tiny_draft_config(**changes) -> DraftConfig:

@@ -75,15 +75,9 @@ void fuse_norm(const AppendParams<T>& p, int64_t begin, int64_t end) {
     int64_t layer = 0;
     for (; layer + 4 <= p.layers; layer += 4) fuse_layers<4>(p, m, layer);
     switch (p.layers - layer) {
-      case 3:
-        fuse_layers<3>(p, m, layer);
-        break;
-      case 2:
-        fuse_layers<2>(p, m, layer);
-        break;
-      case 1:
-        fuse_layers<1>(p, m, layer);
-        break;
+      case 3: fuse_layers<3>(p, m, layer); break;
+      case 2: fuse_layers<2>(p, m, layer); break;
+      case 1: fuse_layers<1>(p, m, layer); break;
     }
   }
 }

@@ -1,9 +1,12 @@
 // One attention item: the query rows (tokens x heads) that share a KV head, over a range of keys.
 //
 // Keys come in tiles of kKeyTile pointers gathered through the request's slots, so K and V are read
-// in place and once for all rows; bfloat16 rows are widened into scratch first. Two score layouts:
-//   wide    many rows: vectors run along rows, scores are [key][row], softmax needs no horizontal
-//   sum; narrow  few rows (decode): vectors run along head_dim, scores are [row][key].
+// in place and once for all rows; bfloat16 rows are widened into scratch first.
+//
+// Scores have two layouts. Wide, for many rows: vectors run along the rows, scores are [key][row]
+// and the softmax needs no horizontal sums. Narrow, for the few rows of a decode step: vectors run
+// along head_dim, scores are [row][key].
+//
 // The online softmax keeps, for each row, the running maximum m, the sum l of exp(score - m) and
 // the output o, not yet divided by l. A piece of an item leaves these three for merge().
 #pragma once
@@ -18,7 +21,7 @@ namespace dflare::cpu::DFLARE_ISA {
 // rows against head_dim / lanes products and 4 shuffles a key and row).
 constexpr int64_t kNarrowRows = kLanes / 2;
 constexpr int kScoreKeys = kRegisters == 32 ? 8 : 4;
-constexpr int64_t kScoreChannels = 32;
+constexpr int64_t kScoreChannels = 32;  // summed in one go: short sums round less
 constexpr int kValueRows = 6;
 constexpr int kValueVecs = kRegisters == 32 ? 4 : 2;
 constexpr float kLowest = -3.40282347e38f;  // finite: exp(lowest - lowest) is 1, not NaN
@@ -49,35 +52,26 @@ inline Workspace make_workspace(const AttentionParams<T>& p, const AttentionItem
   const int64_t block = p.block_k ? p.requests[item.request].num_queries * p.head_dim : 0;
   const int64_t tile = sizeof(T) == sizeof(float) ? 0 : kKeyTile * p.head_dim;
   const int64_t o_size = w.padded_rows * p.head_dim;
-  const int64_t sizes[] = {o_size,        w.padded_rows * kKeyTile,
-                           o_size,        w.padded_rows,
-                           w.padded_rows, w.padded_rows,
-                           w.padded_rows, w.padded_rows,
-                           block,         block,
-                           tile,          tile,
-                           p.head_dim};
-  int64_t total = 0;
-  for (int64_t size : sizes) total += round_up(size, 16);
-  float* next = thread_scratch(total);
-  const int64_t* size = sizes;
-  auto take = [&] {
+  float* next =
+      thread_scratch(2 * o_size + w.padded_rows * (kKeyTile + 5) + 2 * (block + tile) + p.head_dim);
+  auto take = [&](int64_t size) {
     float* taken = next;
-    next += round_up(*size++, 16);
+    next += size;
     return taken;
   };
-  w.q = take();
-  w.scores = take();
-  w.o = take();
-  w.m = take();
-  w.l = take();
-  w.alpha = take();
-  w.first = reinterpret_cast<int32_t*>(take());
-  w.last = reinterpret_cast<int32_t*>(take());
-  w.block_k = take();
-  w.block_v = take();
-  w.tile_k = take();
-  w.tile_v = take();
-  w.zeros = take();
+  w.q = take(o_size);
+  w.scores = take(w.padded_rows * kKeyTile);
+  w.o = take(o_size);
+  w.m = take(w.padded_rows);
+  w.l = take(w.padded_rows);
+  w.alpha = take(w.padded_rows);
+  w.first = reinterpret_cast<int32_t*>(take(w.padded_rows));
+  w.last = reinterpret_cast<int32_t*>(take(w.padded_rows));
+  w.block_k = take(block);
+  w.block_v = take(block);
+  w.tile_k = take(tile);
+  w.tile_v = take(tile);
+  w.zeros = take(p.head_dim);
   memset(w.zeros, 0, sizeof(float) * p.head_dim);
   return w;
 }
@@ -204,7 +198,6 @@ inline void score_channels(const float* q, int64_t padded_rows, const float* con
   }
 }
 
-// In short sums, which round less than one over the whole head.
 template <int VECS>
 inline void score_tile(const float* q, int64_t padded_rows, const float* const* k, int64_t head_dim,
                        float* scores) {
@@ -350,16 +343,11 @@ inline void add_values(const Workspace& w, int64_t head_dim, int64_t count) {
     value_rows<kValueRows>(w, head_dim, count, row);
   }
   switch (w.rows - row) {
-    case 5:
-      return value_rows<5>(w, head_dim, count, row);
-    case 4:
-      return value_rows<4>(w, head_dim, count, row);
-    case 3:
-      return value_rows<3>(w, head_dim, count, row);
-    case 2:
-      return value_rows<2>(w, head_dim, count, row);
-    case 1:
-      return value_rows<1>(w, head_dim, count, row);
+    case 5: return value_rows<5>(w, head_dim, count, row);
+    case 4: return value_rows<4>(w, head_dim, count, row);
+    case 3: return value_rows<3>(w, head_dim, count, row);
+    case 2: return value_rows<2>(w, head_dim, count, row);
+    case 1: return value_rows<1>(w, head_dim, count, row);
   }
 }
 

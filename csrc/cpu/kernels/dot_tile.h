@@ -86,16 +86,11 @@ inline void dot_rows(const A* a, int64_t a_stride, int64_t rows, const B* const*
     rows -= kDotRows;
   }
   switch (rows) {
-    case 5:
-      return dot_tile<5>(a, a_stride, b, depth, c, c_stride);
-    case 4:
-      return dot_tile<4>(a, a_stride, b, depth, c, c_stride);
-    case 3:
-      return dot_tile<3>(a, a_stride, b, depth, c, c_stride);
-    case 2:
-      return dot_tile<2>(a, a_stride, b, depth, c, c_stride);
-    case 1:
-      return dot_tile<1>(a, a_stride, b, depth, c, c_stride);
+    case 5: return dot_tile<5>(a, a_stride, b, depth, c, c_stride);
+    case 4: return dot_tile<4>(a, a_stride, b, depth, c, c_stride);
+    case 3: return dot_tile<3>(a, a_stride, b, depth, c, c_stride);
+    case 2: return dot_tile<2>(a, a_stride, b, depth, c, c_stride);
+    case 1: return dot_tile<1>(a, a_stride, b, depth, c, c_stride);
   }
 }
 

@@ -30,11 +30,10 @@ class SpecMetrics:
     =============================== ========= ====================================================
     """
 
-    def __init__(self, labels: Mapping[str, str], block_size: int):
+    def __init__(self, labels: Mapping[str, str]):
         """
         Args:
             labels: Constant labels, as SGLang's collectors carry (model_name, tp_rank, ...).
-            block_size: Tokens of a draft block.
         """
         from prometheus_client import Counter as Metric
         from prometheus_client import Gauge
@@ -60,7 +59,6 @@ class SpecMetrics:
         self._exploring = counter("exploring_steps", "Steps that explored.").labels(**bound)
         self._requests = counter("request_steps", "Requests summed over steps.").labels(**bound)
         self._tokens = counter("committed_tokens", "Tokens committed by steps.").labels(**bound)
-        self._positions = range(1, block_size)
         self._clear()
 
     def record(
@@ -93,7 +91,8 @@ class SpecMetrics:
         """Write the metrics if the interval is over.
 
         Args:
-            accept_rates: Estimated acceptance by position, ``WidthPolicy.accept_rates()``.
+            accept_rates: Estimated acceptance by position, ``WidthPolicy.accept_rates()``; empty
+                without a policy.
 
         Returns:
             A line for the server log, or None if it was not yet time or nothing ran.
@@ -105,7 +104,7 @@ class SpecMetrics:
         accept = self._committed / self._request_steps
         self._width.set(width)
         self._accept.set(accept)
-        for position, rate in zip(self._positions, accept_rates, strict=True):
+        for position, rate in enumerate(accept_rates, start=1):
             self._position.labels(**self._labels, position=str(position)).set(rate)
         for w, n in self._by_width.items():
             self._steps.labels(**self._labels, width=str(w)).inc(n)

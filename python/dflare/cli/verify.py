@@ -32,9 +32,7 @@ def verify(
 
     target_path, draft_path = resolve_pair(model, draft)
     report = verify_pair(
-        VerifyOptions(
-            target_path, draft_path, prompts, concurrency, max_new_tokens, temperature
-        )
+        VerifyOptions(target_path, draft_path, prompts, concurrency, max_new_tokens, temperature)
     )
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -79,7 +79,7 @@ class DFlareAlgorithm(CustomSpecAlgo):
 
 
 def register_algorithm() -> None:
-    """Register `DFLARE`; worker and draft model are imported only in the process that builds them."""
+    """Register `DFLARE`; worker and draft model are imported only where they are built."""
 
     @SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=True, spec_class=DFlareAlgorithm)
     def _worker_class(_server_args):

@@ -1,4 +1,4 @@
-"""Attention backend `dflare`: the draft's block attention, and on a CPU the target's attention too."""
+"""Attention backend `dflare`: the draft's block attention; on a CPU the target's too."""
 
 from typing import Any
 
@@ -73,8 +73,7 @@ class CpuAttentionBackend(BlockAttentionBackend):
 
     def __init__(self, model_runner) -> None:
         super().__init__(model_runner)
-        self._seq_lens: torch.Tensor | None = None
-        self._query_start: torch.Tensor | None = None
+        self._seq_lens = self._query_start = torch.empty(0, dtype=torch.int64)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         mode, bs = forward_batch.forward_mode, forward_batch.batch_size

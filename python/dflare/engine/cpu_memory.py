@@ -72,4 +72,4 @@ def allow_record_stream_on_cpu() -> None:
         if tensor.device.type != "cpu":
             record_stream(tensor, stream)
 
-    torch.Tensor.record_stream = record  # type: ignore[method-assign]
+    torch.Tensor.record_stream = record  # type: ignore[method-assign,assignment]

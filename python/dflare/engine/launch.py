@@ -33,7 +33,9 @@ def resolve_pair(model: str | None, draft: str | None, *, demo: bool = False) ->
 
         return str(demo_target()), str(demo_draft())
     if model is None or draft is None:
-        given, missing = ("--draft", "--model-path") if model is None else ("--model-path", "--draft")
+        given, missing = (
+            ("--draft", "--model-path") if model is None else ("--model-path", "--draft")
+        )
         raise CheckpointError(f"{given} needs {missing} beside it; a drafter fits one target only")
     return model, draft
 
@@ -127,7 +129,9 @@ def _prompt_ids(where: str, line: str, tokenizer) -> list[int]:
                 entry["messages"], add_generation_prompt=True, return_dict=True
             )["input_ids"]
         except Exception as error:  # the template is a program of the checkpoint's
-            raise DFlareError(f"{where}: the chat template refuses it ({error}); {expected}") from error
+            raise DFlareError(
+                f"{where}: the chat template refuses it ({error}); {expected}"
+            ) from error
     else:
         raise DFlareError(f"{where}: got {line.strip()[:80]!r}; {expected}")
     if not ids:

@@ -24,7 +24,7 @@ _MAX_TOTAL_TOKENS = 32768
 
 
 def activate() -> str | None:
-    """Name the platform class where there is no accelerator and nobody asked for another CPU engine.
+    """Name the platform class where there is no accelerator and no other CPU engine asked for.
 
     Returns:
         The dotted name of the platform class, or None to stay out of the way.

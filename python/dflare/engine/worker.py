@@ -9,6 +9,7 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2, _is_all_gree
 
 from dflare import ops
 from dflare.engine.sampling import sample_verify_positions
+from dflare.engine.step_timing import trace_steps
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class DFlareWorker(DFlashWorkerV2):
         buffers = [pool.get_kv_buffer(layer.self_attn.attn.layer_id) for layer in layers]
         self._k_pools = [k for k, _ in buffers]
         self._v_pools = [v for _, v in buffers]
+        trace_steps(self)
         if get_parallel().tp_rank == 0:
             self._log_once()
 
@@ -93,10 +95,20 @@ class DFlareWorker(DFlashWorkerV2):
             )
 
     def _validate_phase1_sampling_support(self, batch) -> None:
-        """Nothing to warn about: `_accept_block` samples on every device."""
+        """Say once what verification leaves out; `_accept_block` samples on every device."""
+        sampling = batch.sampling_info
+        penalties = sampling is not None and sampling.penalizer_orchestrator
+        if penalties and penalties.is_required and not self._warned_sampling_fallback:
+            # SGLang 0.5.23 feeds no committed tokens of a speculative batch to its penalizers.
+            logger.warning(
+                "a request asks for a frequency, presence or repetition penalty or min_new_tokens; "
+                "DFLASH verification in SGLang does not apply them to generated tokens. Serve such "
+                "requests without --speculative-algorithm"
+            )
+            self._warned_sampling_fallback = True
 
     def _accept_block(self, *, next_token_logits, sampling_info, target_predict=None, **kwargs):
-        """As DFLASH's; where SGLang has no kernel for sampled verification, sample the target here."""
+        """As DFLASH's; where SGLang has no kernel to verify samples, sample the target here."""
         if (
             target_predict is None
             and not _is_all_greedy(sampling_info)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from sglang.srt.model_loader.weight_utils import default_weight_loader
@@ -21,7 +22,7 @@ _STACKED = (
 _CONTEXT = re.compile(r"layers\.(\d+)\.self_attn\.([kv])_proj_target\.(weight|bias)")
 
 
-def load_strictly(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+def load_strictly(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Fill every parameter of a `QwenDFlareDraftModel` from named tensors.
 
     Args:
@@ -75,9 +76,7 @@ def _checkpoint_names(params: dict[str, nn.Parameter]) -> set[str]:
     return names
 
 
-def _load_one(
-    model: nn.Module, params: dict[str, nn.Parameter], name: str, tensor: torch.Tensor
-) -> None:
+def _load_one(model: Any, params: dict[str, Any], name: str, tensor: torch.Tensor) -> None:
     if context := _CONTEXT.fullmatch(name):
         stacked = params["context_kv_proj" if context[3] == "weight" else "context_kv_bias"]
         _load_context_rows(model, stacked.data[int(context[1])], context[2], tensor)
@@ -91,9 +90,7 @@ def _load_one(
     getattr(param, "weight_loader", default_weight_loader)(param, tensor)
 
 
-def _load_context_rows(
-    model: nn.Module, rows: torch.Tensor, which: str, tensor: torch.Tensor
-) -> None:
+def _load_context_rows(model: Any, rows: torch.Tensor, which: str, tensor: torch.Tensor) -> None:
     """Copy this rank's KV heads of k_proj_target or v_proj_target into its half of `rows`.
 
     As in SGLang's QKVParallelLinear, ranks share a KV head where there are more ranks than heads.

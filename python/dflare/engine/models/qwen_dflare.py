@@ -6,6 +6,7 @@ all layers' context projections live in one stacked parameter, as `append_contex
 """
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from sglang.srt.configs.draft_parallel import DraftParallelSpec, DraftTPExecution
@@ -172,16 +173,14 @@ class QwenDFlareDraftModel(nn.Module):
         self.config = config
         self.draft_config = draft = read_config(get_spec().speculative_draft_model_path)
         self.block_size = draft.block_size
-        self.layers = nn.ModuleList(
-            [
-                DFlareDecoderLayer(draft, i, quant_config)
-                for i in range(draft.num_hidden_layers)
-            ]
-        )
+        layers = [
+            DFlareDecoderLayer(draft, i, quant_config) for i in range(draft.num_hidden_layers)
+        ]
+        self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(draft.hidden_size, eps=draft.rms_norm_eps)
         self.hidden_norm = RMSNorm(draft.hidden_size, eps=draft.rms_norm_eps)
         depth, taps = draft.num_hidden_layers, draft.num_taps
-        context_rows = 2 * self.layers[0].self_attn.num_kv_heads * draft.head_dim
+        context_rows = 2 * layers[0].self_attn.num_kv_heads * draft.head_dim
         self.layer_fusion_weights = nn.Parameter(torch.empty(depth, taps), requires_grad=False)
         self.context_kv_proj = nn.Parameter(
             torch.empty(depth, context_rows, draft.hidden_size), requires_grad=False
@@ -235,6 +234,7 @@ class QwenDFlareDraftModel(nn.Module):
             hidden_states, _ = self.norm(hidden_states, residual)
         return LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden_states)
 
+    @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load an AngelSlim checkpoint; every tensor must be taken and every parameter filled.
 
@@ -243,9 +243,8 @@ class QwenDFlareDraftModel(nn.Module):
         """
         load_strictly(self, weights)
         self.fusion_probs.copy_(torch.softmax(self.layer_fusion_weights.float(), dim=-1))
-        self.k_norm_weights.copy_(
-            torch.stack([layer.self_attn.k_norm.weight for layer in self.layers])
-        )
+        for i, layer in enumerate(self.layers):
+            self.k_norm_weights[i].copy_(cast(DFlareDecoderLayer, layer).self_attn.k_norm.weight)
 
 
 EntryClass = QwenDFlareDraftModel

@@ -1,4 +1,5 @@
 import pytest
+
 from dflare.adaptive import AdaptiveConfig
 from dflare.errors import UnsupportedError
 

@@ -1,0 +1,183 @@
+"""Requests of all kinds that a server meets, each with what must be true of its answer."""
+
+import asyncio
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+_DIGITS = r"[0-9]{3}-[0-9]{4}"
+
+
+@dataclass
+class Outcome:
+    """What happened so far: requests by kind, and everything that was not the client's fault."""
+
+    sent: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+
+class Traffic:
+    """Sends random requests to one server."""
+
+    def __init__(self, url: str, prompts: list[str], reference: list[list[int]], seed: int):
+        """
+        Args:
+            url: Address of the server.
+            prompts: Prompts whose greedy answers are known.
+            reference: Token ids of these answers.
+            seed: Of the order and of all sizes.
+        """
+        self._url = url
+        self._prompts = prompts
+        self._reference = reference
+        self._random = random.Random(seed)
+        self.outcome = Outcome()
+        self._kinds: dict[str, tuple[float, Callable[[], Awaitable[None]]]] = {
+            "greedy": (5, self._greedy),
+            "sampled": (3, self._sampled),
+            "long prompt": (2, self._long_prompt),
+            "grammar": (2, self._grammar),
+            "logprobs": (1, self._logprobs),
+            "cut off": (3, self._cut_off),
+            "bad": (2, self._bad),
+        }
+
+    async def send(self, session: aiohttp.ClientSession) -> None:
+        """Send one request of a random kind and judge the answer."""
+        self._session = session
+        names = list(self._kinds)
+        name = self._random.choices(names, [self._kinds[n][0] for n in names])[0]
+        self.outcome.sent[name] += 1
+        try:
+            await self._kinds[name][1]()
+        except (aiohttp.ClientError, TimeoutError, AssertionError, KeyError, ValueError) as error:
+            self.outcome.faults.append(f"{name}: {type(error).__name__}: {error}"[:500])
+
+    async def _generate(self, **body: Any) -> dict[str, Any]:
+        async with self._session.post(f"{self._url}/generate", json=body) as response:
+            text = await response.text()
+            assert response.status == 200, f"status {response.status}: {text[:200]}"
+            return json.loads(text)
+
+    async def _greedy(self) -> None:
+        index = self._random.randrange(len(self._prompts))
+        expected = self._reference[index]
+        length = self._random.randint(1, len(expected))
+        answer = await self._generate(
+            text=self._prompts[index],
+            sampling_params={"temperature": 0, "max_new_tokens": length, "ignore_eos": True},
+        )
+        assert answer["output_ids"] == expected[:length], (
+            f"prompt {index}, {length} tokens: got {answer['output_ids']}, expected {expected}"
+        )
+
+    async def _sampled(self) -> None:
+        params = {
+            "temperature": self._random.uniform(0.3, 1.5),
+            "top_p": self._random.uniform(0.5, 1.0),
+            "top_k": self._random.choice([-1, 1, 20]),
+            "max_new_tokens": self._random.randint(1, 64),
+            "ignore_eos": True,
+        }
+        answer = await self._generate(text=self._any_prompt(), sampling_params=params)
+        assert len(answer["output_ids"]) == params["max_new_tokens"]
+
+    async def _long_prompt(self) -> None:
+        """Shares a long beginning with others, so that prefixes hit and are evicted."""
+        beginning = " ".join(self._prompts[: self._random.randint(2, 6)])
+        words = beginning.split()[: self._random.randint(50, 250)]
+        text = f"{' '.join(words)} {self._any_prompt()}"
+        length = self._random.randint(1, 16)
+        answer = await self._generate(
+            text=text,
+            sampling_params={"temperature": 0, "max_new_tokens": length, "ignore_eos": True},
+        )
+        assert len(answer["output_ids"]) == length
+
+    async def _grammar(self) -> None:
+        temperature = self._random.choice([0, 0.8])
+        params = {"temperature": temperature, "max_new_tokens": 32, "regex": _DIGITS}
+        answer = await self._generate(text=self._any_prompt(), sampling_params=params)
+        assert re.fullmatch(_DIGITS, answer["text"]), f"{answer['text']!r} is not {_DIGITS}"
+
+    async def _logprobs(self) -> None:
+        length = self._random.randint(1, 24)
+        answer = await self._generate(
+            text=self._any_prompt(),
+            return_logprob=True,
+            sampling_params={"temperature": 0, "max_new_tokens": length, "ignore_eos": True},
+        )
+        logprobs = answer["meta_info"]["output_token_logprobs"]
+        assert [token for _, token, *_ in logprobs] == answer["output_ids"]
+        assert all(value <= 1e-6 for value, *_ in logprobs)
+
+    async def _cut_off(self) -> None:
+        """A client that leaves in the middle, or asks for an abort."""
+        rid = f"cut-{self._random.getrandbits(64):x}"
+        body = {
+            "rid": rid,
+            "text": self._any_prompt(),
+            "stream": True,
+            "sampling_params": {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True},
+        }
+        chunks = self._random.randint(0, 6)
+        async with self._session.post(f"{self._url}/generate", json=body) as response:
+            assert response.status == 200, f"status {response.status}"
+            async for line in response.content:
+                if line.startswith(b"data:"):
+                    chunks -= 1
+                if chunks < 0:
+                    break
+            if self._random.random() < 0.5:
+                async with self._session.post(
+                    f"{self._url}/abort_request", json={"rid": rid}
+                ) as aborted:
+                    assert aborted.status == 200, f"abort: status {aborted.status}"
+
+    async def _bad(self) -> None:
+        """Requests that must be refused, with an error of the client's."""
+        text = self._any_prompt()
+        body = self._random.choice(
+            [
+                {"text": text, "sampling_params": {"max_new_tokens": -1}},
+                {"text": text, "sampling_params": {"temperature": -1.0}},
+                {"text": text, "sampling_params": {"top_p": 7}},
+                {"text": text, "sampling_params": {"regex": "(", "max_new_tokens": 4}},
+                {"sampling_params": {"max_new_tokens": 4}},
+                {"text": "word " * 20_000, "sampling_params": {"max_new_tokens": 4}},
+            ]
+        )
+        async with self._session.post(f"{self._url}/generate", json=body) as response:
+            refusal = (await response.text())[:200]
+            assert 400 <= response.status < 500, (
+                f"{json.dumps(body)[:120]}: status {response.status}, expected 4xx: {refusal}"
+            )
+
+    def _any_prompt(self) -> str:
+        return self._random.choice(self._prompts)
+
+
+async def run(traffic: Traffic, seconds: float, concurrency: int, seed: int) -> None:
+    """Keep up to `concurrency` requests in flight, in bursts with quiet moments in between."""
+    rng = random.Random(seed)
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    timeout = aiohttp.ClientTimeout(total=300)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        while loop.time() < end:
+            burst = rng.randint(1, 2 * concurrency)
+            slots = asyncio.Semaphore(rng.randint(1, concurrency))
+
+            async def send(slots: asyncio.Semaphore = slots) -> None:
+                async with slots:
+                    if loop.time() < end:
+                        await traffic.send(session)
+
+            await asyncio.gather(*(send() for _ in range(burst)))
+            await asyncio.sleep(rng.choice([0.0, 0.0, 0.5, 2.0]))

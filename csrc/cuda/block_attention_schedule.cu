@@ -1,0 +1,103 @@
+// block_attention_schedule: cuts a batch's contexts into parts of about equal length, on the
+// device, once a step. One warp; a batch is a few hundred requests at most.
+#include "launch.cuh"
+#include "params.h"
+#include "ptx.cuh"
+
+namespace dflare {
+namespace {
+
+__device__ __forceinline__ int warp_sum(int x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+  return x;
+}
+
+__device__ __forceinline__ int warp_max(int x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x = max(x, __shfl_xor_sync(0xffffffffu, x, lanes));
+  return x;
+}
+
+// Sum of the lanes before this one.
+__device__ __forceinline__ int warp_exclusive_scan(int x) {
+  const int lane = threadIdx.x;
+  int sum = x;
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const int other = __shfl_sync(0xffffffffu, sum, max(lane - lanes, 0));
+    if (lane >= lanes) sum += other;
+  }
+  return sum - x;
+}
+
+__global__ void __launch_bounds__(32)
+    block_attention_schedule_kernel(const __grid_constant__ AttentionScheduleParams p) {
+  const int lane = threadIdx.x;
+  const auto tiles_of = [&](int request) {
+    const int seq_len = p.seq_lens_64bit
+                            ? static_cast<int>(static_cast<const int64_t*>(p.seq_lens)[request])
+                            : static_cast<const int32_t*>(p.seq_lens)[request];
+    return attention_tiles(seq_len, p.window, p.head_dim);
+  };
+  const auto items_at = [&](int chunk) {
+    int items = 0;
+    for (int b = lane; b < p.batch_size; b += 32) items += attention_parts(tiles_of(b), chunk);
+    return warp_sum(items);
+  };
+
+  int total = 0, longest = 1;
+  for (int b = lane; b < p.batch_size; b += 32) {
+    const int tiles = tiles_of(b);
+    total += tiles;
+    longest = max(longest, tiles);
+  }
+  total = warp_sum(total);
+  longest = warp_max(longest);
+
+  // Two waves for a batch that is larger than one; else the shortest chunk that makes one wave.
+  const bool fits_one_wave = p.batch_size <= p.plan.wave_items;
+  const int waves = fits_one_wave ? 1 : 2;
+  int chunk = max(ceil_div(total, waves * p.plan.wave_items), 1);
+  if (fits_one_wave) {
+    int too_many = chunk - 1, enough = max(longest, chunk);
+    while (enough - too_many > 1) {
+      const int middle = (too_many + enough) / 2;
+      if (items_at(middle) <= p.plan.wave_items) {
+        enough = middle;
+      } else {
+        too_many = middle;
+      }
+    }
+    chunk = enough;
+  }
+
+  int4* items = reinterpret_cast<int4*>(p.schedule);
+  int next_item = 0, next_partial = 0;
+  for (int base = 0; base < p.batch_size; base += 32) {
+    const int request = base + lane;
+    const int parts = request < p.batch_size ? attention_parts(tiles_of(request), chunk) : 0;
+    const int partials = parts > 1 ? parts : 0;
+    const int item = next_item + warp_exclusive_scan(parts);
+    const int partial = next_partial + warp_exclusive_scan(partials);
+    for (int part = 0; part < parts; ++part) {
+      items[item + part] = make_int4(request, part, parts, partial);
+    }
+    next_item += warp_sum(parts);
+    next_partial += warp_sum(partials);
+  }
+  for (int item = next_item + lane; item < p.plan.max_items; item += 32) {
+    items[item] = make_int4(-1, 0, 0, 0);
+  }
+  int32_t* tickets = p.schedule + 4 * p.plan.max_items;
+  for (int i = lane; i < p.plan.max_partials * p.plan.units; i += 32) tickets[i] = 0;
+}
+
+}  // namespace
+
+cudaError_t run_block_attention_schedule(const AttentionScheduleParams& params,
+                                         cudaStream_t stream) {
+  return launch(block_attention_schedule_kernel, dim3(1), 32, 0, false, params, stream);
+}
+
+}  // namespace dflare

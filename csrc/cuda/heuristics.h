@@ -1,0 +1,187 @@
+// Every tuning choice of the CUDA kernels, as pure functions of shapes and device limits. Reasons
+// are byte and operation counts; docs/kernels.md says which of them have been measured.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define DFLARE_HOST_DEVICE __host__ __device__
+#else
+#define DFLARE_HOST_DEVICE
+#endif
+
+namespace dflare {
+
+constexpr int kMaxLayers = 16;    // drafter layers: pool addresses travel in the launch parameters
+constexpr int kMaxTaps = 32;      // target layers read
+constexpr int kMaxHidden = 8192;  // fuse_norm: 1024 threads of 8 elements
+
+struct DeviceLimits {
+  int sm_count;
+  int shared_memory_per_sm;  // bytes
+};
+
+template <class Int>
+DFLARE_HOST_DEVICE constexpr Int ceil_div(Int a, Int b) {
+  return (a + b - 1) / b;
+}
+
+// ------------------------------------------------------------ append_context_kv
+
+// fuse_norm keeps one fp32 sum per layer for each of a thread's 8 elements. 64 sums fit the 128
+// registers of 512 threads; a 1024-thread block has 64 registers, room for 32 sums. More layers
+// take another block, which finds the taps in L2.
+constexpr int fuse_norm_layers_per_block(int num_layers, int hidden) {
+  return hidden <= 4096 && num_layers > 4 ? 8 : 4;
+}
+
+// Probabilities of every tap, one partial sum a warp, one row index.
+constexpr int fuse_norm_shared_bytes(int layers) {
+  return (kMaxTaps * layers + 32 * layers + 1) * 4;
+}
+
+// Fused projection or GEMM + write kernel. The fused kernel reads the weights once per token tile
+// and needs no round trip of K/V through memory, but mma.sync reaches about 60 % of the GEMM's
+// rate, so it wins while the projection is bound by weight bytes: up to about 300 rows on H100
+// (72 FLOP per weight byte and row). With commit_lens it works on the committed rows alone, on
+// average under half of the rows it is given, and the GEMM on all of them.
+constexpr bool use_fused_projection(int num_rows, bool has_commit_lens) {
+  return num_rows <= (has_commit_lens ? 640 : 320);
+}
+
+// Rows that go through fusion, GEMM and write together, whole blocks. What lies between the three
+// takes 64 KiB a row at 7 layers, hidden size 2560 and 8 KV heads of 128: 2048 rows keep that at
+// 132 MB however long the prompt, and give the GEMM more than six waves of 128 x 256 tiles.
+constexpr int64_t projection_panel_rows(int64_t num_rows, int64_t block_size) {
+  constexpr int64_t kPanelRows = 2048;
+  return num_rows <= kPanelRows ? num_rows : kPanelRows / block_size * block_size;
+}
+
+// Tokens a block of kv_project_write multiplies with its head's weights. 16 covers one request's
+// block; 64 a small batch; 128 halves the weight reads of a large one (head_dim 256 has no
+// accumulator registers for it).
+constexpr int kv_project_tokens(int num_rows, int head_dim) {
+  if (num_rows <= 16) return 16;
+  return num_rows <= 64 || head_dim > 128 ? 64 : 128;
+}
+
+// The other sizes of a kv_project_write block. Every shape stays under 99 KiB of shared memory: two
+// blocks on an SM of the data centre parts, one on the consumer ones. In flight are then at least
+// 64 KiB an SM, three times what 3 TB/s times 0.8 us of latency asks of each of 132 SMs.
+template <int kHeadDim, int kTokens>
+struct KvProjectShape {
+  // Elements of the hidden size per stage: a 128-byte line of each row; half a line at head_dim
+  // 256, where a full one would leave room for two stages only.
+  static constexpr int kDepth = kHeadDim == 256 ? 32 : 64;
+  static constexpr int kStageBytes = (kHeadDim + kTokens) * kDepth * 2;
+  static constexpr int kStages = 96 * 1024 / kStageBytes < 8 ? 96 * 1024 / kStageBytes : 8;
+  // Warps tile [tokens, head_dim]; a warp's share of head_dim is a multiple of 16.
+  static constexpr int kWarps = kHeadDim * kTokens <= 64 * 64 && kHeadDim == 64 ? 4 : 8;
+  static constexpr int kTokenWarps = kTokens == 16 ? 1 : kHeadDim == 64 && kTokens == 128 ? 4 : 2;
+  static constexpr int kHeadWarps = kWarps / kTokenWarps;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kOutputStride = kHeadDim + 8;  // fp32 tile, padded against bank conflicts
+  static constexpr int kPipelineBytes = kStages * kStageBytes;
+  static constexpr int kOutputBytes = kTokens * kOutputStride * 4;
+  static constexpr int kSharedBytes = kPipelineBytes > kOutputBytes ? kPipelineBytes : kOutputBytes;
+};
+
+// ------------------------------------------------------------ block_attention
+
+// Keys a pipeline stage holds: K and V of 64 keys are 32 KiB at head_dim 128; at 256 half as many.
+DFLARE_HOST_DEVICE constexpr int attention_keys(int head_dim) { return head_dim == 256 ? 32 : 64; }
+
+// 99 KiB at most, as above. At head_dim 256 the query tile stays in shared memory beside the
+// stages.
+constexpr int attention_stages(int head_dim) {
+  return head_dim == 64 ? 4 : head_dim == 128 ? 3 : 2;
+}
+
+// Query rows of a block: the group's heads times the block's tokens, 16 a warp. 128 rows read the
+// context once where two 64-row blocks read it twice; head_dim 256 has no registers or shared
+// memory for 128.
+constexpr int attention_warps(int rows, int head_dim) {
+  return rows > 64 && head_dim <= 128 ? 8 : 4;
+}
+
+constexpr int attention_shared_bytes(int head_dim, int warps) {
+  const int stages = attention_stages(head_dim) * 2 * attention_keys(head_dim) * head_dim * 2;
+  return head_dim == 256 ? stages + 16 * warps * head_dim * 2 : stages;
+}
+
+// Resident blocks on an SM that registers allow (the launch bound of the kernel).
+constexpr int attention_blocks_per_sm(int head_dim, int warps) {
+  return warps == 8 ? 1 : head_dim == 64 ? 3 : 2;
+}
+
+// Shapes that are known before the lengths are, so that the grid can be captured in a CUDA graph.
+struct AttentionPlan {
+  int group;          // query heads of a KV head
+  int inverse_group;  // 2^20 / group, rounded up: row / group == row * inverse_group >> 20
+  int warps;          // per block
+  int row_tiles;      // blocks that share a KV head's query rows
+  int units;          // kv_heads * row_tiles: blocks per item
+  int wave_items;     // items that the device runs at once
+  int max_items;      // grid size: an item is one request's part of the context, or idle
+  int max_partials;   // items of requests that are cut, whose partial results need scratch
+};
+
+// A batch smaller than a wave is cut into one wave of equal parts. A larger one is cut as if into
+// two waves, so that the last wave's stragglers are short; chunks have at least a (2 * wave)th of
+// all tiles, which bounds the items at batch + 2 waves and the items of cut requests at 4 waves.
+constexpr AttentionPlan plan_attention(int batch_size, int block_size, int num_heads, int kv_heads,
+                                       int head_dim, DeviceLimits device) {
+  AttentionPlan plan{};
+  plan.group = num_heads / kv_heads;
+  plan.inverse_group = ceil_div(1 << 20, plan.group);
+  const int rows = plan.group * block_size;
+  plan.warps = attention_warps(rows, head_dim);
+  plan.row_tiles = ceil_div(rows, 16 * plan.warps);
+  plan.units = kv_heads * plan.row_tiles;
+  // A block also costs 1 KiB of shared memory that the driver keeps.
+  const int by_shared_memory =
+      device.shared_memory_per_sm / (attention_shared_bytes(head_dim, plan.warps) + 1024);
+  const int by_registers = attention_blocks_per_sm(head_dim, plan.warps);
+  const int resident = by_shared_memory < by_registers ? by_shared_memory : by_registers;
+  const int slots = device.sm_count * (resident > 0 ? resident : 1);
+  plan.wave_items = slots > plan.units ? slots / plan.units : 1;
+  const bool fits_one_wave = batch_size <= plan.wave_items;
+  plan.max_items = fits_one_wave ? plan.wave_items : batch_size + 2 * plan.wave_items;
+  plan.max_partials = fits_one_wave ? plan.wave_items : 4 * plan.wave_items;
+  return plan;
+}
+
+// First context index that any query of the block sees, and the tiles from there to the block.
+DFLARE_HOST_DEVICE constexpr int attention_first_key(int seq_len, int window) {
+  return window >= 0 && seq_len > window ? seq_len - window : 0;
+}
+
+DFLARE_HOST_DEVICE constexpr int attention_tiles(int seq_len, int window, int head_dim) {
+  return ceil_div(seq_len - attention_first_key(seq_len, window), attention_keys(head_dim));
+}
+
+// Parts that a request of `tiles` tiles is cut into when a part should have `chunk` tiles.
+// One block reads its part and, if it is the last, every part's partial result; 64 rows of fp32 are
+// as many bytes as one tile of K and V. It moves chunk + tiles / chunk tiles, least at
+// chunk = sqrt(tiles), so a part is never shorter than that.
+DFLARE_HOST_DEVICE constexpr int attention_parts(int tiles, int chunk) {
+  int below = 0;  // the largest integer whose square is under tiles, bit by bit
+  for (int bit = 1 << 14; bit > 0; bit >>= 1) {
+    if ((below + bit) * (below + bit) < tiles) below += bit;
+  }
+  const int length = chunk > below ? chunk : below + 1;
+  return tiles > length ? ceil_div(tiles, length) : 1;
+}
+
+// Schedule layout: max_items records of {request, part, parts, first partial}, then one ticket per
+// (partial, unit), all zero between launches.
+constexpr int64_t attention_schedule_size(const AttentionPlan& plan) {
+  return 4 * int64_t{plan.max_items} + int64_t{plan.max_partials} * plan.units;
+}
+
+// Scratch layout: [max_partials, units, rows] x (head_dim sums, then maximum and normaliser).
+constexpr int64_t attention_partials_size(const AttentionPlan& plan, int head_dim) {
+  return int64_t{plan.max_partials} * plan.units * 16 * plan.warps * (head_dim + 2);
+}
+
+}  // namespace dflare

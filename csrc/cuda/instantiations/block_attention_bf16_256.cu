@@ -1,0 +1,5 @@
+#include "../block_attention.cuh"
+
+namespace dflare {
+template cudaError_t run_block_attention<Bf16, 256>(const BlockAttentionParams&, cudaStream_t);
+}  // namespace dflare

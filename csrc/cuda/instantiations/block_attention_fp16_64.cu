@@ -1,0 +1,5 @@
+#include "../block_attention.cuh"
+
+namespace dflare {
+template cudaError_t run_block_attention<Fp16, 64>(const BlockAttentionParams&, cudaStream_t);
+}  // namespace dflare

@@ -1,0 +1,116 @@
+// What the CUDA kernels are given and how they are launched. Neither this header nor any kernel
+// knows Torch; csrc/cuda/launch_*.cpp fill these structs from checked tensors.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "elements.h"
+#include "heuristics.h"
+
+namespace dflare {
+
+// ------------------------------------------------------------ append_context_kv
+
+// fused[d, m, :] = RMSNorm(sum_t probs[d, t] * target_hidden[n, t, :]) * norm_weight, where m
+// counts the valid rows n in order. With commit_lens, rows are num_rows / block_size blocks of
+// block_size and row i of block b is valid iff i < commit_lens[b]; without, every row is.
+struct FuseNormParams {
+  ElementType element;
+  const void* target_hidden;  // [num_rows, num_taps, hidden], rows target_hidden_stride apart
+  int64_t target_hidden_stride;
+  const float* probs;       // [num_layers, num_taps]
+  const void* norm_weight;  // [hidden]
+  float eps;
+  const int32_t* commit_lens;  // [num_rows / block_size] or null
+  int num_rows, block_size, num_taps, num_layers, hidden;
+  void* fused;            // [num_layers, num_rows, hidden]
+  int32_t* compact_rows;  // out, with commit_lens: [0] valid rows, [1 + m] source row n of m
+};
+cudaError_t run_fuse_norm(const FuseNormParams& params, cudaStream_t stream);
+
+// Where projected heads go: bias, K norm per head, RoPE, then a row of the layer's pool.
+struct ContextKvOutput {
+  const void* kv_bias;        // [num_layers, 2 * kv_heads * head_dim] or null
+  const void* k_norm_weight;  // [num_layers, head_dim]
+  float k_norm_eps;
+  const float* cos_sin;  // [max_pos, rotary]
+  int rotary;
+  const int64_t* positions;     // [num_rows]
+  const int64_t* cache_loc;     // [num_rows]
+  const int32_t* compact_rows;  // as in FuseNormParams, or null: all rows valid
+  int num_rows, num_layers, kv_heads;
+  // By value, so that one launch serves all layers without a table in device memory.
+  void* k_pools[kMaxLayers];  // [slots, kv_heads, head_dim], slots *_strides elements apart
+  void* v_pools[kMaxLayers];
+  int k_strides[kMaxLayers];
+  int v_strides[kMaxLayers];
+};
+
+// Projection, K norm, RoPE and pool write in one kernel; for few rows.
+struct KvProjectWriteParams {
+  ElementType element;
+  int head_dim, hidden;
+  const void* fused;      // [num_layers, num_rows, hidden]
+  const void* kv_weight;  // [num_layers, 2 * kv_heads * head_dim, hidden]: K rows, then V rows
+  bool overlap_launch;    // start while the kernel before is still running
+  ContextKvOutput out;
+};
+cudaError_t run_kv_project_write(const KvProjectWriteParams& params, cudaStream_t stream);
+
+// K norm, RoPE and pool write of a projection that a GEMM made; for many rows.
+struct NormRopeWriteParams {
+  ElementType element;
+  int head_dim;
+  const void* kv;  // [num_layers, num_rows, 2 * kv_heads * head_dim]
+  ContextKvOutput out;
+};
+cudaError_t run_norm_rope_write(const NormRopeWriteParams& params, cudaStream_t stream);
+
+// ------------------------------------------------------------ block_attention
+
+// Which context each thread block of block_attention works on; one launch a step, shared by all
+// layers. A schedule only says how many parts a request is cut into: the attention kernel derives
+// its tiles from its own seq_lens and window, so a schedule made for another window or for older
+// lengths costs balance, never correctness.
+struct AttentionScheduleParams {
+  const void* seq_lens;  // [batch_size], int32 or int64
+  bool seq_lens_64bit;
+  int batch_size, head_dim, window;
+  AttentionPlan plan;
+  int32_t* schedule;  // out: [attention_schedule_size(plan)]
+};
+cudaError_t run_block_attention_schedule(const AttentionScheduleParams& params,
+                                         cudaStream_t stream);
+
+struct BlockAttentionParams {
+  ElementType element;
+  const void* qkv;  // [batch_size * block_size, (num_heads + 2 * kv_heads) * head_dim]
+  int qkv_stride;
+  const void* q_norm_weight;  // [head_dim]
+  const void* k_norm_weight;  // [head_dim]
+  float eps;
+  const float* cos_sin;  // [max_pos, rotary]
+  int rotary;
+  const int64_t* positions;  // [batch_size * block_size]
+  const void* k_pool;        // [slots, kv_heads, head_dim], slots *_stride elements apart
+  const void* v_pool;
+  int k_stride, v_stride;
+  const int32_t* req_to_token;  // [rows, max_len], rows req_to_token_stride apart
+  int64_t req_to_token_stride;
+  const int64_t* req_pool_indices;  // [batch_size]
+  const void* seq_lens;             // [batch_size], int32 or int64
+  bool seq_lens_64bit;
+  int batch_size, block_size, num_heads, kv_heads, head_dim, window;
+  bool causal;
+  float scale;
+  AttentionPlan plan;
+  int32_t* schedule;    // from run_block_attention_schedule; left as it was found
+  float* partials;      // [attention_partials_size(plan, head_dim)], scratch
+  void* out;            // [batch_size * block_size, num_heads * head_dim]
+  bool overlap_launch;  // start while the kernel before is still running
+};
+cudaError_t run_block_attention(const BlockAttentionParams& params, cudaStream_t stream);
+
+}  // namespace dflare

@@ -1,0 +1,65 @@
+// Runs CUDA kernels on the host, one fiber per CUDA thread, to test them without a GPU.
+//
+// The kernels of csrc/cuda compile unmodified against cuda_runtime.h and emulated_ptx.h of this
+// folder. Launches queue up; synchronize() runs them with an interleaving that its seed draws:
+//
+//   * warps run in random order, or one as far as it gets, while another may be starved;
+//   * the lanes of a warp run in random order between two warp-wide operations;
+//   * cp.async lands at a random moment between its issue and the wait that covers it;
+//   * thread blocks start in random order and several are resident at once;
+//   * a grid launched for programmatic overlap may start as soon as all blocks of the one before
+//     run, so that it may read old values until it calls ptx::wait_for_prior_kernels.
+//
+// Shared memory starts as NaN, every buffer ends at unmapped memory (guarded_memory.h). Reported
+// as errors: out-of-bounds and misaligned accesses, lanes of a warp in different warp-wide
+// operations, threads that exit while others wait for them, deadlocks, overlapped blocks that exit
+// without having waited for the kernels before. Not seen: bank conflicts, the memory model, time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+namespace dflare::emulation {
+
+struct Launch {
+  std::string name;
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  bool overlap_prior = false;
+  std::function<void()> body;  // the kernel, run once per thread
+};
+
+// Queues a launch behind those before it, as on one stream.
+void enqueue(Launch launch);
+
+// Runs all queued launches. Returns an empty string or what went wrong first.
+std::string synchronize(uint64_t seed);
+
+// ------------------------------------------------------------ for the running thread
+
+unsigned char* dynamic_shared_memory();
+
+void block_barrier();
+
+// A warp-wide operation: blocks until all 32 lanes have called it, then `operate` runs once with
+// every lane's operand.
+using WarpOperation = void (*)(void* const* operands);
+void warp_operation(const char* name, void* operand, WarpOperation operate);
+
+void cp_async(void* shared, const void* global, bool valid);
+void cp_async_commit();
+void cp_async_wait(int pending);
+
+void wait_for_prior_kernels();
+
+// Ends the run with an error.
+[[noreturn]] void fail(const std::string& what);
+
+}  // namespace dflare::emulation

@@ -1,0 +1,67 @@
+// C interface of the emulator for tests/emulation: kernels of one element type and head size
+// (DFLARE_EMULATED_ELEMENT, DFLARE_EMULATED_HEAD_DIM) and the pure functions of heuristics.h.
+#include "../cuda/params.h"
+#include "emulator.h"
+#include "guarded_memory.h"
+
+namespace dflare {
+template <class T, int kHeadDim>
+cudaError_t run_kv_project_write(const KvProjectWriteParams& params, cudaStream_t stream);
+template <class T, int kHeadDim>
+cudaError_t run_block_attention(const BlockAttentionParams& params, cudaStream_t stream);
+}  // namespace dflare
+
+using dflare::DFLARE_EMULATED_ELEMENT;
+constexpr int kHeadDim = DFLARE_EMULATED_HEAD_DIM;
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+void* emu_allocate(size_t bytes, const char* name) {
+  return dflare::emulation::allocate_guarded(bytes, 16, name);
+}
+void emu_release(void* data) { dflare::emulation::release_guarded(data); }
+
+// Runs what was queued; null or a description of the first error, valid until the next call.
+const char* emu_synchronize(uint64_t seed) {
+  static std::string error;
+  error = dflare::emulation::synchronize(seed);
+  return error.empty() ? nullptr : error.c_str();
+}
+
+int emu_fuse_norm(const dflare::FuseNormParams* p) { return dflare::run_fuse_norm(*p, nullptr); }
+int emu_kv_project_write(const dflare::KvProjectWriteParams* p) {
+  return dflare::run_kv_project_write<DFLARE_EMULATED_ELEMENT, kHeadDim>(*p, nullptr);
+}
+int emu_norm_rope_write(const dflare::NormRopeWriteParams* p) {
+  return dflare::run_norm_rope_write(*p, nullptr);
+}
+int emu_block_attention_schedule(const dflare::AttentionScheduleParams* p) {
+  return dflare::run_block_attention_schedule(*p, nullptr);
+}
+int emu_block_attention(const dflare::BlockAttentionParams* p) {
+  return dflare::run_block_attention<DFLARE_EMULATED_ELEMENT, kHeadDim>(*p, nullptr);
+}
+
+dflare::AttentionPlan emu_plan_attention(int batch_size, int block_size, int num_heads,
+                                         int kv_heads, int sm_count, int shared_memory_per_sm) {
+  return dflare::plan_attention(batch_size, block_size, num_heads, kv_heads, kHeadDim,
+                                {sm_count, shared_memory_per_sm});
+}
+int64_t emu_attention_schedule_size(const dflare::AttentionPlan* plan) {
+  return dflare::attention_schedule_size(*plan);
+}
+int64_t emu_attention_partials_size(const dflare::AttentionPlan* plan) {
+  return dflare::attention_partials_size(*plan, kHeadDim);
+}
+
+// Sizes of the parameter structs, which the tests mirror.
+size_t emu_size_of(int which) {
+  const size_t sizes[] = {sizeof(dflare::FuseNormParams), sizeof(dflare::KvProjectWriteParams),
+                          sizeof(dflare::NormRopeWriteParams),
+                          sizeof(dflare::AttentionScheduleParams),
+                          sizeof(dflare::BlockAttentionParams)};
+  return sizes[which];
+}
+}
+#pragma GCC visibility pop

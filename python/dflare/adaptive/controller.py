@@ -1,0 +1,133 @@
+"""Between the engine and the policy: matches steps with their results and times them."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+from dflare.adaptive.cost import StepTime
+from dflare.adaptive.metrics import SpecMetrics
+from dflare.adaptive.policy import Decision, WidthPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    decision: Decision | None
+    width: int
+    batch: int
+    timed: bool
+
+
+class WidthController:
+    """Says before each decode step how wide to verify, and learns when its result is known.
+
+    Results come in the order of the steps; under overlap scheduling one step late. A step's time is
+    that from the previous result to its own: it holds everything that a step costs, scheduling and
+    sampling included, and needs no device events. Only a step that follows another decode step
+    directly has one.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        policy: WidthPolicy | None = None,
+        metrics: SpecMetrics | None = None,
+    ):
+        """
+        Args:
+            block_size: The width of every step if there is no policy.
+            policy: Chooses the widths.
+            metrics: Where to count steps, with or without a policy.
+        """
+        self._block_size = block_size
+        self._policy = policy
+        self._metrics = metrics
+        self._launched: deque[_Launched] = deque()
+        self._last_result: float | None = None
+        self._gap = True
+
+    def begin(self, request_ids: Sequence[Hashable], remaining: Sequence[int]) -> int:
+        """Return the width of the decode step that is about to be launched.
+
+        Args:
+            request_ids: The batch's requests.
+            remaining: Tokens that each may still produce.
+        """
+        left = [max(tokens, 1) for tokens in remaining]
+        decision = self._policy.choose(request_ids, left) if self._policy else None
+        width = decision.width if decision else self._block_size
+        self._launched.append(_Launched(decision, width, len(request_ids), not self._gap))
+        self._gap = False
+        return width
+
+    def interrupt(self) -> None:
+        """A prefill is launched, or nothing runs: the next step's time says nothing about it."""
+        self._gap = True
+
+    def complete(self, commit_lens: Sequence[int]) -> str | None:
+        """Take the result of the oldest step that has none yet.
+
+        Args:
+            commit_lens: Committed tokens of each request of that step.
+
+        Returns:
+            A line for the server log about once a second, else None.
+        """
+        now = time.perf_counter()
+        step = self._launched.popleft()
+        if step.batch != len(commit_lens):
+            raise ValueError(
+                f"a step of {step.batch} requests was launched, but its result has "
+                f"{len(commit_lens)}; call begin() and complete() once for every decode step"
+            )
+        seconds = now - self._last_result if step.timed and self._last_result else None
+        self._last_result = now
+        if self._policy and step.decision:
+            self._policy.observe(step.decision, commit_lens, seconds)
+        if self._metrics is None:
+            return None
+        self._metrics.record(
+            step.width,
+            commit_lens,
+            exploring=step.decision.exploring if step.decision else False,
+            predicted=step.decision.predicted_seconds if step.decision else None,
+            actual=seconds,
+        )
+        return self._metrics.publish(self._policy.accept_rates() if self._policy else ())
+
+    def finish(self, request_id: Hashable) -> None:
+        """A request ended."""
+        if self._policy:
+            self._policy.finish(request_id)
+
+
+def measure_steps(
+    run: Callable[[int, int], None],
+    batches: Iterable[int],
+    widths: Sequence[int],
+    repeats: int = 5,
+    budget: float = 30.0,
+) -> list[StepTime]:
+    """Time dummy decode steps at start-up, to seed a :class:`CostTable`.
+
+    Args:
+        run: Executes one step of (batch, width) and waits for it.
+        batches: Batch sizes, ascending; those beyond the budget are left to extrapolation.
+        widths: Widths to measure.
+        repeats: Timed steps a cell, after one that is not timed. They go round all widths of a
+            batch size, so that a busy moment does not fall on one width.
+        budget: Seconds to spend at most; the smallest batch size is always measured.
+    """
+    start = time.perf_counter()
+    measured: list[StepTime] = []
+    for batch in batches:
+        if measured and time.perf_counter() - start > budget:
+            break
+        for width in widths:
+            run(batch, width)
+        for _ in range(repeats):
+            for width in widths:
+                tic = time.perf_counter()
+                run(batch, width)
+                measured.append(StepTime(batch, width, time.perf_counter() - tic))
+    return measured

@@ -1,0 +1,94 @@
+"""A SGLang server as a child process: started, watched until healthy, stopped whole."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import requests
+
+from dflare.errors import DFlareError
+
+START_SECONDS = 600
+
+
+class ServerProcess:
+    """`python -m sglang.launch_server` with its own process group and log file.
+
+    Use it as a context manager: leaving it ends every process that the server began.
+    """
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        """Start a server.
+
+        Args:
+            arguments: SGLang's, without host and port.
+            log: file for everything it prints.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        self._output: IO[str] = log.open("w")
+        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "sglang.launch_server", *arguments, "--port", str(port)],
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
+        )
+
+    def wait_until_healthy(self, on_tick=lambda: None) -> None:
+        """Return once the server answers.
+
+        Args:
+            on_tick: called about once a second meanwhile, to show that something goes on.
+
+        Raises:
+            DFlareError: it ended, or took longer than `START_SECONDS`; with the end of its log.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise DFlareError(
+                    f"the server ended with status {self._process.returncode}; the end of "
+                    f"{self.log}:\n{self._log_end()}"
+                )
+            try:
+                if requests.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            except requests.RequestException:
+                pass
+            on_tick()
+            time.sleep(1)
+        raise DFlareError(
+            f"the server was not healthy after {START_SECONDS} s; the end of {self.log}:\n"
+            f"{self._log_end()}"
+        )
+
+    def _log_end(self) -> str:
+        return self.log.read_text(errors="replace")[-2000:]
+
+    def __enter__(self) -> "ServerProcess":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self._process.pid, number)
+                self._process.wait(timeout=10)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+        self._output.close()

@@ -1,0 +1,114 @@
+import time
+
+import pytest
+
+from dflare.adaptive import (
+    AdaptiveConfig,
+    CostTable,
+    StepTime,
+    WidthController,
+    WidthPolicy,
+    measure_steps,
+)
+
+
+class Clock:
+    """Stands for time.perf_counter."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+
+class RecordingPolicy(WidthPolicy):
+    """A policy that also writes down which step times reach it."""
+
+    def observe(self, decision, commit_lens, seconds=None):
+        self.times = [*getattr(self, "times", []), seconds]
+        super().observe(decision, commit_lens, seconds)
+
+
+def make_policy():
+    config = AdaptiveConfig.for_block_size(4, explore=0.0)
+    steps = [StepTime(n, w, 0.02) for n in (1, 4) for w in config.widths]
+    return RecordingPolicy(config, CostTable(config.widths, steps))
+
+
+def test_without_a_policy_every_step_verifies_the_block():
+    controller = WidthController(block_size=8)
+    assert controller.begin(["a", "b"], [100, 1]) == 8
+    assert controller.complete([3, 1]) is None
+
+
+def test_a_step_takes_from_the_previous_result_to_its_own(monkeypatch):
+    clock, policy = Clock(monkeypatch), make_policy()
+    controller = WidthController(4, policy)
+    for result_at in (1.0, 1.25, 1.75):
+        controller.begin(["a"], [100])
+        clock.now = result_at
+        controller.complete([1])
+    assert policy.times == [None, 0.25, 0.5]
+
+
+def test_a_step_behind_a_prefill_is_not_timed(monkeypatch):
+    clock, policy = Clock(monkeypatch), make_policy()
+    controller = WidthController(4, policy)
+    for result_at in (1.0, 2.0, 3.0, 4.0):
+        if result_at == 3.0:
+            controller.interrupt()
+        controller.begin(["a"], [100])
+        clock.now = result_at
+        controller.complete([1])
+    assert policy.times == [None, 1.0, None, 1.0]
+
+
+def test_results_that_come_one_step_late_meet_their_own_step(monkeypatch):
+    """As under overlap scheduling: step 2 is launched before the result of step 1 is known."""
+    clock, policy = Clock(monkeypatch), make_policy()
+    controller = WidthController(4, policy)
+    batches = [["a"], ["a", "b"], ["b"], ["b", "c", "d"]]
+    controller.begin(batches[0], [100])
+    for step, batch in enumerate(batches[1:], start=1):
+        controller.begin(batch, [100] * len(batch))
+        clock.now = float(step)
+        controller.complete([1] * len(batches[step - 1]))
+    controller.interrupt()
+    clock.now = 4.5
+    controller.complete([1, 1, 1])
+    assert policy.times == [None, 1.0, 1.0, 1.5]
+
+
+def test_a_result_of_another_batch_is_refused():
+    controller = WidthController(4)
+    controller.begin(["a", "b"], [9, 9])
+    with pytest.raises(ValueError, match="2 requests was launched, but its result has 1"):
+        controller.complete([1])
+
+
+def test_a_request_at_its_end_still_has_a_width():
+    controller = WidthController(4, make_policy())
+    assert controller.begin(["a"], [0]) == 1
+
+
+def test_start_up_steps_are_measured_round_the_widths(monkeypatch):
+    clock = Clock(monkeypatch)
+    ran = []
+
+    def run(batch, width):
+        ran.append((batch, width))
+        clock.now += 0.01 * batch * width
+
+    measured = measure_steps(run, [1, 2], [1, 4], repeats=2)
+    assert ran[:6] == [(1, 1), (1, 4)] * 3
+    assert [tuple(step)[:2] for step in measured] == [(1, 1), (1, 4)] * 2 + [(2, 1), (2, 4)] * 2
+    assert [step.seconds for step in measured[-2:]] == pytest.approx([0.02, 0.08])
+
+
+def test_measuring_stops_when_the_budget_is_spent(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def run(batch, width):
+        clock.now += 1.0
+
+    measured = measure_steps(run, [1, 2, 4, 8], [1, 4], repeats=5, budget=20.0)
+    assert {step.batch for step in measured} == {1, 2}

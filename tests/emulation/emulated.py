@@ -1,0 +1,344 @@
+"""Builds the CUDA kernels for the host emulator and calls them on guarded tensors."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from ctypes import POINTER, byref, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+CACHE = ROOT / "build" / "emulation"
+FLAGS = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-DDFLARE_EMULATION"]
+# Hidden: libraries with different kernels are loaded side by side.
+FLAGS += ["-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused"]
+ELEMENTS = {torch.bfloat16: (0, "Bf16"), torch.float16: (1, "Fp16")}
+MAX_LAYERS = 16
+
+
+class EmulationError(AssertionError):
+    """What the emulator found wrong with a kernel."""
+
+
+# ---------------------------------------------------------------- parameters (csrc/cuda/params.h)
+
+
+class FuseNormParams(ctypes.Structure):
+    _fields_ = [
+        ("element", c_int),
+        ("target_hidden", c_void_p),
+        ("target_hidden_stride", c_int64),
+        ("probs", c_void_p),
+        ("norm_weight", c_void_p),
+        ("eps", c_float),
+        ("commit_lens", c_void_p),
+        ("num_rows", c_int),
+        ("block_size", c_int),
+        ("num_taps", c_int),
+        ("num_layers", c_int),
+        ("hidden", c_int),
+        ("fused", c_void_p),
+        ("compact_rows", c_void_p),
+    ]
+
+
+class ContextKvOutput(ctypes.Structure):
+    _fields_ = [
+        ("kv_bias", c_void_p),
+        ("k_norm_weight", c_void_p),
+        ("k_norm_eps", c_float),
+        ("cos_sin", c_void_p),
+        ("rotary", c_int),
+        ("positions", c_void_p),
+        ("cache_loc", c_void_p),
+        ("compact_rows", c_void_p),
+        ("num_rows", c_int),
+        ("num_layers", c_int),
+        ("kv_heads", c_int),
+        ("k_pools", c_void_p * MAX_LAYERS),
+        ("v_pools", c_void_p * MAX_LAYERS),
+        ("k_strides", c_int * MAX_LAYERS),
+        ("v_strides", c_int * MAX_LAYERS),
+    ]
+
+
+class KvProjectWriteParams(ctypes.Structure):
+    _fields_ = [
+        ("element", c_int),
+        ("head_dim", c_int),
+        ("hidden", c_int),
+        ("fused", c_void_p),
+        ("kv_weight", c_void_p),
+        ("overlap_launch", c_bool),
+        ("out", ContextKvOutput),
+    ]
+
+
+class NormRopeWriteParams(ctypes.Structure):
+    _fields_ = [
+        ("element", c_int),
+        ("head_dim", c_int),
+        ("kv", c_void_p),
+        ("out", ContextKvOutput),
+    ]
+
+
+class AttentionPlan(ctypes.Structure):
+    _fields_ = [
+        ("group", c_int),
+        ("inverse_group", c_int),
+        ("warps", c_int),
+        ("row_tiles", c_int),
+        ("units", c_int),
+        ("wave_items", c_int),
+        ("max_items", c_int),
+        ("max_partials", c_int),
+    ]
+
+
+class AttentionScheduleParams(ctypes.Structure):
+    _fields_ = [
+        ("seq_lens", c_void_p),
+        ("seq_lens_64bit", c_bool),
+        ("batch_size", c_int),
+        ("head_dim", c_int),
+        ("window", c_int),
+        ("plan", AttentionPlan),
+        ("schedule", c_void_p),
+    ]
+
+
+class BlockAttentionParams(ctypes.Structure):
+    _fields_ = [
+        ("element", c_int),
+        ("qkv", c_void_p),
+        ("qkv_stride", c_int),
+        ("q_norm_weight", c_void_p),
+        ("k_norm_weight", c_void_p),
+        ("eps", c_float),
+        ("cos_sin", c_void_p),
+        ("rotary", c_int),
+        ("positions", c_void_p),
+        ("k_pool", c_void_p),
+        ("v_pool", c_void_p),
+        ("k_stride", c_int),
+        ("v_stride", c_int),
+        ("req_to_token", c_void_p),
+        ("req_to_token_stride", c_int64),
+        ("req_pool_indices", c_void_p),
+        ("seq_lens", c_void_p),
+        ("seq_lens_64bit", c_bool),
+        ("batch_size", c_int),
+        ("block_size", c_int),
+        ("num_heads", c_int),
+        ("kv_heads", c_int),
+        ("head_dim", c_int),
+        ("window", c_int),
+        ("causal", c_bool),
+        ("scale", c_float),
+        ("plan", AttentionPlan),
+        ("schedule", c_void_p),
+        ("partials", c_void_p),
+        ("out", c_void_p),
+        ("overlap_launch", c_bool),
+    ]
+
+
+# ---------------------------------------------------------------- build
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A bug to plant: `before` becomes `after` in a file under csrc.
+
+    The text must occur exactly once, or `which` says which of several occurrences is meant.
+    """
+
+    file: str
+    before: str
+    after: str
+    which: int | None = None
+
+
+def _source_tree(plant: Plant | None) -> Path:
+    if plant is None:
+        return ROOT / "csrc"
+    tree = CACHE / "planted" / hashlib.sha256(repr(plant).encode()).hexdigest()[:16]
+    shutil.rmtree(tree, ignore_errors=True)
+    for folder in ("cuda", "emulation"):
+        shutil.copytree(ROOT / "csrc" / folder, tree / folder)
+    path = tree / plant.file
+    pieces = path.read_text().split(plant.before)
+    at = 1 if plant.which is None else plant.which + 1
+    assert at < len(pieces) and (plant.which is not None or len(pieces) == 2), (
+        f"{plant.file} holds {plant.before!r} {len(pieces) - 1} times: adapt the planted bug"
+    )
+    before, after = plant.before.join(pieces[:at]), plant.before.join(pieces[at:])
+    path.write_text(before + plant.after + after)
+    return tree
+
+
+def _with_includes(path: Path, seen: set[Path]) -> str:
+    """The text of a source file and of all that it includes from the tree."""
+    path = path.resolve()
+    if path in seen:
+        return ""
+    seen.add(path)
+    text = path.read_text()
+    includes = [path.parent / name for name in re.findall(r'#include "(.+)"', text)]
+    if "<cuda_runtime.h>" in text:
+        includes.append(path.parents[path.parts[::-1].index("cuda")] / "emulation/cuda_runtime.h")
+    return text + "".join(_with_includes(name, seen) for name in includes)
+
+
+def _unique(path: Path) -> Path:
+    """A name to build under, so that concurrent test processes never see half a file."""
+    return path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+
+
+def _compile(tree: Path, source: str, defines: tuple[str, ...]) -> Path:
+    key = repr((FLAGS, defines, _with_includes(tree / source, set())))
+    target = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.o"
+    if not target.exists():
+        command = ["g++", *FLAGS, *defines, f"-I{tree / 'emulation'}", "-x", "c++"]
+        subprocess.run(
+            [*command, "-c", str(tree / source), "-o", str(_unique(target))], check=True
+        )
+        _unique(target).rename(target)
+    return target
+
+
+def build(dtype: torch.dtype, head_dim: int, plant: Plant | None = None) -> Path:
+    """Compiles what has changed and links one library; returns its path."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    tree = _source_tree(plant)
+    element = ELEMENTS[dtype][1]
+    kernels = [
+        f"cuda/instantiations/{kernel}_{element.lower()}_{head_dim}.cu"
+        for kernel in ("block_attention", "kv_project_write")
+    ]
+    kernels += [
+        "cuda/fuse_norm.cu",
+        "cuda/norm_rope_write.cu",
+        "cuda/block_attention_schedule.cu",
+    ]
+    host = ["emulation/emulator.cpp", "emulation/guarded_memory.cpp"]
+    entry = (f"-DDFLARE_EMULATED_ELEMENT={element}", f"-DDFLARE_EMULATED_HEAD_DIM={head_dim}")
+    jobs = [(source, ()) for source in [*kernels, *host]] + [("emulation/entry.cpp", entry)]
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda job: _compile(tree, *job), jobs))
+    names = "".join(sorted(path.name for path in objects))
+    library = CACHE / f"{hashlib.sha256(names.encode()).hexdigest()[:24]}.so"
+    if not library.exists():
+        command = ["g++", "-shared", *map(str, objects), "-o", str(_unique(library))]
+        subprocess.run(command, check=True)
+        _unique(library).rename(library)
+    return library
+
+
+# ---------------------------------------------------------------- calls
+
+
+class Memory:
+    """Guarded tensors; all of them are released together."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._addresses: list[int] = []
+
+    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of all ones bits: NaN, or -1."""
+        count = int(torch.Size(shape).numel())
+        size = max(count * dtype.itemsize, 1)
+        address = self._library.emu_allocate(size, name.encode())
+        if address is None:
+            raise MemoryError(f"{name}: no {size} bytes")
+        self._addresses.append(address)
+        buffer = (ctypes.c_char * size).from_address(address)
+        return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
+
+    def copy(self, name: str, source: Tensor) -> Tensor:
+        target = self.empty(name, tuple(source.shape), source.dtype)
+        return target.copy_(source)
+
+    def release(self) -> None:
+        for address in self._addresses:
+            self._library.emu_release(address)
+
+
+class Emulator:
+    """The kernels of one element type and head size."""
+
+    def __init__(self, dtype: torch.dtype, head_dim: int, plant: Plant | None = None) -> None:
+        self.dtype, self.head_dim = dtype, head_dim
+        self.element = ELEMENTS[dtype][0]
+        library = ctypes.CDLL(str(build(dtype, head_dim, plant)))
+        library.emu_allocate.restype = c_void_p
+        library.emu_allocate.argtypes = [c_size_t, c_char_p]
+        library.emu_release.argtypes = [c_void_p]
+        library.emu_synchronize.restype = c_char_p
+        library.emu_synchronize.argtypes = [ctypes.c_uint64]
+        library.emu_plan_attention.restype = AttentionPlan
+        for function in ("schedule", "partials"):
+            size_of = getattr(library, f"emu_attention_{function}_size")
+            size_of.restype = c_int64
+            size_of.argtypes = [POINTER(AttentionPlan)]
+        library.emu_size_of.restype = c_size_t
+        mirrored = [
+            FuseNormParams,
+            KvProjectWriteParams,
+            NormRopeWriteParams,
+            AttentionScheduleParams,
+            BlockAttentionParams,
+        ]
+        for which, struct in enumerate(mirrored):
+            expected = library.emu_size_of(which)
+            assert ctypes.sizeof(struct) == expected, f"{struct.__name__} differs from params.h"
+        self.library = library
+
+    @contextmanager
+    def memory(self) -> Iterator[Memory]:
+        memory = Memory(self.library)
+        try:
+            yield memory
+        finally:
+            memory.release()
+
+    def launch(self, kernel: str, params: ctypes.Structure) -> None:
+        """Queues a kernel; `synchronize` runs it."""
+        status = getattr(self.library, f"emu_{kernel}")(byref(params))
+        assert status == 0, f"{kernel}: launch refused"
+
+    def synchronize(self, seed: int) -> None:
+        """Runs all queued kernels with the thread schedule that the seed draws."""
+        error = self.library.emu_synchronize(seed)
+        if error is not None:
+            raise EmulationError(f"{error.decode()} (seed {seed})")
+
+    def plan_attention(
+        self, batch: int, block: int, heads: int, kv_heads: int, sm_count: int, shared: int
+    ) -> AttentionPlan:
+        return self.library.emu_plan_attention(batch, block, heads, kv_heads, sm_count, shared)
+
+    def schedule_size(self, plan: AttentionPlan) -> int:
+        return self.library.emu_attention_schedule_size(byref(plan))
+
+    def partials_size(self, plan: AttentionPlan) -> int:
+        return self.library.emu_attention_partials_size(byref(plan))
+
+
+@functools.cache
+def emulator(dtype: torch.dtype, head_dim: int) -> Emulator:
+    """The unchanged kernels, built once."""
+    return Emulator(dtype, head_dim)

@@ -1,0 +1,155 @@
+"""The emulator reports bugs: each test plants one in a copy of a kernel and expects a failure."""
+
+import pytest
+import torch
+from append_case import AppendCase, ForeignWriteError
+from attention_case import AttentionCase
+from emulated import ROOT, EmulationError, Emulator, Plant
+
+SEEDS = range(6)
+TOLERANCE = 2e-2
+ATTENTION = "cuda/block_attention.cuh"
+PROJECT = "cuda/kv_project_write.cuh"
+FUSE = "cuda/fuse_norm.cu"
+
+ONE_REQUEST = AttentionCase((500,), sm_count=1)  # one part of eight tiles
+CUT = AttentionCase((600,), sm_count=32, layers=2)  # three parts
+RAGGED = AttentionCase((70, 3), block=5, sm_count=1)
+APPEND = AppendCase(commit_lens=(5, 0, 9), hidden=576)
+LARGE_APPEND = AppendCase(rows=70, hidden=576)
+
+
+FAST = {
+    "attention: no barrier before a stage is refilled": (
+        ONE_REQUEST,
+        Plant(ATTENTION, "__syncthreads();  // the tile is complete, and", "// "),
+    ),
+    "attention: waits for one group too few": (
+        ONE_REQUEST,
+        Plant(ATTENTION, "ptx::cp_async_wait<kStages - 2>()", "ptx::cp_async_wait<kStages - 1>()"),
+    ),
+    "attention: unmasked tail": (
+        RAGGED,
+        Plant(ATTENTION, "if (key < first || key > last)", "if (key < first)"),
+    ),
+    "project: no barrier before a stage is refilled": (
+        APPEND,
+        Plant(PROJECT, "__syncthreads();  // the stage has arrived", "// "),
+    ),
+}
+
+SLOW = {
+    "attention: slot of the next context index": (
+        RAGGED,
+        Plant(ATTENTION, "? slots[key] : -1", "? slots[key + 1] : -1"),
+    ),
+    "attention: slots beyond the context": (
+        RAGGED,
+        Plant(ATTENTION, "tile < tiles && key < seq_len ?", "tile < tiles ?"),
+    ),
+    "attention: window one key too wide": (
+        AttentionCase((200,), window=9, logit_scale=0.25),
+        Plant(ATTENTION, "? query_index - p.window : INT_MIN", "? query_index - p.window - 1 : 0"),
+    ),
+    "attention: no wait for the kernels before": (
+        CUT,
+        Plant(ATTENTION, "    ptx::wait_for_prior_kernels();\n", ""),
+    ),
+    "attention: schedule read before the wait": (
+        CUT,
+        Plant(
+            ATTENTION,
+            "    ptx::wait_for_prior_kernels();\n    ptx::launch_dependents();\n    read_item();\n",
+            "    read_item();\n    ptx::wait_for_prior_kernels();\n    ptx::launch_dependents();\n",
+        ),
+    ),
+    "attention: ticket left drawn": (CUT, Plant(ATTENTION, "if (last) *ticket = 0;", "")),
+    "attention: merges before the last part has arrived": (
+        CUT,
+        Plant(ATTENTION, "(ticket, 1) == parts - 1", "(ticket, 1) == parts - 2"),
+    ),
+    "attention: merges parts without their weight": (
+        CUT,
+        Plant(ATTENTION, "const float weight = ptx::exp2(state[r].x - offset);", "float weight = 1;"),
+    ),
+    "attention: rows beyond the group are written": (
+        RAGGED,
+        Plant(ATTENTION, "      if (row >= rows()) continue;\n", ""),
+    ),
+    "project: waits for one group too few": (
+        APPEND,
+        Plant(PROJECT, "ptx::cp_async_wait<kStages - 2>()", "ptx::cp_async_wait<kStages - 1>()"),
+    ),
+    "project: no wait for fuse_norm": (
+        APPEND,
+        Plant(PROJECT, "    ptx::wait_for_prior_kernels();\n", ""),
+    ),
+    "project: rows counted before the wait": (
+        APPEND,
+        Plant(
+            PROJECT,
+            "    ptx::wait_for_prior_kernels();\n    const int tokens ="
+            " min(valid_rows(p.out) - first_token, kTokens);\n",
+            "    const int tokens = min(valid_rows(p.out) - first_token, kTokens);\n"
+            "    ptx::wait_for_prior_kernels();\n",
+        ),
+    ),
+    "project: rows beyond the valid ones are written": (
+        APPEND,
+        Plant(PROJECT, "const bool valid = token < tokens;", "const bool valid = true;"),
+    ),
+    "project: reads tokens beyond the tensor": (
+        LARGE_APPEND,
+        Plant(PROJECT, "row < valid_rows && column + c < columns", "column + c < columns"),
+    ),
+    "fuse: counts its own block twice": (
+        APPEND,
+        Plant(FUSE, "count_committed(p.commit_lens, request, ", "count_committed(p.commit_lens, request + 1, "),
+    ),
+}  # fmt: skip
+
+
+def expect_report(case: AttentionCase | AppendCase, plant: Plant) -> None:
+    emulator = Emulator(torch.bfloat16, 128, plant)
+    for seed in SEEDS:
+        try:
+            if not case.error(seed, on=emulator) < TOLERANCE:
+                return
+        except (EmulationError, ForeignWriteError):
+            return
+    pytest.fail("the emulator did not notice")
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_reports(name: str) -> None:
+    expect_report(*FAST[name])
+
+
+def barriers(file: str, case: AttentionCase | AppendCase) -> list[tuple]:
+    """The removal of each barrier of a kernel."""
+    count = (ROOT / "csrc" / file).read_text().count("__syncthreads();")
+    return [(case, Plant(file, "__syncthreads();", "", which)) for which in range(count)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "plant"),
+    [*barriers(ATTENTION, CUT), *barriers(PROJECT, APPEND), *barriers(FUSE, APPEND)],
+    ids=lambda value: f"{value.file}-{value.which}" if isinstance(value, Plant) else "",
+)
+def test_reports_the_removal_of_any_barrier(
+    case: AttentionCase | AppendCase, plant: Plant
+) -> None:
+    expect_report(case, plant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_reports_each_bug(name: str) -> None:
+    expect_report(*SLOW[name])
+
+
+@pytest.mark.parametrize("case", [ONE_REQUEST, CUT, RAGGED, APPEND, LARGE_APPEND], ids=str)
+def test_reports_nothing_without_a_bug(case: AttentionCase | AppendCase) -> None:
+    for seed in SEEDS:
+        assert case.error(seed) < TOLERANCE
