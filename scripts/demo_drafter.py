@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from dflare.errors import DFlareError
 from dflare.training.pipeline import run_pipeline
 
