@@ -10,7 +10,7 @@ WORKLOADS = [
     for seconds, block_size, max_batch in SHAPES
     for scenario in scenarios.build(seconds, block_size, max_batch, steps=3000)
 ]
-FAST = ("mix, 1 ", "jumps", "comes and goes", "everything", "none, 1 ", "hard, 1 ", "grow")
+FAST = ("mix, 1 ", "jumps", "everything", "none, 1 ", "hard, 1 ")
 
 
 def by_speed(scenario):
