@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 # Several processes with spinning OpenMP teams on few cores take many times as long as one.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-fast lint format
+.PHONY: help install demo test test-fast test-emulation demo-drafter lint format
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -35,11 +35,18 @@ test: $(STAMP)  ## run every test
 test-fast: $(STAMP)  ## run the tests that start no engine and train no model
 	$(PY) -m pytest -m "not slow"
 
+test-emulation: $(STAMP)  ## run the CUDA kernels' sources on the host
+	$(PY) -m pytest tests/emulation
+
+CONFIG ?= configs/demo/cpu.yaml
+demo-drafter: $(STAMP)  ## train the demo drafter (CONFIG=configs/demo/gpu.yaml on a GPU)
+	$(PY) scripts/demo_drafter.py $(CONFIG)
+
 lint: $(STAMP)  ## format, lint and type checks
-	$(VENV)/bin/ruff format --check python tests bench setup.py
-	$(VENV)/bin/ruff check python tests bench setup.py
+	$(VENV)/bin/ruff format --check python tests bench scripts setup.py
+	$(VENV)/bin/ruff check python tests bench scripts setup.py
 	$(VENV)/bin/mypy
 
 format: $(STAMP)  ## format the sources
-	$(VENV)/bin/ruff format python tests bench setup.py
-	$(VENV)/bin/ruff check --fix python tests bench setup.py
+	$(VENV)/bin/ruff format python tests bench scripts setup.py
+	$(VENV)/bin/ruff check --fix python tests bench scripts setup.py

@@ -4,6 +4,7 @@ import time
 from statistics import median
 
 import numpy as np
+
 from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
 
 

@@ -10,7 +10,6 @@ from threading import Thread
 
 import pytest
 import torch
-
 from checkpoints import (
     random_draft_config,
     random_tensors,
@@ -18,6 +17,7 @@ from checkpoints import (
     write_random_target,
     write_tensors,
 )
+
 from dflare.checkpoint import read_config
 from dflare.cli import main
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import random_draft_config
 from transformers import Qwen3Config
 
-from checkpoints import random_draft_config
 from dflare.checkpoint import find_folder, make_config, read_config, spread_taps
 from dflare.errors import CheckpointError
 

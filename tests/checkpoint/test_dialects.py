@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import config_content, random_draft_config, random_tensors, write_random_draft
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from checkpoints import config_content, random_draft_config, random_tensors, write_random_draft
 from dflare.checkpoint import DraftConfig, convert, load_tensors, read_config
 from dflare.errors import CheckpointError
 

@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from checkpoints import random_draft_config, write_random_draft, write_random_target
 from transformers import AutoConfig, DeepseekV3Config, LlamaConfig, Qwen3Config, Qwen3NextConfig
 
-from checkpoints import random_draft_config, write_random_draft, write_random_target
 from dflare.checkpoint import check_pair, pair_checks, target_kv_bytes_per_token
 from dflare.errors import CheckpointError
 

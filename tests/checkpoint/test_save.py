@@ -5,8 +5,8 @@ import stat
 import pytest
 import safetensors.torch
 import torch
-
 from checkpoints import random_draft_config, random_tensors, write_random_draft
+
 from dflare.checkpoint import load_tensors, read_config, save_checkpoint
 from dflare.errors import CheckpointError
 

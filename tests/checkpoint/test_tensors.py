@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import random_draft_config, random_tensors, write_random_draft, write_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from checkpoints import random_draft_config, random_tensors, write_random_draft, write_tensors
 from dflare.checkpoint import (
     DraftConfig,
     check_finite,

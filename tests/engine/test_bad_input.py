@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from checkpoints import random_draft_config, random_tensors, write_random_draft, write_random_target
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from checkpoints import random_draft_config, random_tensors, write_random_draft, write_random_target
 from dflare.engine import version
 from dflare.engine.launch import check_before_start, read_prompts, resolve_pair
 from dflare.errors import CheckpointError, DFlareError, UnsupportedError

@@ -5,10 +5,9 @@ import json
 from itertools import pairwise
 
 import pytest
-from transformers import AutoTokenizer
-
 from engines import running_engine
 from prompts import chat
+from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.slow
 

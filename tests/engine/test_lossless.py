@@ -3,10 +3,9 @@
 import asyncio
 
 import pytest
-from transformers import AutoTokenizer
-
 from engines import running_engine
 from prompts import chat_prompts
+from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.slow
 

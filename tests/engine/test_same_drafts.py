@@ -6,7 +6,6 @@ This is the test that catches a drafter fed wrong context: such a drafter only a
 import random
 
 import pytest
-
 from checkpoints import write_random_draft, write_random_target
 from engines import proposals, running_engine
 from reference_drafter import ReferencePair

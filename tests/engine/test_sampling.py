@@ -5,12 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
+from checkpoints import random_draft_config, random_tensors
+from engines import proposals, running_engine
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
-from checkpoints import random_draft_config, random_tensors
 from dflare.checkpoint import save_checkpoint
-from engines import proposals, running_engine
 
 pytestmark = pytest.mark.slow
 

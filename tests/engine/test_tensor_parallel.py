@@ -3,7 +3,6 @@
 import os
 
 import pytest
-
 from engines import running_engine
 from test_same_drafts import check, random_prompts
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-
 from checkpoints import random_draft_config, write_random_draft, write_random_target
+from reference_drafter import ReferencePair
+
 from dflare.training.export import load_drafter
 from dflare.training.speculate import ContextCache, decode
 from dflare.training.target import load_target
-from reference_drafter import ReferencePair
 
 VARIANTS = {
     "full": {},

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import yaml
-
 from checkpoints import write_random_target
+
 from dflare.checkpoint import check_tensors, read_config
 from dflare.training import pipeline
 from dflare.training.errors import ConfigError, TrainingError

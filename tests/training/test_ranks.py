@@ -7,9 +7,8 @@ import sys
 
 import pytest
 import torch
-from tiny_models import train_config, write_data
-
 from checkpoints import write_random_target
+from tiny_models import train_config, write_data
 
 _COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 _DFLARE = [sys.executable, "-c", "from dflare.cli import main; main()", "train"]

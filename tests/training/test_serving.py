@@ -7,14 +7,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
+from engines import proposals, running_engine
+from prompts import chat_prompts
 from transformers import AutoTokenizer
 
 from dflare.demo import demo_draft, demo_target
 from dflare.training.export import load_drafter
 from dflare.training.speculate import decode
 from dflare.training.target import load_target
-from engines import proposals, running_engine
-from prompts import chat_prompts
 
 pytestmark = pytest.mark.slow
 NEW_TOKENS = 40

@@ -5,10 +5,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from checkpoints import EOS, TURN, byte_tokenizer, write_random_target
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from checkpoints import EOS, TURN, byte_tokenizer, write_random_target
 from dflare.cli.app import app
 from dflare.errors import DFlareError
 from dflare.training.data import load_corpus

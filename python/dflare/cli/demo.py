@@ -9,7 +9,7 @@ from dflare.cli.app import app
 
 @app.command()
 def demo(
-    prompts: Annotated[int, typer.Option(help="Questions to ask, at most 12.")] = 8,
+    prompts: Annotated[int, typer.Option(help="Questions to ask, at most 20.")] = 8,
     max_tokens: Annotated[int, typer.Option(help="Tokens an answer.")] = 64,
 ) -> None:
     """Serve the demo pair with and without DFLARE, chat over HTTP, and print a table."""

@@ -1,5 +1,6 @@
 """What `make demo` runs: the demo pair over HTTP, with and without speculation."""
 
+import json
 import tempfile
 import time
 from dataclasses import dataclass
@@ -11,23 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dflare.demo import demo_draft, demo_target
-from dflare.engine.launch import pair_args
+from dflare.engine.launch import QUESTIONS_FILE, pair_args
 from dflare.engine.server_process import ServerProcess
-
-QUESTIONS = (
-    "What is the capital of France?",
-    "Count from 1 to 20, separated by commas.",
-    "Write a short poem about the sea.",
-    "Explain in two sentences why the sky is blue.",
-    "List the days of the week, one a line.",
-    "Give three tips for learning to cook.",
-    "What is the difference between a lake and a river?",
-    "Repeat the word 'speculation' ten times.",
-    "Who wrote Romeo and Juliet, and what is it about?",
-    "Translate 'good morning' into French and Spanish.",
-    "Write one sentence about a friendly robot.",
-    "How do plants make their food?",
-)
 
 
 @dataclass(frozen=True)
@@ -49,7 +35,8 @@ def run_demo(prompts: int, max_tokens: int) -> bool:
     console = Console()
     with console.status("making the demo target (once)"):
         target = str(demo_target())
-    questions = QUESTIONS[:prompts]
+    lines = Path(__file__).with_name(QUESTIONS_FILE).read_text(encoding="utf-8").splitlines()
+    questions = [json.loads(line)["messages"][0]["content"] for line in lines[:prompts]]
     arms = {"without": [], "with DFLARE": pair_args(str(demo_draft()))}
     answers = {
         name: _ask_server(
@@ -62,7 +49,7 @@ def run_demo(prompts: int, max_tokens: int) -> bool:
 
 
 def _ask_server(
-    console: Console, name: str, arguments: list[str], questions: tuple[str, ...], max_tokens: int
+    console: Console, name: str, arguments: list[str], questions: list[str], max_tokens: int
 ) -> list[Answer]:
     log = Path(tempfile.gettempdir()) / f"dflare-demo-{name.split()[-1].lower()}.log"
     start = time.monotonic()
@@ -103,7 +90,7 @@ def _chat(url: str, question: str, max_tokens: int) -> Answer:
     )
 
 
-def _print_answers(console: Console, questions: tuple[str, ...], answers: list[Answer]) -> None:
+def _print_answers(console: Console, questions: list[str], answers: list[Answer]) -> None:
     for question, answer in zip(questions, answers, strict=True):
         console.print(f"\n[bold]{question}[/bold]")
         console.print(answer.text, markup=False)

@@ -10,6 +10,9 @@ from dflare.engine.plugin import ALGORITHM
 from dflare.engine.version import check_sglang_version
 from dflare.errors import CheckpointError, DFlareError
 
+# Chat questions of `make demo` and of `dflare verify` without --prompts; kept out of training data.
+QUESTIONS_FILE = "questions.jsonl"
+
 
 def resolve_pair(model: str | None, draft: str | None, *, demo: bool = False) -> tuple[str, str]:
     """Settle which pair is meant: the one named, or the demo pair.

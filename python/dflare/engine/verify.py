@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dflare.engine.launch import check_before_start, read_prompts
+from dflare.engine.launch import QUESTIONS_FILE, check_before_start, read_prompts
 from dflare.engine.plugin import ALGORITHM
 from dflare.errors import DFlareError
 
@@ -77,7 +77,7 @@ def _load_prompts(options: VerifyOptions) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.target)
-    file = options.prompts or Path(__file__).with_name("verify_prompts.jsonl")
+    file = options.prompts or Path(__file__).with_name(QUESTIONS_FILE)
     return read_prompts(file, tokenizer)
 
 

@@ -105,7 +105,7 @@ class DFlareWorker(DFlashWorkerV2):
                 "DFLASH verification in SGLang does not apply them to generated tokens. Serve such "
                 "requests without --speculative-algorithm"
             )
-            self._warned_sampling_fallback = True
+            self._warned_sampling_fallback: bool = True
 
     def _accept_block(self, *, next_token_logits, sampling_info, target_predict=None, **kwargs):
         """As DFLASH's; where SGLang has no kernel to verify samples, sample the target here."""
