@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 # Several processes with spinning OpenMP teams on few cores take many times as long as one.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-fast test-emulation demo-drafter lint format
+.PHONY: help install demo test test-fast test-emulation demo-drafter bench bench-quick soak lint format
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -41,6 +41,15 @@ test-emulation: $(STAMP)  ## run the CUDA kernels' sources on the host
 CONFIG ?= configs/demo/cpu.yaml
 demo-drafter: $(STAMP)  ## train the demo drafter (CONFIG=configs/demo/gpu.yaml on a GPU)
 	$(PY) scripts/demo_drafter.py $(CONFIG)
+
+bench: $(STAMP)  ## serving sweep of the demo pair
+	$(PY) bench/serving/sweep.py bench/serving/sweeps/cpu.yaml --out runs/bench
+
+bench-quick: $(STAMP)  ## the same, small
+	$(PY) bench/serving/sweep.py --quick --out runs/bench-quick
+
+soak: $(STAMP)  ## mixed load for MINUTES (30)
+	$(PY) bench/serving/soak.py --minutes $(or $(MINUTES),30) --out runs/soak
 
 lint: $(STAMP)  ## format, lint and type checks
 	$(VENV)/bin/ruff format --check python tests bench scripts setup.py
