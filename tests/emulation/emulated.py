@@ -212,9 +212,7 @@ def _compile(tree: Path, source: str, defines: tuple[str, ...]) -> Path:
     target = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.o"
     if not target.exists():
         command = ["g++", *FLAGS, *defines, f"-I{tree / 'emulation'}", "-x", "c++"]
-        subprocess.run(
-            [*command, "-c", str(tree / source), "-o", str(_unique(target))], check=True
-        )
+        subprocess.run([*command, "-c", str(tree / source), "-o", str(_unique(target))], check=True)
         _unique(target).rename(target)
     return target
 
