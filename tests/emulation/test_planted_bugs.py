@@ -70,7 +70,7 @@ SLOW = {
     ),
     "attention: merges parts without their weight": (
         CUT,
-        Plant(ATTENTION, "const float weight = ptx::exp2(state[r].x - offset);", "float weight = 1;"),
+        Plant(ATTENTION, "weight = ptx::exp2(state[r].x - offset);", "weight = 1;"),
     ),
     "attention: rows beyond the group are written": (
         RAGGED,
@@ -108,7 +108,7 @@ SLOW = {
     ),
     "fuse: counts its own block twice": (
         APPEND,
-        Plant(FUSE, "count_committed(p.commit_lens, request, ", "count_committed(p.commit_lens, request + 1, "),
+        Plant(FUSE, "(p.commit_lens, request, ", "(p.commit_lens, request + 1, "),
     ),
 }  # fmt: skip
 
