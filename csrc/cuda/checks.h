@@ -89,8 +89,8 @@ struct Checker {
     tensor("cos_sin_cache", cos_sin_cache, at::kFloat, {kAny, kAny}, "[max_pos, rotary]");
     contiguous("cos_sin_cache", cos_sin_cache);
     const int64_t rotary = cos_sin_cache.size(1);
-    TORCH_CHECK(rotary % 4 == 0 && rotary <= head_dim, op, ": cos_sin_cache has ", rotary,
-                " columns, expected a multiple of 4 of at most head_dim = ", head_dim);
+    TORCH_CHECK(rotary % 16 == 0 && rotary <= head_dim, op, ": cos_sin_cache has ", rotary,
+                " columns, expected a multiple of 16 of at most head_dim = ", head_dim);
     tensor("positions", positions, at::kLong, {rows}, "[rows]");
     contiguous("positions", positions);
     return static_cast<int>(rotary);
