@@ -3,9 +3,10 @@
     python bench/kernels/cpu_ops.py > results.jsonl
 
 Implementations take turns, so that a busy machine slows all of them alike; each line has the
-median and the 20th and 80th percentiles over the rounds. JSON lines go to stdout, the table to
-stderr. Baselines: `eager`, the operator's reference in plain PyTorch, and for attention `sdpa`,
-which gathers each request's keys and values and calls scaled_dot_product_attention.
+median, the 20th and 80th percentiles and the least over the rounds, which are short so that few of
+them meet another process. JSON lines go to stdout, the table to stderr.
+Baselines: `eager`, the operator's reference in plain PyTorch, and for attention `sdpa`, which
+gathers each request's keys and values and calls scaled_dot_product_attention.
 Caches are warm: what a call reads stays in the processor's caches where it fits.
 """
 
@@ -38,10 +39,11 @@ class Measurement:
     runs: dict[str, Callable[[], object]]
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
-    def microseconds(self, name: str) -> tuple[float, float, float]:
-        """Median, 20th and 80th percentile of one call."""
+    def microseconds(self, name: str) -> dict[str, float]:
+        """Of one call, over the rounds."""
         times = torch.tensor(self.seconds[name]) * 1e6
-        return tuple(times.quantile(q).item() for q in (0.5, 0.2, 0.8))  # type: ignore[return-value]
+        quantiles = {"median_us": 0.5, "p20_us": 0.2, "p80_us": 0.8, "min_us": 0.0}
+        return {key: round(times.quantile(q).item(), 2) for key, q in quantiles.items()}
 
 
 def rope_cache() -> Tensor:
@@ -220,8 +222,8 @@ def cpu_name() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--round-ms", type=float, default=3.0, help="time of a round and arm")
+    parser.add_argument("--rounds", type=int, default=51)
+    parser.add_argument("--round-ms", type=float, default=1.0, help="time of a round and arm")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--op", help="only this operator")
     arguments = parser.parse_args()
@@ -244,15 +246,16 @@ def main() -> None:
             continue
         measure(case, arguments.rounds, arguments.round_ms / 1e3)
         record: dict[str, Any] = {"op": case.op, **case.shape, **setting}
-        ours, low, high = case.microseconds("dflare")
+        times = {name: case.microseconds(name) for name in case.runs}
+        record.update(times)
+        ours = times["dflare"]
         shape = " ".join(f"{name} {size}" for name, size in case.shape.items())
-        row = f"{case.op:18} {shape:34} {f'{ours:.1f} ({low:.1f}-{high:.1f})':>24}"
-        for name in case.runs:
-            median, low, high = case.microseconds(name)
-            record[name] = {"median_us": median, "p20_us": low, "p80_us": high}
-            if name != "dflare":
-                record[f"speedup_over_{name}"] = median / ours
-                row += f"  {median:9.1f} {median / ours:5.1f}"
+        spread = f"{ours['median_us']:.1f} ({ours['p20_us']:.1f}-{ours['p80_us']:.1f})"
+        row = f"{case.op:18} {shape:34} {spread:>24}"
+        for name in list(times)[1:]:
+            speedup = times[name]["median_us"] / ours["median_us"]
+            record[f"speedup_over_{name}"] = round(speedup, 2)
+            row += f"  {times[name]['median_us']:9.1f} {speedup:5.1f}"
         print(row, file=sys.stderr)
         print(json.dumps(record), flush=True)
 
