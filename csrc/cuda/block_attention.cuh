@@ -130,20 +130,19 @@ struct BlockAttention {
   // are in flight together, else every row would cost the latencies of its position, of its cosines
   // and sines, and of the head itself.
   static constexpr int kRowsPerPass = kThreads / Row::kLanes;
-  template <int kTileRows>
+  template <int kInFlight>
   struct HeadBatch {
-    static constexpr int kPasses = kTileRows / kRowsPerPass;
-    static constexpr int kInFlight = kPasses < 8 / Row::kVectors ? kPasses : 8 / Row::kVectors;
     static constexpr int kBatchRows = kInFlight * kRowsPerPass;
-    static_assert(kPasses % kInFlight == 0, "whole batches");
     Row heads[kInFlight], rotations[kInFlight];
   };
+  static constexpr int kQueryPasses = kRows / kRowsPerPass;
+  using QueryBatch = HeadBatch < kQueryPasses<4 ? kQueryPasses : 4>;
+  using BlockBatch = HeadBatch<ceil_div(16, kRowsPerPass)>;  // B = 16, the usual size, is one
 
   // source(row) gives {token of the block, head of its qkv row}.
-  template <int kTileRows, class Source>
-  __device__ __forceinline__ void request_heads(HeadBatch<kTileRows>& batch, int first,
+  template <int kInFlight, class Source>
+  __device__ __forceinline__ void request_heads(HeadBatch<kInFlight>& batch, int first,
                                                 Source source) const {
-    constexpr int kInFlight = HeadBatch<kTileRows>::kInFlight;
     int position[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
@@ -159,18 +158,18 @@ struct BlockAttention {
     }
   }
 
-  template <int kTileRows>
-  __device__ __forceinline__ void finish_heads(HeadBatch<kTileRows>& batch, int first,
+  template <int kInFlight>
+  __device__ __forceinline__ void finish_heads(HeadBatch<kInFlight>& batch, int first,
                                                const T* norm_weight, T* tile) const {
     Row weight;
     weight.load(p.rotary, norm_weight);
 #pragma unroll
-    for (int i = 0; i < HeadBatch<kTileRows>::kInFlight; ++i) {
+    for (int i = 0; i < kInFlight; ++i) {
       batch.heads[i].normalize(weight, p.eps, true);
       batch.heads[i].rotate(batch.rotations[i]);
       const int row = first + i * kRowsPerPass + threadIdx.x / Row::kLanes;
-      batch.heads[i].template store_with<T>(p.rotary, [&](int place, uint32_t pair) {
-        *reinterpret_cast<uint32_t*>(tile + tile_offset<kHeadDim>(row, place)) = pair;
+      batch.heads[i].template store_with<T>(p.rotary, [&](int place, uint4 elements) {
+        *reinterpret_cast<uint4*>(tile + tile_offset<kHeadDim>(row, place)) = elements;
       });
     }
   }
@@ -180,21 +179,21 @@ struct BlockAttention {
   }
 
   // Rows beyond the last repeat it: their results are not written.
-  __device__ __forceinline__ void request_query(HeadBatch<kRows>& batch, int first) const {
-    request_heads<kRows>(batch, first, [&](int row) {
+  __device__ __forceinline__ void request_query(QueryBatch& batch, int first) const {
+    request_heads(batch, first, [&](int row) {
       const int packed = min(row_tile * kRows + row, rows() - 1), token = token_of(packed);
       return make_int2(token, (kv_head - token) * p.plan.group + packed);
     });
   }
 
   // `batch` holds the first rows already.
-  __device__ __forceinline__ void load_query(HeadBatch<kRows>& batch) {
+  __device__ __forceinline__ void load_query(QueryBatch& batch) {
     const T* norm_weight = static_cast<const T*>(p.q_norm_weight);
-    finish_heads<kRows>(batch, 0, norm_weight, query_tile());
+    finish_heads(batch, 0, norm_weight, query_tile());
 #pragma unroll 1
     for (int first = batch.kBatchRows; first < kRows; first += batch.kBatchRows) {
       request_query(batch, first);
-      finish_heads<kRows>(batch, first, norm_weight, query_tile());
+      finish_heads(batch, first, norm_weight, query_tile());
     }
     if constexpr (kQueryInRegisters) {
       __syncthreads();
@@ -219,10 +218,9 @@ struct BlockAttention {
       }
       *reinterpret_cast<uint4*>(values(kStages - 1) + tile_offset<kHeadDim>(row, column)) = v;
     }
-    using Batch = HeadBatch<kKeys / 4>;  // B = 16, the usual size, is one batch at head_dim 128
 #pragma unroll 1
-    for (int first = 0; first < p.block_size; first += Batch::kBatchRows) {
-      Batch batch;
+    for (int first = 0; first < p.block_size; first += BlockBatch::kBatchRows) {
+      BlockBatch batch;
       request_heads(batch, first, [&](int row) {
         return make_int2(min(row, p.block_size - 1), p.num_heads + kv_head);
       });
@@ -388,12 +386,13 @@ struct BlockAttention {
   // Adds up all parts and writes the result. A lane takes four columns of a row, 16 bytes a load,
   // and several rows at a time, so that enough loads are in flight to be bound by L2.
   __device__ __forceinline__ void merge_parts() const {
-    constexpr int kVectors = Row::kVectors, kRowsInFlight = 8 / kVectors;
-    const int column = threadIdx.x % Row::kLanes * 4;
+    constexpr int kLanes = kHeadDim / 4 < 32 ? kHeadDim / 4 : 32;
+    constexpr int kVectors = kHeadDim / 4 / kLanes, kRowsInFlight = 8 / kVectors;
+    constexpr int kRowsAtOnce = kThreads / kLanes;
+    const int column = threadIdx.x % kLanes * 4;
     const int all_rows = min(rows() - row_tile * kRows, kRows);
 #pragma unroll 1
-    for (int first = threadIdx.x / Row::kLanes; first < all_rows;
-         first += kRowsInFlight * kRowsPerPass) {
+    for (int first = threadIdx.x / kLanes; first < all_rows; first += kRowsInFlight * kRowsAtOnce) {
       float total[kRowsInFlight][kVectors][4] = {};
       float highest[kRowsInFlight], weights[kRowsInFlight];
 #pragma unroll
@@ -405,13 +404,13 @@ struct BlockAttention {
         float4 values[kRowsInFlight][kVectors];
 #pragma unroll
         for (int r = 0; r < kRowsInFlight; ++r) {
-          const int row = first + r * kRowsPerPass;
+          const int row = first + r * kRowsAtOnce;
           state[r] =
               ptx::load_from_l2(reinterpret_cast<const float2*>(sums + kRows * kHeadDim + row * 2));
 #pragma unroll
           for (int v = 0; v < kVectors; ++v) {
-            values[r][v] = ptx::load_from_l2(reinterpret_cast<const float4*>(
-                sums + row * kHeadDim + v * Row::kLanes * 4 + column));
+            values[r][v] = ptx::load_from_l2(
+                reinterpret_cast<const float4*>(sums + row * kHeadDim + v * kLanes * 4 + column));
           }
         }
 #pragma unroll
@@ -434,14 +433,13 @@ struct BlockAttention {
       }
 #pragma unroll
       for (int r = 0; r < kRowsInFlight; ++r) {
-        const int row = first + r * kRowsPerPass;
+        const int row = first + r * kRowsAtOnce;
         if (row >= all_rows) break;
         const float inverse = ptx::reciprocal(weights[r]);
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
           const float (&t)[4] = total[r][v];
-          *reinterpret_cast<uint2*>(output_head(row_tile * kRows + row) + v * Row::kLanes * 4 +
-                                    column) =
+          *reinterpret_cast<uint2*>(output_head(row_tile * kRows + row) + v * kLanes * 4 + column) =
               make_uint2(ptx::pack<T>(t[0] * inverse, t[1] * inverse),
                          ptx::pack<T>(t[2] * inverse, t[3] * inverse));
         }
@@ -460,7 +458,7 @@ struct BlockAttention {
     int slot[kStages - 1];
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) slot[i] = find_slot(i);
-    HeadBatch<kRows> batch;
+    QueryBatch batch;
     request_query(batch, 0);  // before the slots are needed, so that both latencies pass at once
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {

@@ -36,7 +36,7 @@ struct Checker {
   void contiguous(const char* name, const at::Tensor& x) const {
     TORCH_CHECK(x.is_contiguous(), op, ": ", name, " of shape ", x.sizes(), " has strides ",
                 x.strides(), ", expected a contiguous tensor: call .contiguous()");
-    aligned(name, x);
+    if (x.is_floating_point()) aligned(name, x);  // indices are read one by one
   }
 
   // Rows (the first dimension) may have any stride that keeps 16-byte loads aligned and fits the
@@ -89,8 +89,8 @@ struct Checker {
     tensor("cos_sin_cache", cos_sin_cache, at::kFloat, {kAny, kAny}, "[max_pos, rotary]");
     contiguous("cos_sin_cache", cos_sin_cache);
     const int64_t rotary = cos_sin_cache.size(1);
-    TORCH_CHECK(rotary % 4 == 0 && rotary <= head_dim, op, ": cos_sin_cache has ", rotary,
-                " columns, expected a multiple of 4 of at most head_dim = ", head_dim);
+    TORCH_CHECK(rotary % 16 == 0 && rotary <= head_dim, op, ": cos_sin_cache has ", rotary,
+                " columns, expected a multiple of 16 of at most head_dim = ", head_dim);
     tensor("positions", positions, at::kLong, {rows}, "[rows]");
     contiguous("positions", positions);
     return static_cast<int>(rotary);

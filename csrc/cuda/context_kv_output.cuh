@@ -43,8 +43,8 @@ struct ContextHead {
       row = static_cast<T*>(out.v_pools[layer]) + out.cache_loc[n] * out.v_strides[layer] +
             (head - out.kv_heads) * kHeadDim;
     }
-    values.template store_with<T>(out.rotary, [&](int place, uint32_t pair) {
-      *reinterpret_cast<uint32_t*>(row + place) = pair;
+    values.template store_with<T>(out.rotary, [&](int place, uint4 elements) {
+      *reinterpret_cast<uint4*>(row + place) = elements;
     });
   }
 };

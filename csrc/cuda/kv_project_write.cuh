@@ -146,8 +146,7 @@ struct KvProjectWrite {
       const bool valid = token < tokens;
       const float* source = output + (valid ? token : 0) * kStride;
       Row values;
-      values.load_with(p.out.rotary,
-                       [&](int place) { return *reinterpret_cast<const float2*>(source + place); });
+      values.load(p.out.rotary, source);
       ContextHead<T, kHeadDim>{p.out, layer, head}.write(values, first_token + token, valid);
     }
   }

@@ -1,15 +1,14 @@
 // norm_rope_write: K norm, RoPE and pool write of K/V that a batched GEMM projected; for many rows.
 //
-// A warp takes one head of one token at a time (two heads at head_dim 64) and loads four of them
-// before it works on the first: with 8 bytes a lane, one load in flight would leave the memory
-// idle.
+// A few lanes take one head of one token at a time, and load two heads before they work on the
+// first, so that the memory is not idle meanwhile.
 #include "context_kv_output.cuh"
 #include "launch.cuh"
 
 namespace dflare {
 namespace {
 
-constexpr int kThreads = 256, kHeadsInFlight = 4;
+constexpr int kThreads = 256, kHeadsInFlight = 2;
 
 template <int kHeadDim>
 constexpr int kHeadsPerPass = kThreads / HeadRow<kHeadDim>::kLanes;

@@ -31,10 +31,10 @@ FLAGS = ["-std=c++17", "-O3", "-cubin", "-Xptxas", "-v"]
 # What a kernel's machine code must hold: tensor cores, asynchronous copies and matrix loads, or
 # 16-byte loads. Any local memory access is a spill or an array that is not in registers.
 REQUIRED = {
-    "block_attention_kernel": ("HMMA.16816.F32", "LDGSTS.E.BYPASS", "LDSM.16.M88.4", "LDSM.16.MT88.4"),
-    "kv_project_write_kernel": ("HMMA.16816.F32", "LDGSTS.E.BYPASS", "LDSM.16.M88.4"),
+    "block_attention_kernel": ("HMMA.16816.F32", "LDGSTS.E.BYPASS", "LDSM.16.M88", "LDSM.16.MT88"),
+    "kv_project_write_kernel": ("HMMA.16816.F32", "LDGSTS.E.BYPASS", "LDSM.16.M88"),
     "fuse_norm_kernel": ("LDG.E.128", "STG.E.128"),
-}  # fmt: skip
+}
 FORBIDDEN = ("LDL", "STL")
 
 

