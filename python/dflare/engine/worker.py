@@ -8,6 +8,7 @@ from sglang.srt.speculative.dflash_utils import is_dflash_sampling_verify_availa
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2, _is_all_greedy
 
 from dflare import ops
+from dflare.engine.cpu_linear import greedy_tokens
 from dflare.engine.sampling import sample_verify_positions
 from dflare.engine.step_timing import trace_steps
 
@@ -93,6 +94,16 @@ class DFlareWorker(DFlashWorkerV2):
                 k_pools=self._k_pools,
                 v_pools=self._v_pools,
             )
+
+    def _greedy_sample_from_vocab_parallel_head(self, *, hidden_states, lm_head, **kwargs):
+        """As DFLASH's; on one CPU rank with the head's own kernel."""
+        shard = getattr(lm_head, "shard_indices", None)
+        one_rank = hidden_states.is_cpu and get_parallel().tp_size == 1
+        if one_rank and shard is not None and shard.num_added_elements == 0:
+            return greedy_tokens(hidden_states, lm_head.weight[: shard.num_org_elements])
+        return super()._greedy_sample_from_vocab_parallel_head(
+            hidden_states=hidden_states, lm_head=lm_head, **kwargs
+        )
 
     def _validate_phase1_sampling_support(self, batch) -> None:
         """Say once what verification leaves out; `_accept_block` samples on every device."""
