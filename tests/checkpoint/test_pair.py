@@ -4,7 +4,14 @@ import json
 
 import pytest
 from checkpoints import random_draft_config, write_random_draft, write_random_target
-from transformers import AutoConfig, DeepseekV3Config, GptOssConfig, LlamaConfig, Qwen3Config, Qwen3NextConfig
+from transformers import (
+    AutoConfig,
+    DeepseekV3Config,
+    GptOssConfig,
+    LlamaConfig,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
 
 from dflare.checkpoint import check_pair, pair_checks, target_kv_bytes_per_token
 from dflare.errors import CheckpointError
@@ -57,7 +64,7 @@ def test_gpt_oss_fits_a_drafter_of_its_shape():
         sliding_window=128,
     )
     assert [c.name for c in pair_checks(draft, target) if c.status == "failed"] == []
-    with pytest.raises(CheckpointError, match="target layers: .* 36 and the target's is 24"):
+    with pytest.raises(CheckpointError, match=r"target layers: .* 36 and the target's is 24"):
         check_pair(random_draft_config(hidden_size=2880, num_target_layers=36), target)
 
 

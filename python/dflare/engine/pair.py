@@ -4,6 +4,7 @@ from dflare.checkpoint import DraftConfig, check_finite, check_pair, find_folder
 from dflare.checkpoint.config import MAX_BLOCK_SIZE
 from dflare.errors import CheckpointError, UnsupportedError
 
+
 def check_server_pair(server_args) -> DraftConfig:
     """Validate the drafter, the target and the flags of a server that is about to start.
 
