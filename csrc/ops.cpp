@@ -18,7 +18,11 @@ TORCH_LIBRARY(dflare, m) {
       "paged_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor req_to_token,"
       " Tensor req_pool_indices, Tensor seq_lens, Tensor query_start, int window, bool causal,"
       " float scale, float logit_cap) -> Tensor");
+  // CPU only: the rest of a target's layers.
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("add_rms_norm(Tensor x, Tensor(a!)? residual, Tensor weight, float eps) -> Tensor");
+  m.def("silu_and_mul(Tensor x) -> Tensor");
+  m.def("rotate_heads(Tensor(a!) x, Tensor cos_sin_cache, Tensor positions, int head_dim) -> ()");
   // Instruction set that the CPU kernels run with: "baseline", "avx2", "avx512" or "avx512bf16".
   m.def("cpu_isa() -> str");
 }

@@ -19,6 +19,10 @@ struct KernelsFor {
                 int64_t count);
   // Tasks in [begin, end); see kernels/linear.h.
   void (*linear)(const LinearParams<T>&, int64_t begin, int64_t end);
+  // Rows in [begin, end); see kernels/pointwise.h.
+  void (*add_rms_norm)(const NormParams<T>&, int64_t begin, int64_t end);
+  void (*silu_and_mul)(const GateParams<T>&, int64_t begin, int64_t end);
+  void (*rotate_heads)(const RotaryParams<T>&, int64_t begin, int64_t end);
 };
 
 struct Kernels {

@@ -115,4 +115,35 @@ struct LinearParams {
   int64_t rows, inputs, outputs;
 };
 
+// out = norm(x + residual) * weight; the sum replaces the residual.
+template <typename T>
+struct NormParams {
+  const T* x;  // [rows, hidden]
+  int64_t x_stride;
+  T* residual;  // [rows, hidden] or null
+  int64_t residual_stride;
+  const T* weight;  // [hidden]
+  float eps;
+  T* out;  // [rows, hidden]
+  int64_t hidden;
+};
+
+// out = silu(first half of x) * second half.
+template <typename T>
+struct GateParams {
+  const T* x;  // [rows, 2 * width]
+  int64_t x_stride;
+  T* out;  // [rows, width]
+  int64_t width;
+};
+
+// Rotary embedding of heads in place.
+template <typename T>
+struct RotaryParams {
+  T* x;  // [rows, heads * head_dim]
+  int64_t x_stride;
+  int64_t heads, head_dim;
+  Rope rope;
+};
+
 }  // namespace dflare::cpu

@@ -151,6 +151,6 @@ def test_targets_that_we_name_offer_their_hidden_states(architecture):
 def test_heads_with_a_method_of_ours_go_through_it():
     from sglang.srt.layers import logits_processor
 
-    from dflare.engine.cpu_linear import CpuEmbeddingMethod
+    from dflare.engine.cpu_layers import CpuEmbeddingMethod
 
     assert CpuEmbeddingMethod.__name__ not in logits_processor._UNQUANTIZED_LM_HEAD_METHODS

@@ -14,9 +14,19 @@ from dflare import _C
 from dflare.ops.library import OperatorLibraryError, load_library
 
 OPS = torch.ops.dflare
+NORM = {"x": torch.ones(3, 8), "residual": torch.ones(3, 8), "weight": torch.ones(8), "eps": 0.1}
+ROTARY = {
+    "x": torch.ones(3, 8),
+    "cos_sin_cache": torch.ones(5, 4),
+    "positions": torch.ones(3, dtype=torch.long),
+    "head_dim": 4,
+}
 ACCURACY_TESTS = [
     f"{Path(__file__).with_name(name)}::{test}"
     for name, test in (
+        ("test_pointwise.py", "test_add_rms_norm"),
+        ("test_pointwise.py", "test_silu_and_mul"),
+        ("test_pointwise.py", "test_rotate_heads"),
         ("test_linear.py", "test_equals_the_product_in_float64"),
         ("test_linear.py", "test_a_row_has_the_same_bits_alone_and_beside_others"),
         ("test_append_context_kv.py", "test_equals_the_reference_at_the_demo_drafters_shapes"),
@@ -80,6 +90,9 @@ def test_every_instruction_set_is_accurate(isa, runnable_isas):
         ("block_attention", block_case(0, seq_lens=[5, 9])),
         ("paged_attention", paged_case(0, queries=[2, 3], contexts=[4, 0])),
         ("linear", {"x": torch.ones(3, 8), "weight": torch.ones(5, 8), "bias": torch.ones(5)}),
+        ("add_rms_norm", NORM),
+        ("silu_and_mul", {"x": torch.ones(3, 8)}),
+        ("rotate_heads", ROTARY),
     ],
 )
 def test_operators_are_registered_as_torch_expects(operator, case):
@@ -96,6 +109,8 @@ def test_fake_results_have_the_real_ones_shapes():
         (OPS.block_attention, block_case(1, seq_lens=[5, 9], group=2)),
         (OPS.paged_attention, paged_case(1, queries=[2], contexts=[3], padding=2)),
         (OPS.linear, {"x": torch.ones(3, 8), "weight": torch.ones(5, 8), "bias": None}),
+        (OPS.add_rms_norm, NORM),
+        (OPS.silu_and_mul, {"x": torch.ones(3, 8)}),
     ):
         meta = {
             name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in case.items()

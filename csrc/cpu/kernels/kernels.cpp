@@ -3,6 +3,7 @@
 #include "cpu/kernels/append.h"
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/linear.h"
+#include "cpu/kernels/pointwise.h"
 
 #define DFLARE_STRING_(x) #x
 #define DFLARE_STRING(x) DFLARE_STRING_(x)
@@ -10,8 +11,9 @@
 namespace dflare::cpu::DFLARE_ISA {
 
 template <typename T>
-constexpr KernelsFor<T> kTable = {&fuse_norm<T>, &project<T>, &attend<T>, &merge<T>,
-                                   &linear<T>};
+constexpr KernelsFor<T> kTable = {&fuse_norm<T>,    &project<T>,     &attend<T>,
+                                  &merge<T>,        &linear<T>,      &add_rms_norm<T>,
+                                  &silu_and_mul<T>, &rotate_heads<T>};
 
 extern const Kernels kernels;
 constinit const Kernels kernels = {DFLARE_STRING(DFLARE_ISA), kTable<float>, kTable<BFloat16>};

@@ -136,15 +136,17 @@ class CpuPlatform(SRTPlatform):
         return speculative_cache_locs
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        from dflare.engine.cpu_linear import use_cpu_linear
+        from dflare.engine.cpu_layers import use_cpu_linear
 
         use_cpu_linear(model)
 
     def init_backend(self) -> None:
         """Called once in every worker process."""
+        from dflare.engine.cpu_layers import register_cpu_forwards
         from dflare.engine.cpu_memory import allow_record_stream_on_cpu
 
         allow_record_stream_on_cpu()
+        register_cpu_forwards(self.get_dispatch_key_name())
 
 
 def _cores_by_rank(ranks: int) -> str:

@@ -8,7 +8,7 @@ from sglang.srt.speculative.dflash_utils import is_dflash_sampling_verify_availa
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2, _is_all_greedy
 
 from dflare import ops
-from dflare.engine.cpu_linear import greedy_tokens
+from dflare.engine.cpu_layers import greedy_tokens
 from dflare.engine.penalties import VerifyPenalties
 from dflare.engine.sampling import sample_verify_positions
 from dflare.engine.step_timing import trace_steps

@@ -1,4 +1,4 @@
-"""Operators of DFlare: context K/V, block attention; on the CPU paged attention and linear too.
+"""Operators of DFlare: context K/V, block attention; on the CPU the rest of a model's layers too.
 
 One module an operator: its public function, its fake (meta) implementation and a plain PyTorch
 reference. The C++ and CUDA implementations live in `libdflare_ops.so` (csrc/).
@@ -15,9 +15,11 @@ from dflare.ops.append_context_kv import (  # noqa: E402
 from dflare.ops.block_attention import block_attention, block_attention_reference  # noqa: E402
 from dflare.ops.linear import linear  # noqa: E402
 from dflare.ops.paged_attention import paged_attention, paged_attention_reference  # noqa: E402
+from dflare.ops.pointwise import add_rms_norm, rotate_heads, silu_and_mul  # noqa: E402
 
 __all__ = [
     "OperatorLibraryError",
+    "add_rms_norm",
     "append_context_kv",
     "append_context_kv_reference",
     "block_attention",
@@ -25,4 +27,6 @@ __all__ = [
     "linear",
     "paged_attention",
     "paged_attention_reference",
+    "rotate_heads",
+    "silu_and_mul",
 ]

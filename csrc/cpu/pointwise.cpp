@@ -1,0 +1,107 @@
+// torch.ops.dflare.{add_rms_norm, silu_and_mul, rotate_heads} on the CPU.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "cpu/checks.h"
+#include "cpu/isa.h"
+
+namespace dflare::cpu {
+namespace {
+
+// Elements that are worth waking a thread for: a few microseconds.
+constexpr int64_t kThreadElements = 1 << 14;
+
+template <typename Params, typename Kernel>
+void run_rows(const Params& p, Kernel kernel, int64_t rows, int64_t row_elements) {
+  const int64_t grain = std::max<int64_t>(1, kThreadElements / std::max<int64_t>(1, row_elements));
+  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+at::Tensor add_rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& residual,
+                        const at::Tensor& weight, double eps) {
+  constexpr Checker check{"add_rms_norm"};
+  check.shape("weight", weight, {kAny}, "[hidden]");
+  const int64_t hidden = weight.size(0);
+  check.shape("x", x, {kAny, hidden}, "[rows, hidden]");
+  check.packed("x", x, 1);
+  check.device("weight", weight);
+  check.dtype("weight", weight, x.scalar_type());
+  check.contiguous("weight", weight);
+  if (residual) {
+    check.shape("residual", *residual, {x.size(0), hidden}, "[rows, hidden]");
+    check.device("residual", *residual);
+    check.dtype("residual", *residual, x.scalar_type());
+    check.packed("residual", *residual, 1);
+  }
+  at::Tensor out = at::empty({x.size(0), hidden}, x.options());
+  with_element_type(check, "x", x, [&](auto element) {
+    using T = decltype(element);
+    NormParams<T> p{};
+    p.x = static_cast<const T*>(x.const_data_ptr());
+    p.x_stride = x.stride(0);
+    p.residual = residual ? static_cast<T*>(residual->mutable_data_ptr()) : nullptr;
+    p.residual_stride = residual ? residual->stride(0) : 0;
+    p.weight = static_cast<const T*>(weight.const_data_ptr());
+    p.eps = static_cast<float>(eps);
+    p.out = static_cast<T*>(out.mutable_data_ptr());
+    p.hidden = hidden;
+    run_rows(p, kernels().get<T>().add_rms_norm, x.size(0), hidden);
+  });
+  return out;
+}
+
+at::Tensor silu_and_mul(const at::Tensor& x) {
+  constexpr Checker check{"silu_and_mul"};
+  check.shape("x", x, {kAny, kAny}, "[rows, 2 * width]");
+  check.packed("x", x, 1);
+  TORCH_CHECK(x.size(1) % 2 == 0, "silu_and_mul: x has shape ", x.sizes(),
+              ", expected an even number of columns: gates, then as many values");
+  const int64_t width = x.size(1) / 2;
+  at::Tensor out = at::empty({x.size(0), width}, x.options());
+  with_element_type(check, "x", x, [&](auto element) {
+    using T = decltype(element);
+    GateParams<T> p{};
+    p.x = static_cast<const T*>(x.const_data_ptr());
+    p.x_stride = x.stride(0);
+    p.out = static_cast<T*>(out.mutable_data_ptr());
+    p.width = width;
+    run_rows(p, kernels().get<T>().silu_and_mul, x.size(0), 4 * width);
+  });
+  return out;
+}
+
+void rotate_heads(const at::Tensor& x, const at::Tensor& cos_sin_cache, const at::Tensor& positions,
+                  int64_t head_dim) {
+  constexpr Checker check{"rotate_heads"};
+  check.shape("x", x, {kAny, kAny}, "[rows, heads * head_dim]");
+  check.packed("x", x, 1);
+  TORCH_CHECK(head_dim > 0 && x.size(1) % head_dim == 0, "rotate_heads: x has shape ", x.sizes(),
+              ", expected a multiple of head_dim = ", head_dim, " columns");
+  const Rope rope = make_rope(check, cos_sin_cache, positions, x.size(0), head_dim);
+  for (int64_t row = 0; row < x.size(0); ++row) {
+    check_position(check, rope, row, cos_sin_cache.size(0));
+  }
+  with_element_type(check, "x", x, [&](auto element) {
+    using T = decltype(element);
+    RotaryParams<T> p{};
+    p.x = static_cast<T*>(x.mutable_data_ptr());
+    p.x_stride = x.stride(0);
+    p.heads = x.size(1) / head_dim;
+    p.head_dim = head_dim;
+    p.rope = rope;
+    run_rows(p, kernels().get<T>().rotate_heads, x.size(0), x.size(1));
+  });
+}
+
+}  // namespace
+}  // namespace dflare::cpu
+
+TORCH_LIBRARY_IMPL(dflare, CPU, m) {
+  m.impl("add_rms_norm", &dflare::cpu::add_rms_norm);
+  m.impl("silu_and_mul", &dflare::cpu::silu_and_mul);
+  m.impl("rotate_heads", &dflare::cpu::rotate_heads);
+}
