@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -147,4 +148,18 @@ def load_target(
         hint = "" if Path(path).exists() else "; no such folder or hub repository, check the name"
         raise ConfigError(f"target {name!r} cannot be loaded: {error}{hint}") from error
     torch.nn.Module.to(model, device)
+    if model.device.type == "cpu":
+        _use_cpu_linear(model)
     return Target(model, taps)
+
+
+def _use_cpu_linear(model: nn.Module) -> None:
+    """Run the linear layers of a frozen model on our kernel, twice as fast as MKL on some CPUs."""
+    from dflare.ops import linear
+
+    def forward(layer: nn.Linear, x: Tensor) -> Tensor:
+        return linear(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias).view(*x.shape[:-1], -1)
+
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.dtype in (torch.float32, torch.bfloat16):
+            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
