@@ -9,7 +9,7 @@ from tiny_models import tiny_causal_lm
 from dflare.errors import UnsupportedError
 from dflare.training.generate import Generator, Sampling, sample
 from dflare.training.slot_cache import ATTENTION, grouped_attention
-from dflare.training.target import Target
+from dflare.training.target import Target, load_target
 
 STOP = (2, 7, 11, 19)
 
@@ -19,6 +19,16 @@ def target():
     model = tiny_causal_lm()
     model.set_attn_implementation(ATTENTION)
     return Target(model)
+
+
+def test_a_loaded_target_says_what_transformers_says(tmp_path):
+    """On a CPU its linear layers run on our kernel."""
+    model = tiny_causal_lm()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(3, 40)[None]
+    loaded = load_target(str(tmp_path)).model
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def greedy(model, prompt, max_new_tokens, max_length):
