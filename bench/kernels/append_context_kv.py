@@ -13,8 +13,6 @@ import argparse
 from typing import Any
 
 import torch
-from dflare import ops
-from dflare.ops.reference_math import apply_rope, rms_norm
 from measure import (
     Arm,
     buffer_sets,
@@ -28,6 +26,9 @@ from measure import (
 )
 from models import PAIRS, Pair
 from torch import Tensor
+
+from dflare import ops
+from dflare.ops.reference_math import apply_rope, rms_norm
 
 EPS = 1e-6
 MAX_POSITION = 4096

@@ -23,8 +23,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dflare import ops
-from dflare.ops.reference_math import apply_rope, rms_norm
 from measure import (
     Arm,
     buffer_sets,
@@ -38,6 +36,9 @@ from measure import (
 )
 from models import PAIRS, Pair
 from torch import Tensor
+
+from dflare import ops
+from dflare.ops.reference_math import apply_rope, rms_norm
 
 EPS = 1e-6
 ATTENTION_ONLY = "attention only: without norm, RoPE and the block's K/V write"
