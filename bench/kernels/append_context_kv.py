@@ -160,7 +160,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--refcheck", action="store_true", help="errors against float64")
     parser.add_argument("--profile", metavar="ARM", help="one call of one arm, no timing")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.profile and arguments.device == "cpu":
+        parser.error("--profile marks one call for ncu: it needs --device cuda")
+    return arguments
 
 
 def main() -> None:
