@@ -159,5 +159,5 @@ def test_reports_each_bug(name: str) -> None:
 
 @pytest.mark.parametrize("case", [CUT, RAGGED, APPEND, LARGE_APPEND], ids=str)
 def test_reports_nothing_without_a_bug(case: AttentionCase | AppendCase) -> None:
-    for seed in SEEDS:
+    for seed in range(5):
         assert error(case, seed) < TOLERANCE
