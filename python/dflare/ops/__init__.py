@@ -1,4 +1,4 @@
-"""Operators of DFlare: context K/V, block attention and paged attention.
+"""Operators of DFlare: context K/V, block attention; on the CPU paged attention and linear too.
 
 One module an operator: its public function, its fake (meta) implementation and a plain PyTorch
 reference. The C++ and CUDA implementations live in `libdflare_ops.so` (csrc/).
@@ -17,6 +17,7 @@ from dflare.ops.block_attention import (  # noqa: E402
     block_attention_reference,
     block_attention_schedule,
 )
+from dflare.ops.linear import linear  # noqa: E402
 from dflare.ops.paged_attention import paged_attention, paged_attention_reference  # noqa: E402
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "block_attention_reference",
     "block_attention_schedule",
     "check_support",
+    "linear",
     "paged_attention",
     "paged_attention_reference",
 ]
