@@ -10,8 +10,7 @@
 namespace dflare::cpu::DFLARE_ISA {
 
 template <typename T>
-constexpr KernelsFor<T> kTable = {&fuse_norm<T>, &project<T>, &attend<T>, &merge<T>,
-                                   &linear<T>};
+constexpr KernelsFor<T> kTable = {&fuse_norm<T>, &project<T>, &attend<T>, &merge<T>, &linear<T>};
 
 extern const Kernels kernels;
 constinit const Kernels kernels = {DFLARE_STRING(DFLARE_ISA), kTable<float>, kTable<BFloat16>};
