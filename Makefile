@@ -7,7 +7,8 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 # Several processes with spinning OpenMP teams on few cores take many times as long as one.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-fast test-emulation demo-drafter bench bench-quick soak lint format
+.PHONY: help install demo test test-fast test-emulation kernels demo-drafter bench \
+  bench-quick soak lint format
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -38,6 +39,9 @@ test-fast: $(STAMP)  ## run the tests that start no engine and train no model
 test-emulation: $(STAMP)  ## run the CUDA kernels' sources on the host
 	$(PY) -m pytest tests/emulation
 
+kernels: $(STAMP)  ## compile every CUDA kernel; table of registers, spills, shared memory
+	$(PY) csrc/gates/check.py
+
 CONFIG ?= configs/demo/cpu.yaml
 demo-drafter: $(STAMP)  ## train the demo drafter (CONFIG=configs/demo/gpu.yaml on a GPU)
 	$(PY) scripts/demo_drafter.py $(CONFIG)
@@ -52,10 +56,12 @@ soak: $(STAMP)  ## mixed load for MINUTES (30)
 	$(PY) bench/serving/soak.py --minutes $(or $(MINUTES),30) --out runs/soak
 
 lint: $(STAMP)  ## format, lint and type checks
-	$(VENV)/bin/ruff format --check python tests bench scripts setup.py
-	$(VENV)/bin/ruff check python tests bench scripts setup.py
+	$(VENV)/bin/ruff format --check python tests bench scripts csrc setup.py
+	$(VENV)/bin/ruff check python tests bench scripts csrc setup.py
+	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
 	$(VENV)/bin/mypy
 
 format: $(STAMP)  ## format the sources
-	$(VENV)/bin/ruff format python tests bench scripts setup.py
-	$(VENV)/bin/ruff check --fix python tests bench scripts setup.py
+	$(VENV)/bin/ruff format python tests bench scripts csrc setup.py
+	$(VENV)/bin/ruff check --fix python tests bench scripts csrc setup.py
+	$(VENV)/bin/clang-format -i $(SOURCES)

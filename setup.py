@@ -39,6 +39,7 @@ class CMakeBuild(build_ext):
             "PYTHON_INCLUDE_DIR": sysconfig.get_path("include"),
             "PYBIND11_INCLUDE_DIR": pybind11.get_include(),
             "TORCH_VERSION": torch.__version__,
+            "TORCH_CUDA_MAJOR": (torch.version.cuda or "0").split(".")[0],
             "TORCH_INCLUDE_DIRS": ";".join(cpp_extension.include_paths()),
             "TORCH_LIBRARY_DIR": cpp_extension.library_paths()[0],
             "TORCH_CXX11_ABI": int(torch.compiled_with_cxx11_abi()),

@@ -14,6 +14,10 @@ TORCH_LIBRARY(dflare, m) {
       " Tensor cos_sin_cache, Tensor positions, Tensor k_pool, Tensor v_pool,"
       " Tensor req_to_token, Tensor req_pool_indices, Tensor seq_lens, int block_size, int window,"
       " bool causal, float scale, Tensor? schedule=None) -> Tensor");
+  // CUDA only: a CPU has nothing to schedule.
+  m.def(
+      "block_attention_schedule(Tensor seq_lens, int block_size, int num_heads, int kv_heads,"
+      " int head_dim, int window) -> Tensor");
   m.def(
       "paged_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor req_to_token,"
       " Tensor req_pool_indices, Tensor seq_lens, Tensor query_start, int window, bool causal,"

@@ -13,8 +13,6 @@ import argparse
 from typing import Any
 
 import torch
-from dflare import ops
-from dflare.ops.reference_math import apply_rope, rms_norm
 from measure import (
     Arm,
     buffer_sets,
@@ -28,6 +26,9 @@ from measure import (
 )
 from models import PAIRS, Pair
 from torch import Tensor
+
+from dflare import ops
+from dflare.ops.reference_math import apply_rope, rms_norm
 
 EPS = 1e-6
 MAX_POSITION = 4096
@@ -159,7 +160,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--refcheck", action="store_true", help="errors against float64")
     parser.add_argument("--profile", metavar="ARM", help="one call of one arm, no timing")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.profile and arguments.device == "cpu":
+        parser.error("--profile marks one call for ncu: it needs --device cuda")
+    return arguments
 
 
 def main() -> None:

@@ -139,13 +139,6 @@ at::Tensor block_attention(const at::Tensor& qkv, const at::Tensor& q_norm_weigh
 
 }  // namespace
 
-// Defined here because only CUDA has anything to schedule.
-TORCH_LIBRARY_FRAGMENT(dflare, m) {
-  m.def(
-      "block_attention_schedule(Tensor seq_lens, int block_size, int num_heads, int kv_heads,"
-      " int head_dim, int window) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(dflare, CUDA, m) {
   m.impl("block_attention", block_attention);
   m.impl("block_attention_schedule", block_attention_schedule);

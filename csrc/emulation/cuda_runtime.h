@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -112,10 +113,11 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor,
 };
 
-// A small device of compute capability 9.0.
+// A small device of compute capability 9.0, or DFLARE_EMULATED_CAPABILITY (major version) and 0.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  constexpr int kValues[] = {16, 228 * 1024, 9, 0};
-  *value = kValues[attribute];
+  const char* major = std::getenv("DFLARE_EMULATED_CAPABILITY");
+  const int values[] = {16, 228 * 1024, major ? std::atoi(major) : 9, 0};
+  *value = values[attribute];
   return cudaSuccess;
 }
 

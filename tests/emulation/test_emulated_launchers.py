@@ -184,6 +184,29 @@ def test_attention_names_the_argument_that_does_not_fit(
         attend(ops, case, **change(case.inputs()))
 
 
+@pytest.mark.parametrize("major", [7, 12])
+def test_other_architectures_are_refused_by_name(
+    ops, major: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DFLARE_EMULATED_CAPABILITY", str(major))
+    expected = rf"has compute capability {major}\.0, the kernels are built for 8\.x, 9\.x and 10\.x"
+    with pytest.raises(RuntimeError, match=f"append_context_kv: cpu {expected}"):
+        append(ops, APPEND)
+    with pytest.raises(RuntimeError, match=f"block_attention_schedule: cpu {expected}"):
+        attend(ops, ATTENTION)
+
+
+@pytest.mark.parametrize("major", [8, 10])
+def test_every_supported_architecture_attends(
+    ops, major: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sm_80 has no programmatic dependent launch: kernels then start one after the other."""
+    monkeypatch.setenv("DFLARE_EMULATED_CAPABILITY", str(major))
+    x = append(ops, APPEND)
+    assert APPEND.error(x["k_pools"], x["v_pools"]) < TOLERANCE[APPEND.dtype]
+    assert ATTENTION.error(attend(ops, ATTENTION)[None]) < TOLERANCE[ATTENTION.dtype]
+
+
 def shifted(x: Tensor) -> Tensor:
     """The same values, two bytes off alignment."""
     return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)

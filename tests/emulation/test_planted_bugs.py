@@ -20,17 +20,21 @@ LARGE_APPEND = AppendCase(rows=70, hidden=576)
 
 
 FAST = {
-    "attention: no barrier before a stage is refilled": (
+    "attention: removed barrier before a stage is refilled": (
         CUT,
         Plant(ATTENTION, "__syncthreads();  // the tile is complete, and", "// "),
     ),
-    "attention: waits for one group too few": (
+    "attention: wrong wait count, one group too few": (
         CUT,
         Plant(ATTENTION, "ptx::cp_async_wait<kStages - 2>()", "ptx::cp_async_wait<kStages - 1>()"),
     ),
     "attention: unmasked tail": (
         RAGGED,
         Plant(ATTENTION, "if (key < first || key > last)", "if (key < first)"),
+    ),
+    "attention: off-by-one page, the slot of the next context index": (
+        RAGGED,
+        Plant(ATTENTION, "? slots[key] : -1", "? slots[key + 1] : -1"),
     ),
     "project: no barrier before a stage is refilled": (
         APPEND,
@@ -39,10 +43,6 @@ FAST = {
 }
 
 SLOW = {
-    "attention: slot of the next context index": (
-        RAGGED,
-        Plant(ATTENTION, "? slots[key] : -1", "? slots[key + 1] : -1"),
-    ),
     "attention: slots beyond the context": (
         RAGGED,
         Plant(ATTENTION, "tile < tiles && key < seq_len ?", "tile < tiles ?"),
@@ -159,5 +159,5 @@ def test_reports_each_bug(name: str) -> None:
 
 @pytest.mark.parametrize("case", [CUT, RAGGED, APPEND, LARGE_APPEND], ids=str)
 def test_reports_nothing_without_a_bug(case: AttentionCase | AppendCase) -> None:
-    for seed in SEEDS:
+    for seed in range(5):
         assert error(case, seed) < TOLERANCE

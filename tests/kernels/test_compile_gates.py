@@ -1,6 +1,7 @@
 """Every CUDA kernel compiles for every architecture within its budget; needs nvcc, not a GPU."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from types import ModuleType
 
 import pytest
 
-CHECK = Path(__file__).parents[2] / "csrc" / "gates" / "check.py"
+CSRC = Path(__file__).parents[2] / "csrc"
+CHECK = CSRC / "gates" / "check.py"
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,18 @@ def test_names_every_way_to_fail(gates: ModuleType) -> None:
     text = " | ".join(kernel.faults)
     for expected in ("214 registers, budget 208", "12 bytes spilled", "no LDGSTS", "STL in the"):
         assert expected in text
+
+
+def test_all_inline_ptx_is_in_one_header() -> None:
+    sources = sorted((CSRC / "cuda").rglob("*.*"))
+    assert [path.name for path in sources if re.search(r"\basm\b", path.read_text())] == ["ptx.cuh"]
+
+
+def test_kernels_know_no_torch() -> None:
+    kernels = [*(CSRC / "cuda").rglob("*.cu*"), CSRC / "cuda/params.h", CSRC / "cuda/heuristics.h"]
+    assert len(kernels) > 15
+    for path in kernels:
+        assert not re.search(r"#include [<\"](torch|ATen|c10)/", path.read_text()), path.name
 
 
 @pytest.mark.slow

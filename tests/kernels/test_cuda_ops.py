@@ -74,6 +74,29 @@ def attention_error(case: AttentionCase) -> float:
     return case.error(torch.stack([attend(case, x, qkv, schedule) for qkv in x["qkv"]]).cpu())
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        AppendCase(commit_lens=(3, 0, 9), bias=True, kv_heads=2),
+        AppendCase(rows=70, head_dim=256, rotary=64),
+        AppendCase(rows=330, hidden=64, layers=1),  # GEMM path
+        AttentionCase((300, 0, 17)),
+        AttentionCase((700,), layers=2),  # cut into parts
+        AttentionCase((90,), head_dim=64, rotary=64, heads=16, kv_heads=1, window=40),
+        AttentionCase((40,), head_dim=256, causal=True),
+    ],
+    ids=str,
+)
+def test_small_shapes(case: AppendCase | AttentionCase) -> None:
+    """Through every kernel; what compute-sanitizer runs (bench/kernels/gpu_session.sh)."""
+    if isinstance(case, AttentionCase):
+        assert attention_error(case) < TOLERANCE[case.dtype]
+        return
+    x = on_gpu(case.inputs())
+    append(case, x)
+    assert case.error(x["k_pools"].cpu(), x["v_pools"].cpu()) < TOLERANCE[case.dtype]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "case",

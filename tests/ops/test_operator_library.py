@@ -11,7 +11,8 @@ import torch
 from op_cases import append_case, block_case, paged_case
 
 from dflare import _C
-from dflare.ops.library import OperatorLibraryError, load_library
+from dflare.errors import UnsupportedError
+from dflare.ops.library import OperatorLibraryError, check_support, load_library
 
 OPS = torch.ops.dflare
 NORM = {"x": torch.ones(3, 8), "residual": torch.ones(3, 8), "weight": torch.ones(8), "eps": 0.1}
@@ -142,3 +143,42 @@ def test_a_library_that_does_not_load_says_what_to_do(tmp_path):
 def test_importing_the_operators_does_not_import_sglang():
     code = "import sys, dflare.ops; sys.exit('sglang' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_kernels_take_is_supported(dtype):
+    check_support(CPU, dtype, 48)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "message"),
+    [
+        (CPU, torch.float16, 64, "float16; on cpu .* float32 and bfloat16: pass --dtype float32"),
+        (CUDA, torch.float32, 64, "float32; on cuda .* and float16: pass --dtype bfloat16"),
+        (CUDA, torch.bfloat16, 96, "head_dim 96; the CUDA kernels take 64, 128 and 256"),
+    ],
+)
+def test_what_no_kernel_takes_is_refused(device, dtype, head_dim, message, monkeypatch):
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with pytest.raises(UnsupportedError, match=message):
+        check_support(device, dtype, head_dim)
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "message"),
+    [
+        (False, (9, 0), r"built without CUDA kernels.*cuda:0.*nvcc on the PATH"),
+        (True, (7, 5), r"T4 has compute capability 7\.5; .* built for 8\.x, 9\.x and 10\.x"),
+        (True, (12, 0), r"T4 has compute capability 12\.0; .* built for 8\.x, 9\.x and 10\.x"),
+    ],
+)
+def test_gpus_without_kernels_are_refused(built, capability, message, monkeypatch):
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "T4")
+    with pytest.raises(OperatorLibraryError, match=message):
+        check_support(CUDA, torch.bfloat16, 128)

@@ -7,7 +7,6 @@
 
 namespace dflare::cpu::DFLARE_ISA {
 
-
 template <typename T>
 inline void store_outputs(T* out, const float* sums, const T* bias, int64_t count) {
   int64_t c = 0;

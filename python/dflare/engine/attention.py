@@ -56,11 +56,11 @@ class BlockAttentionBackend(AttentionBackend):
             window=layer.sliding_window_size,
             causal=layer.attn_type == AttentionType.DECODER,
             scale=layer.scaling,
-            schedule=self.block_schedule(forward_batch),
+            schedule=self.block_schedule(layer),
         )
 
-    def block_schedule(self, forward_batch: ForwardBatch) -> torch.Tensor | None:
-        """The step's split of the context over CTAs; a CPU needs none."""
+    def block_schedule(self, layer: RadixAttention) -> torch.Tensor | None:
+        """The step's split of the context over thread blocks; a CPU needs none."""
         return None
 
 

@@ -12,6 +12,7 @@ from dflare.engine.cpu_layers import greedy_tokens
 from dflare.engine.penalties import VerifyPenalties
 from dflare.engine.sampling import sample_verify_positions
 from dflare.engine.step_timing import trace_steps
+from dflare.errors import UnsupportedError
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +32,27 @@ class DFlareWorker(DFlashWorkerV2):
         buffers = [pool.get_kv_buffer(layer.self_attn.attn.layer_id) for layer in layers]
         self._k_pools = [k for k, _ in buffers]
         self._v_pools = [v for _, v in buffers]
+        self._check_kernels()
         vocab_size = self.model_runner.model_config.vocab_size
         self._penalties = VerifyPenalties(vocab_size, self.device)
         trace_steps(self)
         if get_parallel().tp_rank == 0:
             self._log_once()
+
+    def _check_kernels(self) -> None:
+        """Refuse at start what the operators would refuse at the first request.
+
+        Raises:
+            DFlareError: there are no kernels for the device, the dtype, the head size or the cache.
+        """
+        dtype, pool = self.draft_model.context_kv_proj.dtype, self._k_pools[0]
+        ops.check_support(pool.device, dtype, pool.shape[-1])
+        if pool.dtype != dtype:
+            raise UnsupportedError(
+                f"the drafter's K/V cache is {pool.dtype} and its weights are {dtype}; DFLARE "
+                "keeps both in one dtype: serve without --kv-cache-dtype and "
+                "--speculative-draft-kv-cache-dtype"
+            )
 
     def _log_once(self) -> None:
         draft = self.draft_model.draft_config

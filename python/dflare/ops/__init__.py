@@ -4,7 +4,7 @@ One module an operator: its public function, its fake (meta) implementation and 
 reference. The C++ and CUDA implementations live in `libdflare_ops.so` (csrc/).
 """
 
-from dflare.ops.library import OperatorLibraryError, load_library
+from dflare.ops.library import OperatorLibraryError, check_support, load_library
 
 load_library()
 
@@ -12,7 +12,11 @@ from dflare.ops.append_context_kv import (  # noqa: E402
     append_context_kv,
     append_context_kv_reference,
 )
-from dflare.ops.block_attention import block_attention, block_attention_reference  # noqa: E402
+from dflare.ops.block_attention import (  # noqa: E402
+    block_attention,
+    block_attention_reference,
+    block_attention_schedule,
+)
 from dflare.ops.linear import linear  # noqa: E402
 from dflare.ops.paged_attention import paged_attention, paged_attention_reference  # noqa: E402
 from dflare.ops.pointwise import add_rms_norm, rotate_heads, silu_and_mul  # noqa: E402
@@ -24,6 +28,8 @@ __all__ = [
     "append_context_kv_reference",
     "block_attention",
     "block_attention_reference",
+    "block_attention_schedule",
+    "check_support",
     "linear",
     "paged_attention",
     "paged_attention_reference",

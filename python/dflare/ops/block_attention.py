@@ -46,7 +46,7 @@ def block_attention(
         window: sliding window in tokens, negative for none.
         causal: whether later tokens of the block are hidden from earlier ones.
         scale: factor of the logits, usually hd ** -0.5.
-        schedule: split schedule made once a step on CUDA; None on the CPU.
+        schedule: of `block_attention_schedule`, on CUDA; None on the CPU.
 
     Returns:
         [bs * B, HQ * hd] in qkv's dtype.
@@ -95,6 +95,51 @@ def _fake(
 ) -> Tensor:
     kv_width = 2 * k_pool.shape[1] * k_pool.shape[2]
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] - kv_width)
+
+
+def block_attention_schedule(
+    seq_lens: Tensor,
+    block_size: int,
+    num_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int,
+) -> Tensor:
+    """Cuts a batch's contexts into parts of about equal length for the thread blocks of CUDA.
+
+    Made once a step, on the device and without waiting for it, and shared by all layers of one
+    shape. It says only how many parts a request has: one made for other lengths or another window
+    costs balance, never correctness.
+
+    Args:
+        seq_lens: [bs] int64 or int32 on CUDA, context length before the block.
+        block_size, num_heads, kv_heads, head_dim: shape of the `block_attention` calls, HQ and KV
+            as this rank has them.
+        window: their sliding window in tokens, negative for none.
+
+    Returns:
+        int32, the argument `schedule` of `block_attention`; its size depends on the shape and the
+        device alone.
+
+    Raises:
+        RuntimeError: a shape or device that the kernels do not support.
+    """
+    return torch.ops.dflare.block_attention_schedule.default(
+        seq_lens, block_size, num_heads, kv_heads, head_dim, window
+    )
+
+
+@torch.library.register_fake("dflare::block_attention_schedule")
+def _fake_schedule(
+    seq_lens: Tensor,
+    block_size: int,
+    num_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int,
+) -> Tensor:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return seq_lens.new_empty(size, dtype=torch.int32)
 
 
 def block_attention_reference(

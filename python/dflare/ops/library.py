@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from dflare.errors import DFlareError
+from dflare.errors import DFlareError, UnsupportedError
 
 LIBRARY_PATH = Path(__file__).resolve().parent.parent / "libdflare_ops.so"
 _BUILD_COMMAND = "pip install -e . --no-build-isolation (in the root of the repository)"
@@ -31,3 +31,43 @@ def load_library(path: Path = LIBRARY_PATH) -> None:
             f"the operator library {path} does not load in torch {torch.__version__} ({error}); "
             f"it was likely built for another torch: rebuild it with: {_BUILD_COMMAND}"
         ) from error
+
+
+def check_support(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Makes sure that there are kernels for a drafter, before anything is launched.
+
+    Args:
+        device: that the drafter runs on.
+        dtype: of its weights and K/V pools.
+        head_dim: elements of an attention head.
+
+    Raises:
+        OperatorLibraryError: the library was built without CUDA, or for other GPUs.
+        UnsupportedError: no kernel takes this dtype or head size.
+    """
+    cuda = device.type == "cuda"
+    if cuda and not torch._C._dispatch_has_kernel_for_dispatch_key(
+        "dflare::block_attention", "CUDA"
+    ):
+        raise OperatorLibraryError(
+            f"{LIBRARY_PATH.name} was built without CUDA kernels, but the drafter is on {device}; "
+            f"put nvcc on the PATH and rebuild it with: {_BUILD_COMMAND}"
+        )
+    if cuda and not 8 <= torch.cuda.get_device_capability(device)[0] <= 10:
+        raise OperatorLibraryError(
+            f"{torch.cuda.get_device_name(device)} has compute capability "
+            f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; the CUDA kernels are "
+            "built for 8.x, 9.x and 10.x (A100, H100, B200 and their relatives)"
+        )
+    dtypes = (torch.bfloat16, torch.float16) if cuda else (torch.float32, torch.bfloat16)
+    if dtype not in dtypes:
+        names = " and ".join(str(each).removeprefix("torch.") for each in dtypes)
+        raise UnsupportedError(
+            f"the drafter runs in {str(dtype).removeprefix('torch.')}; on {device.type} there are "
+            f"kernels for {names}: pass --dtype {str(dtypes[0]).removeprefix('torch.')}"
+        )
+    if cuda and head_dim not in (64, 128, 256):
+        raise UnsupportedError(
+            f"the drafter has head_dim {head_dim}; the CUDA kernels take 64, 128 and 256. Serve "
+            "this drafter on a CPU, or train one with another head_dim"
+        )
