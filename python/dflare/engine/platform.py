@@ -145,6 +145,8 @@ class CpuPlatform(SRTPlatform):
         from dflare.engine.cpu_layers import register_cpu_forwards
         from dflare.engine.cpu_memory import allow_record_stream_on_cpu
 
+        # Our operators read the rotary table in float32, whatever the model's dtype.
+        os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")
         allow_record_stream_on_cpu()
         register_cpu_forwards(self.get_dispatch_key_name())
 
