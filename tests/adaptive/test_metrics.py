@@ -59,6 +59,14 @@ def test_counters_go_on_and_gauges_start_over(value, monkeypatch):
     assert value("committed_tokens_total") == 3
 
 
+def test_without_labels_there_is_a_line_for_the_log_and_nothing_else(value, monkeypatch):
+    metrics = SpecMetrics(None)
+    metrics.record(2, [2, 1])
+    line = publish_after_a_second(metrics, [0.9], monkeypatch)
+    assert line == "verify width 2.00, accept length 1.50"
+    assert value("committed_tokens_total") is None
+
+
 def test_nothing_is_written_before_the_interval_is_over(value):
     metrics = SpecMetrics(LABELS)
     metrics.record(2, [2])

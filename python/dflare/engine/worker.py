@@ -10,11 +10,12 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2, _is_all_gree
 from dflare import ops
 from dflare.engine.sampling import sample_verify_positions
 from dflare.engine.step_timing import trace_steps
+from dflare.engine.widths import AdaptiveWidths
 
 logger = logging.getLogger(__name__)
 
 
-class DFlareWorker(DFlashWorkerV2):
+class DFlareWorker(AdaptiveWidths, DFlashWorkerV2):
     """Scheduling, verification, sampling, grammar, logprobs, windows and TP are DFLASH's.
 
     Ours are how target hidden states become the drafter's context K/V, and sampled verification
