@@ -9,11 +9,9 @@ eagle_worker_v2.py, build_adaptive_runtime_state), and a step swaps its set in a
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.runtime_context import get_parallel, get_spec
 from sglang.srt.speculative.draft_worker_common import (
@@ -26,18 +24,18 @@ from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
 
 logger = logging.getLogger(__name__)
 
-# Attributes of the worker that hold one row a request or a block (DFlashWorkerV2.__init__,
-# _ensure_draft_block_buffers, _ensure_accept_bonus_buffers): made on first use.
-_BUFFERS = (
+# Attributes of the worker that hold one row a request or a block: made on first use by
+# DFlashWorkerV2._ensure_draft_block_buffers (a step of width 1 uses none) ...
+_DRAFT_BUFFERS = (
     "_draft_block_ids_buf",
     "_draft_block_positions_buf",
     "_draft_block_tokens_buf",
     "_draft_verify_out_cache_loc_buf",
     "_draft_block_end_buf",
     "_draft_seq_lens_cpu_buf",
-    "_accept_len_buf",
 )
-_BUFFER_PAIRS = ("_commit_lens_bufs", "_bonus_id_bufs", "_out_tokens_bufs", "_new_seq_lens_bufs")
+# ... and by _ensure_accept_bonus_buffers.
+_ACCEPT_BUFFER_PAIRS = ("_commit_lens_bufs", "_bonus_id_bufs", "_out_tokens_bufs", "_new_seq_lens_bufs")
 _LEAST_FREE_GB = 1.0  # below it DFLASH captures no draft graphs either
 
 State = list[tuple[Any, dict[str, Any]]]
@@ -128,35 +126,20 @@ class WidthStates:
         )
 
 
-class _NoDraft:
-    """Stands for the draft model runner in steps of width 1, which draft nothing."""
-
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
-
-    def forward(self, forward_batch: Any) -> SimpleNamespace:
-        """A row a request for the anchor, of which nothing is read."""
-        output = LogitsProcessorOutput(None, hidden_states=forward_batch.input_embeds)
-        return SimpleNamespace(logits_output=output, can_run_graph=False)
-
-
 def _sized_attributes(worker: Any, width: int) -> dict[str, Any]:
-    sized: dict[str, Any] = dict.fromkeys(_BUFFERS)
-    sized |= {name: [] for name in _BUFFER_PAIRS}
+    sized: dict[str, Any] = {name: [] for name in _ACCEPT_BUFFER_PAIRS}
     sized |= {
         "block_size": width,
         "speculative_num_draft_tokens": width,
         "_block_pos_offsets": build_block_pos_offsets(length=width, device=worker.device),
-        "_draft_block_spec_info": make_draft_block_spec_info(
-            draft_token_num=width, device=worker.device
-        ),
+        "_accept_len_buf": None,
         "_accept_bonus_buffer_cap": 0,
     }
-    if width == 1:
-        sized["draft_model_runner"] = _NoDraft(worker.draft_model_runner)
+    if width > 1:
+        sized |= dict.fromkeys(_DRAFT_BUFFERS)
+        sized["_draft_block_spec_info"] = make_draft_block_spec_info(
+            draft_token_num=width, device=worker.device
+        )
     return sized
 
 

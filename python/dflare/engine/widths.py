@@ -28,6 +28,7 @@ from dflare.adaptive import (
     measure_steps,
 )
 from dflare.engine.dummy_step import dummy_step
+from dflare.engine.plain_step import plain_step
 from dflare.engine.width_states import WidthStates
 
 logger = logging.getLogger(__name__)
@@ -60,14 +61,21 @@ class AdaptiveWidths:
             labels = _metric_labels() if get_observability().enable_metrics else None
             self._controller = WidthController(int(self.block_size), policy, SpecMetrics(labels))
 
-    def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward_batch_generation(
+        self,
+        batch: Any,
+        on_publish: Any = None,
+        grammar_barrier: Any = None,
+        pp_proxy_tensors: Any = None,
+    ) -> Any:
         """Run a prefill as ever, and a decode step at the width chosen for it."""
         step = super().forward_batch_generation  # type: ignore[misc]
+        more = on_publish, grammar_barrier, pp_proxy_tensors
         mode = batch.forward_mode
         if mode.is_extend() or batch.is_extend_in_batch or mode.is_idle():
             if self._controller:
                 self._controller.interrupt()
-            return step(batch, *args, **kwargs)
+            return step(batch, *more)
         width = 0
         if self._controller:
             width = self._controller.begin(
@@ -75,9 +83,12 @@ class AdaptiveWidths:
                 [req.sampling_params.max_new_tokens - len(req.output_ids) for req in batch.reqs],
             )
         if not self._adaptive:
-            return step(batch, *args, **kwargs)
-        with self._width_states.at(self._from_rank_0(width)):
-            return step(batch, *args, **kwargs)
+            return step(batch, *more)
+        width = self._from_rank_0(width)
+        with self._width_states.at(width):
+            if width == 1:
+                return plain_step(self, batch, on_publish, grammar_barrier)
+            return step(batch, *more)
 
     def on_verify_complete_cpu(
         self, num_correct_drafts_per_req: Sequence[int], batch_size: int = 0
