@@ -94,7 +94,7 @@ class WidthController:
             predicted=step.decision.predicted_seconds if step.decision else None,
             actual=seconds,
         )
-        return self._metrics.publish(self._policy.accept_rates() if self._policy else ())
+        return self._metrics.publish(self._policy.accept_rates if self._policy else tuple)
 
     def finish(self, request_id: Hashable) -> None:
         """A request ended."""

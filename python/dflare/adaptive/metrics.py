@@ -8,7 +8,7 @@ there (sglang/srt/observability/metrics_collector.py).
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 _INTERVAL = 1.0  # seconds between writes; steps in between only count in Python
 
@@ -65,12 +65,12 @@ class SpecMetrics:
             self._predicted_sum += predicted
             self._actual_sum += actual
 
-    def publish(self, accept_rates: Sequence[float]) -> str | None:
+    def publish(self, accept_rates: Callable[[], Sequence[float]]) -> str | None:
         """Write the metrics if the interval is over.
 
         Args:
-            accept_rates: Estimated acceptance by position, ``WidthPolicy.accept_rates()``; empty
-                without a policy.
+            accept_rates: Gives the estimated acceptance by position, ``WidthPolicy.accept_rates``;
+                nothing without a policy.
 
         Returns:
             A line for the server log, or None if it was not yet time or nothing ran.
@@ -86,7 +86,7 @@ class SpecMetrics:
             times = self._predicted_sum / self._timed, self._actual_sum / self._timed
             line += f", step {1e3 * times[1]:.2f} ms (predicted {1e3 * times[0]:.2f})"
         if self._gauges:
-            self._gauges.write(width, accept, accept_rates, times)
+            self._gauges.write(width, accept, accept_rates(), times)
             self._gauges.count(
                 self._by_width, self._explored, self._request_steps, self._committed
             )
