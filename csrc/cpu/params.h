@@ -100,4 +100,19 @@ struct AttentionParams {
   BadSlot* bad_slot;
 };
 
+// A task of `linear`: a tile whose inputs stay in the second-level cache.
+constexpr int64_t kLinearOutputs = 32;
+constexpr int64_t kLinearRows = 128;
+
+// out = x . weight^T + bias.
+template <typename T>
+struct LinearParams {
+  const T* x;  // [rows, inputs]; inputs is a multiple of 32, or rows are padded with zeros to one
+  int64_t x_stride;
+  const T* weight;  // [outputs, inputs]
+  const T* bias;    // [outputs] or null
+  T* out;           // [rows, outputs]
+  int64_t rows, inputs, outputs;
+};
+
 }  // namespace dflare::cpu

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from checkpoints import random_draft_config, write_random_draft, write_random_target
-from transformers import AutoConfig, DeepseekV3Config, LlamaConfig, Qwen3Config, Qwen3NextConfig
+from transformers import AutoConfig, DeepseekV3Config, GptOssConfig, LlamaConfig, Qwen3Config, Qwen3NextConfig
 
 from dflare.checkpoint import check_pair, pair_checks, target_kv_bytes_per_token
 from dflare.errors import CheckpointError
@@ -38,6 +38,27 @@ def test_a_pair_that_fits_passes_as_folder_and_as_configuration(target, draft_fo
     check_pair(config, str(target))
     check_pair(config, AutoConfig.from_pretrained(target))
     assert all(check.status == "ok" for check in pair_checks(config, target))
+
+
+def test_gpt_oss_fits_a_drafter_of_its_shape():
+    """Not a Qwen: hidden size 2880, heads that do not add up to it, sliding layers, biases."""
+    target = GptOssConfig(num_hidden_layers=24)
+    draft = random_draft_config(
+        hidden_size=target.hidden_size,
+        num_layers=4,
+        num_heads=target.num_attention_heads,
+        num_kv_heads=target.num_key_value_heads,
+        head_dim=target.head_dim,
+        num_target_layers=target.num_hidden_layers,
+        vocab_size=target.vocab_size,
+        max_position_embeddings=target.max_position_embeddings,
+        attention_bias=True,
+        layer_types=("sliding_attention", "full_attention") * 2,
+        sliding_window=128,
+    )
+    assert [c.name for c in pair_checks(draft, target) if c.status == "failed"] == []
+    with pytest.raises(CheckpointError, match="target layers: .* 36 and the target's is 24"):
+        check_pair(random_draft_config(hidden_size=2880, num_target_layers=36), target)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ SCHEMA = json.dumps(
         "required": ["name", "age", "city"],
     }
 )
+PENALTIES = {"frequency_penalty": 0.4, "presence_penalty": 0.3, "repetition_penalty": 1.1}
 GREEDY = {"temperature": 0, "max_new_tokens": 40}
 
 
@@ -58,6 +59,13 @@ def _all_requests(engine, ids) -> dict:
         ),
         engine.async_generate(input_ids=ids["count"], sampling_params=GREEDY),
     )
+    penalised = asyncio.gather(
+        *(
+            engine.async_generate(input_ids=ids[name], sampling_params=GREEDY | sampling)
+            for name in ids
+            for sampling in ({}, PENALTIES | {"min_new_tokens": 30}, {"repetition_penalty": 1.2})
+        )
+    )
     return {
         "json": one("person", {"json_schema": SCHEMA, "max_new_tokens": 64}),
         "json_in_batch": engine.loop.run_until_complete(_await(batch)),
@@ -70,6 +78,14 @@ def _all_requests(engine, ids) -> dict:
         "ignore_eos": one("plain", {"ignore_eos": True, "max_new_tokens": 90}),
         "n": one("count", {"n": 2}),
         "bias": one("plain", {"logit_bias": {"33": 4.0}}),
+        "frequency": one("count", {"frequency_penalty": 0.7}),
+        "presence": one("plain", {"presence_penalty": 1.1, "logit_bias": {"33": 4.0}}),
+        "repetition": one("count", {"repetition_penalty": 1.3}),
+        "all_penalties": one("person", PENALTIES | {"json_schema": SCHEMA}),
+        "min_new_tokens": one(
+            "count", {"min_new_tokens": 60, "max_new_tokens": 80, "stop_token_ids": [33]}
+        ),
+        "penalties_in_batch": engine.loop.run_until_complete(_await(penalised)),
         "stream": engine.loop.run_until_complete(stream()),
     }
 
@@ -78,7 +94,13 @@ async def _await(future):
     return await future
 
 
-@pytest.mark.parametrize("name", ["json", "regex", "stop", "stop_token", "ignore_eos", "bias"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("json", "regex", "stop", "stop_token", "ignore_eos", "bias"),
+        *("frequency", "presence", "repetition", "all_penalties", "min_new_tokens"),
+    ],
+)
 def test_same_tokens_and_finish_reason(both, name):
     alone, dflare = (result[name] for result in both)
     assert dflare["output_ids"] == alone["output_ids"]
@@ -94,6 +116,13 @@ def test_json_follows_the_schema(both):
 def test_grammar_beside_a_free_request(both):
     alone, dflare = ([a["output_ids"] for a in result["json_in_batch"]] for result in both)
     assert dflare == alone
+
+
+def test_penalised_requests_beside_free_ones(both):
+    alone, dflare = ([a["output_ids"] for a in r["penalties_in_batch"]] for r in both)
+    assert dflare == alone
+    free, penalised, repetition = alone[:3]
+    assert free != penalised and free != repetition, "the penalties changed nothing"
 
 
 def test_logprobs(both):

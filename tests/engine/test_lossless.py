@@ -108,7 +108,7 @@ def test_aborted_request_leaves_others_alone(demo_pair, questions, demo_alone):
             )
             async for chunk in stream:
                 if chunk["meta_info"]["completion_tokens"] >= 20:
-                    engine.abort_request("doomed")
+                    engine.tokenizer_manager.abort_request("doomed")
                 last = chunk
             return last
 

@@ -27,6 +27,8 @@ PARAMETERS = {
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.forward_extend": (
         "self q k v layer forward_batch save_kv_cache kwargs"
     ),
+    "sglang.srt.layers.quantization.unquant.UnquantizedEmbeddingMethod.apply": "self layer x bias",
+    "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply": "self layer x bias",
     "sglang.srt.layers.sampler.sampling_from_probs_torch": "probs sampling_seed positions",
     "sglang.srt.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch": (
         "probs top_ks top_ps min_ps need_min_p_sampling sampling_seed positions "
@@ -43,6 +45,9 @@ PARAMETERS = {
     ),
     "sglang.srt.models.registry._ModelRegistry.register": "self package_name overwrite strict",
     "sglang.srt.plugins.hook_registry.HookRegistry.register": "target hook hook_type source",
+    "sglang.srt.speculative.dflash_utils.apply_dflash_verify_logits_adjustments": (
+        "next_token_logits sampling_info draft_token_num"
+    ),
     "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2.__init__": (
         "self server_args gpu_id nccl_port target_worker"
     ),
@@ -59,6 +64,11 @@ PARAMETERS = {
     "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2._accept_block": (
         "self candidates next_token_logits sampling_info draft_input prefix_lens bs target_predict"
     ),
+    "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2._can_skip_verify_logits": (
+        "self batch sampling_info"
+    ),
+    "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2"
+    "._greedy_sample_from_vocab_parallel_head": "self hidden_states lm_head chunk_size",
     "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2._validate_phase1_sampling_support": (
         "self batch"
     ),
@@ -114,6 +124,7 @@ def test_worker_methods_and_flags_that_we_build_on():
         "self.draft_model = ",
         "self._block_pos_offsets = ",
         "self.draft_model.set_block_size(",
+        "self._draft_block_tokens_buf[:bs]",
         "supports_fused_context_kv",
         "record_stream(",
     ):
@@ -127,3 +138,19 @@ def test_embeddings_are_still_rounded_on_their_way_to_the_drafter():
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     assert "input_embeds.bfloat16()" in inspect.getsource(ModelRunner._extend_forward_kwargs)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen3", "Qwen3Moe", "GptOss"])
+def test_targets_that_we_name_offer_their_hidden_states(architecture):
+    from sglang.srt.models.registry import ModelRegistry
+
+    model, _ = ModelRegistry.resolve_model_cls([f"{architecture}ForCausalLM"])
+    assert hasattr(model, "set_dflash_layers_to_capture")
+
+
+def test_heads_with_a_method_of_ours_go_through_it():
+    from sglang.srt.layers import logits_processor
+
+    from dflare.engine.cpu_linear import CpuEmbeddingMethod
+
+    assert CpuEmbeddingMethod.__name__ not in logits_processor._UNQUANTIZED_LM_HEAD_METHODS

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dflare import ops
 from kernel_cases import AppendCase, AttentionCase
 from torch import Tensor
+
+from dflare import ops
 
 pytestmark = [
     pytest.mark.gpu,

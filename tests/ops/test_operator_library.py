@@ -17,6 +17,8 @@ OPS = torch.ops.dflare
 ACCURACY_TESTS = [
     f"{Path(__file__).with_name(name)}::{test}"
     for name, test in (
+        ("test_linear.py", "test_equals_the_product_in_float64"),
+        ("test_linear.py", "test_a_row_has_the_same_bits_alone_and_beside_others"),
         ("test_append_context_kv.py", "test_equals_the_reference_at_the_demo_drafters_shapes"),
         ("test_append_context_kv.py", "test_equals_the_reference_for_odd_hidden_sizes"),
         ("test_block_attention.py", "test_equals_the_reference_at_the_demo_drafters_shapes"),
@@ -77,6 +79,7 @@ def test_every_instruction_set_is_accurate(isa, runnable_isas):
         ("append_context_kv", append_case(0, commit_lens=[4, 4], block_size=4)),
         ("block_attention", block_case(0, seq_lens=[5, 9])),
         ("paged_attention", paged_case(0, queries=[2, 3], contexts=[4, 0])),
+        ("linear", {"x": torch.ones(3, 8), "weight": torch.ones(5, 8), "bias": torch.ones(5)}),
     ],
 )
 def test_operators_are_registered_as_torch_expects(operator, case):
@@ -92,6 +95,7 @@ def test_fake_results_have_the_real_ones_shapes():
     for operator, case in (
         (OPS.block_attention, block_case(1, seq_lens=[5, 9], group=2)),
         (OPS.paged_attention, paged_case(1, queries=[2], contexts=[3], padding=2)),
+        (OPS.linear, {"x": torch.ones(3, 8), "weight": torch.ones(5, 8), "bias": None}),
     ):
         meta = {
             name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in case.items()

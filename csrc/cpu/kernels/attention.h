@@ -27,7 +27,6 @@ constexpr int kValueVecs = kRegisters == 32 ? 4 : 2;
 constexpr float kLowest = -3.40282347e38f;  // finite: exp(lowest - lowest) is 1, not NaN
 
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Where things of one item lie in the thread's scratch.
 struct Workspace {

@@ -43,10 +43,11 @@ struct Product<BFloat16, BFloat16> {
 #endif
 
 // c[i][j] = sum_k a[i][k] * b[j][k], i < ROWS, j < 4. Rows of `a` are zero-padded to whole vectors;
-// those of `b` end at `depth`.
-template <int ROWS, typename A, typename B>
+// those of `b` end at `depth`. PREFETCH asks for what lies `ahead` elements behind each vector of
+// `b`.
+template <int ROWS, bool PREFETCH = false, typename A, typename B>
 inline void dot_tile(const A* a, int64_t a_stride, const B* const* b, int64_t depth, float* c,
-                     int64_t c_stride) {
+                     int64_t c_stride, int64_t ahead = 0) {
   using P = Product<A, B>;
   Vec sums[ROWS][4] = {};
   // One vector of `b` at a time: it and those of `a` are all that must be held beside the sums.
@@ -57,6 +58,7 @@ inline void dot_tile(const A* a, int64_t a_stride, const B* const* b, int64_t de
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const typename P::Operand y = right(b[j] + k);
+      if constexpr (PREFETCH) __builtin_prefetch(b[j] + k + ahead);
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) sums[i][j] = P::add(sums[i][j], x[i], y);
     }
@@ -75,22 +77,24 @@ inline void dot_tile(const A* a, int64_t a_stride, const B* const* b, int64_t de
   }
 }
 
-// dot_tile for any number of rows.
-template <typename A, typename B>
+// dot_tile for any number of rows; the first rows prefetch.
+template <bool PREFETCH = false, typename A, typename B>
 inline void dot_rows(const A* a, int64_t a_stride, int64_t rows, const B* const* b, int64_t depth,
-                     float* c, int64_t c_stride) {
-  while (rows >= kDotRows) {
-    dot_tile<kDotRows>(a, a_stride, b, depth, c, c_stride);
+                     float* c, int64_t c_stride, int64_t ahead = 0) {
+  if (rows > kDotRows) {
+    dot_tile<kDotRows, PREFETCH>(a, a_stride, b, depth, c, c_stride, ahead);
     a += kDotRows * a_stride;
     c += kDotRows * c_stride;
     rows -= kDotRows;
+    return dot_rows(a, a_stride, rows, b, depth, c, c_stride);
   }
   switch (rows) {
-    case 5: return dot_tile<5>(a, a_stride, b, depth, c, c_stride);
-    case 4: return dot_tile<4>(a, a_stride, b, depth, c, c_stride);
-    case 3: return dot_tile<3>(a, a_stride, b, depth, c, c_stride);
-    case 2: return dot_tile<2>(a, a_stride, b, depth, c, c_stride);
-    case 1: return dot_tile<1>(a, a_stride, b, depth, c, c_stride);
+    case 6: return dot_tile<6, PREFETCH>(a, a_stride, b, depth, c, c_stride, ahead);
+    case 5: return dot_tile<5, PREFETCH>(a, a_stride, b, depth, c, c_stride, ahead);
+    case 4: return dot_tile<4, PREFETCH>(a, a_stride, b, depth, c, c_stride, ahead);
+    case 3: return dot_tile<3, PREFETCH>(a, a_stride, b, depth, c, c_stride, ahead);
+    case 2: return dot_tile<2, PREFETCH>(a, a_stride, b, depth, c, c_stride, ahead);
+    case 1: return dot_tile<1, PREFETCH>(a, a_stride, b, depth, c, c_stride, ahead);
   }
 }
 

@@ -2,6 +2,7 @@
 #include "cpu/isa.h"
 #include "cpu/kernels/append.h"
 #include "cpu/kernels/attention.h"
+#include "cpu/kernels/linear.h"
 
 #define DFLARE_STRING_(x) #x
 #define DFLARE_STRING(x) DFLARE_STRING_(x)
@@ -9,7 +10,8 @@
 namespace dflare::cpu::DFLARE_ISA {
 
 template <typename T>
-constexpr KernelsFor<T> kTable = {&fuse_norm<T>, &project<T>, &attend<T>, &merge<T>};
+constexpr KernelsFor<T> kTable = {&fuse_norm<T>, &project<T>, &attend<T>, &merge<T>,
+                                   &linear<T>};
 
 extern const Kernels kernels;
 constinit const Kernels kernels = {DFLARE_STRING(DFLARE_ISA), kTable<float>, kTable<BFloat16>};

@@ -12,12 +12,15 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _DRAFT_FILES = ("*.json", "*.safetensors")
 
 
-def find_folder(path: str | Path, files: Sequence[str] = _DRAFT_FILES) -> Path:
+def find_folder(
+    path: str | Path, files: Sequence[str] = _DRAFT_FILES, revision: str | None = None
+) -> Path:
     """Return the folder of a checkpoint; one that is not local comes from the Hugging Face hub.
 
     Args:
         path: A folder, or a hub id such as `AngelSlim/Qwen3-4b-dflare`.
         files: Patterns of what to fetch from the hub.
+        revision: Branch, tag or commit on the hub; default its main branch.
 
     Raises:
         CheckpointError: No such folder, and no such repository or no way to reach it.
@@ -36,10 +39,13 @@ def find_folder(path: str | Path, files: Sequence[str] = _DRAFT_FILES) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=list(files)))
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=list(files)))
     except OSError as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
-            reason = "the hub has no such repository, or it is private: check the id, or log in"
+            reason = (
+                "the hub has no such repository or revision, or it is private: check the id, or "
+                "log in"
+            )
         elif isinstance(error, LocalEntryNotFoundError):
             reason = "the hub cannot be reached and nothing is cached: check the network"
         else:

@@ -22,6 +22,12 @@ def register_hooks() -> None:
         _spec_need_hidden_states,
         HookType.AROUND,
     )
+    # Its caller is in the middle of a long method: penalties come before logit bias and grammar.
+    HookRegistry.register(
+        "sglang.srt.speculative.dflash_utils.apply_dflash_verify_logits_adjustments",
+        _apply_penalties_first,
+        HookType.AROUND,
+    )
     from sglang.srt.platforms import current_platform
 
     from dflare.engine.platform import CpuPlatform
@@ -39,6 +45,17 @@ def _spec_need_hidden_states(original) -> bool:
 
     # Like DFLASH, the drafter's context lives in its own pool: nothing is relayed between steps.
     return get_spec().speculative_algorithm != ALGORITHM and original()
+
+
+def _apply_penalties_first(original, *, next_token_logits, sampling_info, draft_token_num) -> None:
+    penalise = getattr(sampling_info, "dflare_penalise", None)
+    if penalise is not None:
+        penalise(next_token_logits, draft_token_num)
+    original(
+        next_token_logits=next_token_logits,
+        sampling_info=sampling_info,
+        draft_token_num=draft_token_num,
+    )
 
 
 def _register_cpu_hooks() -> None:

@@ -3,9 +3,7 @@
 import json
 from pathlib import Path
 
-from dflare.checkpoint import check_finite, read_config
-from dflare.checkpoint.pair import check_pair
-from dflare.checkpoint.reader import find_folder
+from dflare.checkpoint import check_finite, check_pair, read_config
 from dflare.engine.plugin import ALGORITHM
 from dflare.engine.version import check_sglang_version
 from dflare.errors import CheckpointError, DFlareError
@@ -54,7 +52,7 @@ def check_before_start(target: str, draft: str) -> None:
     check_finite(draft, config)
     folder = Path(target)
     if folder.exists():
-        check_pair(config, find_folder(target))
+        check_pair(config, folder, draft)
 
 
 def serve_pair(target: str, draft: str, sglang_args: list[str]) -> None:

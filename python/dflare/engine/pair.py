@@ -1,15 +1,8 @@
 """What can be told about a drafter and its target before anything is loaded."""
 
-import logging
-
-from dflare.checkpoint.config import MAX_BLOCK_SIZE, DraftConfig
-from dflare.checkpoint.pair import check_pair
-from dflare.checkpoint.reader import read_config
-from dflare.checkpoint.tensors import check_finite
+from dflare.checkpoint import DraftConfig, check_finite, check_pair, find_folder, read_config
+from dflare.checkpoint.config import MAX_BLOCK_SIZE
 from dflare.errors import CheckpointError, UnsupportedError
-
-logger = logging.getLogger(__name__)
-
 
 def check_server_pair(server_args) -> DraftConfig:
     """Validate the drafter, the target and the flags of a server that is about to start.
@@ -29,12 +22,13 @@ def check_server_pair(server_args) -> DraftConfig:
             "no drafter given; pass --speculative-draft-model-path DRAFT (a folder or a "
             "Hugging Face id of a DFlare checkpoint)"
         )
-    draft = read_config(path)
+    folder = find_folder(path, revision=server_args.speculative_draft_model_revision)
+    draft = read_config(folder)
     if draft.dialect != "angelslim":
         raise CheckpointError(
             f"{path} is in the {draft.dialect} dialect; convert it once: dflare convert {path} DST"
         )
-    check_finite(path, draft)
+    check_finite(folder, draft)
     _check_block_size(server_args, draft)
     _check_target(server_args, draft)
     return draft

@@ -82,6 +82,12 @@ class CpuPlatform(SRTPlatform):
     def get_torch_distributed_backend_str(self) -> str:
         return "gloo"
 
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
+
     # --- configuration --------------------------------------------------------------------
 
     def apply_server_args_defaults(self, server_args) -> None:
@@ -128,6 +134,11 @@ class CpuPlatform(SRTPlatform):
         from dflare.engine.cpu_memory import speculative_cache_locs
 
         return speculative_cache_locs
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        from dflare.engine.cpu_linear import use_cpu_linear
+
+        use_cpu_linear(model)
 
     def init_backend(self) -> None:
         """Called once in every worker process."""

@@ -8,6 +8,8 @@ from sglang.srt.speculative.dflash_utils import is_dflash_sampling_verify_availa
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2, _is_all_greedy
 
 from dflare import ops
+from dflare.engine.cpu_linear import greedy_tokens
+from dflare.engine.penalties import VerifyPenalties
 from dflare.engine.sampling import sample_verify_positions
 from dflare.engine.step_timing import trace_steps
 from dflare.engine.widths import AdaptiveWidths
@@ -30,6 +32,8 @@ class DFlareWorker(AdaptiveWidths, DFlashWorkerV2):
         buffers = [pool.get_kv_buffer(layer.self_attn.attn.layer_id) for layer in layers]
         self._k_pools = [k for k, _ in buffers]
         self._v_pools = [v for _, v in buffers]
+        vocab_size = self.model_runner.model_config.vocab_size
+        self._penalties = VerifyPenalties(vocab_size, self.device)
         trace_steps(self)
         if get_parallel().tp_rank == 0:
             self._log_once()
@@ -95,18 +99,43 @@ class DFlareWorker(AdaptiveWidths, DFlashWorkerV2):
                 v_pools=self._v_pools,
             )
 
-    def _validate_phase1_sampling_support(self, batch) -> None:
-        """Say once what verification leaves out; `_accept_block` samples on every device."""
-        sampling = batch.sampling_info
-        penalties = sampling is not None and sampling.penalizer_orchestrator
-        if penalties and penalties.is_required and not self._warned_sampling_fallback:
-            # SGLang 0.5.23 feeds no committed tokens of a speculative batch to its penalizers.
-            logger.warning(
-                "a request asks for a frequency, presence or repetition penalty or min_new_tokens; "
-                "DFLASH verification in SGLang does not apply them to generated tokens. Serve such "
-                "requests without --speculative-algorithm"
+    def _greedy_sample_from_vocab_parallel_head(self, *, hidden_states, lm_head, **kwargs):
+        """As DFLASH's; on one CPU rank with the head's own kernel."""
+        shard = getattr(lm_head, "shard_indices", None)
+        one_rank = hidden_states.is_cpu and get_parallel().tp_size == 1
+        if one_rank and shard is not None and shard.num_added_elements == 0:
+            return greedy_tokens(hidden_states, lm_head.weight[: shard.num_org_elements])
+        return super()._greedy_sample_from_vocab_parallel_head(
+            hidden_states=hidden_states, lm_head=lm_head, **kwargs
+        )
+
+    def forward_batch_generation(self, batch, *args, **kwargs):
+        """As DFLASH's, with penalties (see `dflare.engine.penalties`)."""
+        penalised = self._penalties.select(batch.reqs or ())
+        if penalised is None:
+            return super().forward_batch_generation(batch, *args, **kwargs)
+        extend = batch.forward_mode.is_extend() or batch.is_extend_in_batch
+        if not extend:
+            # Called by the hook on DFLASH's logit adjustments.
+            batch.sampling_info.dflare_penalise = lambda logits, width: self._penalties.apply(
+                penalised, logits, self._draft_block_tokens_buf[: logits.shape[0] // width]
             )
-            self._warned_sampling_fallback: bool = True
+        result = super().forward_batch_generation(batch, *args, **kwargs)
+        if extend:
+            self._penalties.start(penalised, batch.reqs, result.next_token_ids)
+        else:
+            width = result.speculative_num_draft_tokens
+            tokens = result.next_token_ids.view(-1, width)
+            self._penalties.commit(penalised, tokens, result.accept_lens)
+        return result
+
+    def _can_skip_verify_logits(self, batch, sampling_info) -> bool:
+        if sampling_info is not None and hasattr(sampling_info, "dflare_penalise"):
+            return False
+        return super()._can_skip_verify_logits(batch, sampling_info)
+
+    def _validate_phase1_sampling_support(self, batch) -> None:
+        """Nothing to refuse: `_accept_block` samples on every device."""
 
     def _accept_block(self, *, next_token_logits, sampling_info, target_predict=None, **kwargs):
         """As DFLASH's; where SGLang has no kernel to verify samples, sample the target here."""

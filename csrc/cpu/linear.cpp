@@ -1,0 +1,67 @@
+// torch.ops.dflare.linear on the CPU.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "cpu/checks.h"
+#include "cpu/isa.h"
+
+namespace dflare::cpu {
+namespace {
+
+constexpr Checker kCheck{"linear"};
+
+constexpr int64_t kVector = 32;  // elements of the longest vector of any level
+// Weight bytes that are worth waking a thread for: a few microseconds of reading.
+constexpr int64_t kThreadBytes = 1 << 17;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias) {
+  kCheck.shape("x", x, {kAny, kAny}, "[rows, inputs]");
+  kCheck.packed("x", x, 1);
+  const int64_t rows = x.size(0), inputs = x.size(1);
+  kCheck.shape("weight", weight, {kAny, inputs}, "[outputs, inputs]");
+  const int64_t outputs = weight.size(0);
+  auto check_weight = [&](const char* name, const at::Tensor& w) {
+    kCheck.device(name, w);
+    kCheck.dtype(name, w, x.scalar_type());
+    kCheck.contiguous(name, w);
+  };
+  check_weight("weight", weight);
+  if (bias) {
+    kCheck.shape("bias", *bias, {outputs}, "[outputs]");
+    check_weight("bias", *bias);
+  }
+  at::Tensor out = at::empty({rows, outputs}, x.options());
+  const at::Tensor padded =
+      inputs % kVector == 0 ? x : at::constant_pad_nd(x, {0, kVector - inputs % kVector});
+  with_element_type(kCheck, "x", x, [&](auto element) {
+    using T = decltype(element);
+    LinearParams<T> p{};
+    p.x = static_cast<const T*>(padded.const_data_ptr());
+    p.x_stride = padded.stride(0);
+    p.weight = static_cast<const T*>(weight.const_data_ptr());
+    p.bias = bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr;
+    p.out = static_cast<T*>(out.mutable_data_ptr());
+    p.rows = rows;
+    p.inputs = inputs;
+    p.outputs = outputs;
+    const auto run = kernels().get<T>().linear;
+    const int64_t tasks = ceil_div(outputs, kLinearOutputs) * ceil_div(rows, kLinearRows);
+    const int64_t task_bytes = kLinearOutputs * std::max<int64_t>(inputs, 1) * sizeof(T);
+    at::parallel_for(0, tasks, std::max<int64_t>(1, kThreadBytes / task_bytes),
+                     [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace dflare::cpu
+
+TORCH_LIBRARY_IMPL(dflare, CPU, m) { m.impl("linear", &dflare::cpu::linear); }

@@ -1,0 +1,30 @@
+"""Linear layers of few rows on the CPU: decoding, drafting and verification."""
+
+import torch
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` for few rows: weights are read once for all of them.
+
+    A row's result has the same bits whatever rows stand beside it, so that a target gives a token
+    the same logits in a decode step and in a verification. For many rows (prefill) a library GEMM
+    is faster.
+
+    Args:
+        x: [rows, inputs], float32 or bfloat16; rows contiguous.
+        weight: [outputs, inputs], dtype of x, contiguous.
+        bias: [outputs], dtype of x, or none.
+
+    Returns:
+        [rows, outputs] in x's dtype; sums are float32.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or stride that does not fit.
+    """
+    return torch.ops.dflare.linear.default(x, weight, bias)
+
+
+@torch.library.register_fake("dflare::linear")
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
