@@ -87,9 +87,7 @@ class SpecMetrics:
             line += f", step {1e3 * times[1]:.2f} ms (predicted {1e3 * times[0]:.2f})"
         if self._gauges:
             self._gauges.write(width, accept, accept_rates(), times)
-            self._gauges.count(
-                self._by_width, self._explored, self._request_steps, self._committed
-            )
+            self._gauges.count(self._by_width, self._explored, self._request_steps, self._committed)
         self._clear()
         return line
 

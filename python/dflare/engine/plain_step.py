@@ -33,7 +33,8 @@ def plain_step(
     lens.record_stream(torch.get_device_module(worker.device).current_stream())
     positions = lens.long()
     anchors = draft_input.bonus_tokens.view(-1)
-    candidates = anchors[:, None]
+    # Where a wider step would keep its block; penalties look for it there.
+    candidates = worker._draft_block_tokens_buf = anchors[:, None]
     grammar_tree = GrammarTree.from_linear_chain(candidates) if batch.has_grammar else None
 
     forward_batch, plan = _prepare_verify(worker, batch, draft_input, anchors, positions)

@@ -25,7 +25,7 @@ from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
 logger = logging.getLogger(__name__)
 
 # Attributes of the worker that hold one row a request or a block: made on first use by
-# DFlashWorkerV2._ensure_draft_block_buffers (a step of width 1 uses none) ...
+# DFlashWorkerV2._ensure_draft_block_buffers ...
 _DRAFT_BUFFERS = (
     "_draft_block_ids_buf",
     "_draft_block_positions_buf",
@@ -35,7 +35,12 @@ _DRAFT_BUFFERS = (
     "_draft_seq_lens_cpu_buf",
 )
 # ... and by _ensure_accept_bonus_buffers.
-_ACCEPT_BUFFER_PAIRS = ("_commit_lens_bufs", "_bonus_id_bufs", "_out_tokens_bufs", "_new_seq_lens_bufs")
+_ACCEPT_BUFFER_PAIRS = (
+    "_commit_lens_bufs",
+    "_bonus_id_bufs",
+    "_out_tokens_bufs",
+    "_new_seq_lens_bufs",
+)
 _LEAST_FREE_GB = 1.0  # below it DFLASH captures no draft graphs either
 
 State = list[tuple[Any, dict[str, Any]]]
@@ -128,18 +133,17 @@ class WidthStates:
 
 def _sized_attributes(worker: Any, width: int) -> dict[str, Any]:
     sized: dict[str, Any] = {name: [] for name in _ACCEPT_BUFFER_PAIRS}
+    sized |= dict.fromkeys(_DRAFT_BUFFERS)
     sized |= {
         "block_size": width,
         "speculative_num_draft_tokens": width,
         "_block_pos_offsets": build_block_pos_offsets(length=width, device=worker.device),
+        "_draft_block_spec_info": make_draft_block_spec_info(
+            draft_token_num=width, device=worker.device
+        ),
         "_accept_len_buf": None,
         "_accept_bonus_buffer_cap": 0,
     }
-    if width > 1:
-        sized |= dict.fromkeys(_DRAFT_BUFFERS)
-        sized["_draft_block_spec_info"] = make_draft_block_spec_info(
-            draft_token_num=width, device=worker.device
-        )
     return sized
 
 

@@ -44,6 +44,9 @@ class AdaptiveWidths:
     decision needs what the host knows already, so it waits for no device.
     """
 
+    block_size: int
+    model_runner: Any
+
     def init_cuda_graphs(self) -> None:
         """Capture the block's graphs, then those of the other widths, and measure all steps."""
         super().init_cuda_graphs()  # type: ignore[misc]
