@@ -79,7 +79,7 @@ def test_a_joining_request_does_not_disturb_the_others(demo_pair):
             )
             async for chunk in stream:
                 if chunk["meta_info"]["completion_tokens"] >= 12:
-                    engine.abort_request("doomed-widths")
+                    engine.tokenizer_manager.abort_request("doomed-widths")
 
         tasks = (late(ids, 0.3 * i) for i, ids in enumerate(prompts))
         answers = await asyncio.gather(*tasks, doomed())
