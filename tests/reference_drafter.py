@@ -37,7 +37,12 @@ class ReferencePair:
 
     @torch.no_grad()
     def propose(
-        self, states: torch.Tensor, anchor: int, length: int, first: int = 0
+        self,
+        states: torch.Tensor,
+        anchor: int,
+        length: int,
+        first: int = 0,
+        width: int | None = None,
     ) -> torch.Tensor:
         """Logits [B - 1, V] of slots 1 .. B-1 for the block that begins at position `length`.
 
@@ -45,9 +50,10 @@ class ReferencePair:
             states: [>= length, T, H]; only rows first .. length - 1, the context, are used.
             anchor: token at position `length`.
             first: first context position that the drafter may see (a draft window).
+            width: B, if it is not the drafter's block size.
         """
         context = states[first:length]
-        block = torch.tensor([anchor] + [self.mask] * (self.block_size - 1))
+        block = torch.tensor([anchor] + [self.mask] * ((width or self.block_size) - 1))
         x = self.target.get_input_embeddings()(block)
         for d in range(self.layers):
             name = f"layers.{d}."

@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from server import Server
 from traffic import Traffic, run
 
-_PORT = 31400
 _REFERENCE_TOKENS = 64
 _MEMORY_SLACK = 64e6  # bytes
 _SAMPLE_SECONDS = 2.0
@@ -112,11 +111,11 @@ def soak(args: argparse.Namespace) -> list[str]:
         target, draft = str(demo_target()), str(demo_draft())
     common = ["--model-path", target, "--log-level", "warning", *args.server_args]
     prompts = load_prompts(args.prompts)
-    with Server(common, _PORT, args.out / "reference.log") as server:
+    with Server(common, args.out / "reference.log") as server:
         print(f"reference: {len(prompts)} prompts of {_REFERENCE_TOKENS} tokens", flush=True)
         reference = reference_answers(server, prompts)
     speculation = ["--speculative-algorithm", "DFLARE", "--speculative-draft-model-path", draft]
-    with Server([*common, *speculation], _PORT + 20, args.out / "server.log") as server:
+    with Server([*common, *speculation], args.out / "server.log") as server:
         traffic = Traffic(server.url, prompts, reference, args.seed)
         watch = MemoryWatch(server)
         watch.start()

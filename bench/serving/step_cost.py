@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from dflare.adaptive.config import VARIABLE
 from dflare.checkpoint import expected_tensors, read_config, save_checkpoint
 from dflare.demo import demo_draft, demo_target
 from dflare.engine.step_timing import PARTS, TRACE_ENV
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="tokens a request")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8], help="in flight")
     options = parser.parse_args()
+    os.environ[VARIABLE] = "off"  # adapting, the worker would not draft with such a drafter
     with tempfile.TemporaryDirectory() as folder:
         os.environ[TRACE_ENV] = folder
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from plan import Arm, Cell, Sweep, cell_of, cells, read_records
 from report import write_report
-from server import Server, ServerError
+from server import Server
+
+from dflare.errors import DFlareError
 
 QUICK = Path(__file__).parent / "sweeps" / "quick.yaml"
-_FIRST_PORT = 31200
 
 
 class Fleet:
@@ -48,13 +49,10 @@ class Fleet:
             if not self._sweep.keep_alive:
                 self.stop()
             arm = next(arm for arm in self._sweep.arms if arm.name == name)
-            port = _FIRST_PORT + 20 * self._sweep.arms.index(arm)
-            server = Server(self._flags(arm), port, self._out / f"{name}.log", self._env(arm))
             print(f"starting {name}", flush=True)
             try:
-                server.start()
-            except ServerError as error:
-                server.stop()
+                server = Server(self._flags(arm), self._out / f"{name}.log", self._env(arm))
+            except DFlareError as error:
                 if not arm.optional:
                     raise
                 self.failed[name] = str(error).splitlines()[-1]

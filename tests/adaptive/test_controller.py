@@ -78,11 +78,17 @@ def test_results_that_come_one_step_late_meet_their_own_step(monkeypatch):
     assert policy.times == [None, 1.0, 1.0, 1.5]
 
 
-def test_a_result_of_another_batch_is_refused():
-    controller = WidthController(4)
+@pytest.mark.parametrize("result", [[1], [1, 5]], ids=["of another batch", "beyond the width"])
+def test_a_result_that_cannot_be_its_steps_teaches_nothing_and_stops_nothing(result):
+    policy = make_policy()
+    controller = WidthController(4, policy)
     controller.begin(["a", "b"], [9, 9])
-    with pytest.raises(ValueError, match="2 requests was launched, but its result has 1"):
-        controller.complete([1])
+    before = policy.accept_rates()
+    assert controller.complete(result) is None
+    assert policy.accept_rates() == before
+    controller.begin(["a"], [9])
+    controller.complete([1])
+    assert policy.times == [None]
 
 
 def test_a_request_at_its_end_still_has_a_width():
@@ -102,13 +108,3 @@ def test_start_up_steps_are_measured_round_the_widths(monkeypatch):
     assert ran[:6] == [(1, 1), (1, 4)] * 3
     assert [tuple(step)[:2] for step in measured] == [(1, 1), (1, 4)] * 2 + [(2, 1), (2, 4)] * 2
     assert [step.seconds for step in measured[-2:]] == pytest.approx([0.02, 0.08])
-
-
-def test_measuring_stops_when_the_budget_is_spent(monkeypatch):
-    clock = Clock(monkeypatch)
-
-    def run(batch, width):
-        clock.now += 1.0
-
-    measured = measure_steps(run, [1, 2, 4, 8], [1, 4], repeats=5, budget=20.0)
-    assert {step.batch for step in measured} == {1, 2}

@@ -107,3 +107,8 @@ def test_a_saved_table_reads_back(tmp_path):
     save_step_times(path, steps(linear), about="two cores")
     table = CostTable.load(path, WIDTHS)
     assert table.seconds(3) == pytest.approx(CostTable(WIDTHS, steps(linear)).seconds(3))
+
+
+def test_the_table_fits_on_a_line():
+    table = CostTable([1, 4], [StepTime(n, w, 0.001 * n * w) for n in (1, 2) for w in (1, 4)])
+    assert table.describe() == "batch 1: 1:1.00 4:4.00; batch 2: 1:2.00 4:8.00"

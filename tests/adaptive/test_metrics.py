@@ -29,7 +29,7 @@ def value(monkeypatch):
 def publish_after_a_second(metrics, accept_rates, monkeypatch):
     now = time.perf_counter()
     monkeypatch.setattr(time, "perf_counter", lambda: now + 1.5)
-    return metrics.publish(accept_rates)
+    return metrics.publish(lambda: accept_rates)
 
 
 def test_steps_are_counted_and_averaged(value, monkeypatch):
@@ -59,10 +59,18 @@ def test_counters_go_on_and_gauges_start_over(value, monkeypatch):
     assert value("committed_tokens_total") == 3
 
 
+def test_without_labels_there_is_a_line_for_the_log_and_nothing_else(value, monkeypatch):
+    metrics = SpecMetrics(None)
+    metrics.record(2, [2, 1])
+    line = publish_after_a_second(metrics, [0.9], monkeypatch)
+    assert line == "verify width 2.00, accept length 1.50"
+    assert value("committed_tokens_total") is None
+
+
 def test_nothing_is_written_before_the_interval_is_over(value):
     metrics = SpecMetrics(LABELS)
     metrics.record(2, [2])
-    assert metrics.publish([0.9]) is None
+    assert metrics.publish(lambda: [0.9]) is None
     assert value("committed_tokens_total") == 0
 
 
@@ -75,7 +83,7 @@ def test_another_process_collects_what_the_scheduler_wrote(tmp_path):
         metrics = SpecMetrics({"model_name": "target"})
         metrics.record(2, [2, 1])
         time.sleep(1.1)
-        assert metrics.publish([0.5])
+        assert metrics.publish(lambda: [0.5])
         """
     )
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}

@@ -1,11 +1,15 @@
 """Imported once by the fork server from which the tests' scheduler processes are forked.
 
 SGLang's imports take longer than any of the tests. It also writes down what the drafter proposes:
-one JSON line a request and verify step into the file `$DFLARE_TEST_TRACE`.
+one JSON line a request and verify step into the file `$DFLARE_TEST_TRACE`, and lets the file
+`$DFLARE_TEST_WIDTHS` say how wide each decode step is.
 """
 
+import dataclasses
+import itertools
 import json
 import os
+from pathlib import Path
 
 import sglang.srt.managers.detokenizer_manager
 import sglang.srt.managers.scheduler  # noqa: F401
@@ -14,6 +18,9 @@ from sglang.srt.models.registry import ModelRegistry
 import dflare.engine.attention
 import dflare.engine.models.qwen_dflare
 import dflare.engine.sampling  # noqa: F401
+from dflare.adaptive import AdaptiveConfig, StepTime, WidthPolicy
+from dflare.adaptive.config import VARIABLE
+from dflare.engine import widths
 from dflare.engine.worker import DFlareWorker
 
 ModelRegistry.get_supported_archs()
@@ -39,4 +46,36 @@ def _trace_proposals(path: str) -> None:
     DFlareWorker._accept_block = _accept_block
 
 
+def _script_widths(path: Path) -> None:
+    """An engine reads its widths when it starts; scripted ones need no measured step times."""
+    configure, choose, measure = (
+        AdaptiveConfig.from_environment,
+        WidthPolicy.choose,
+        widths.measure_steps,
+    )
+    script = None
+
+    def from_environment(block_size):
+        nonlocal script
+        wanted = json.loads(path.read_text())
+        if isinstance(wanted, str):
+            os.environ[VARIABLE] = wanted
+            return configure(block_size)
+        turns = [min(width, block_size) for width in wanted]
+        script = itertools.cycle(turns)
+        return AdaptiveConfig.for_block_size(block_size, widths=sorted({1, block_size, *turns}))
+
+    def measure_steps(run, batches, widths):
+        return [StepTime(1, 1, 0.001)] if script else measure(run, batches, widths)
+
+    def choose_scripted(self, request_ids, remaining):
+        decision = choose(self, request_ids, remaining)
+        return dataclasses.replace(decision, width=next(script)) if script else decision
+
+    AdaptiveConfig.from_environment = from_environment
+    WidthPolicy.choose = choose_scripted
+    widths.measure_steps = measure_steps
+
+
 _trace_proposals(os.environ["DFLARE_TEST_TRACE"])
+_script_widths(Path(os.environ["DFLARE_TEST_WIDTHS"]))

@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
@@ -14,6 +14,9 @@ import psutil
 
 _HERE = Path(__file__).parent
 _TRACE = Path(tempfile.gettempdir()) / f"dflare-test-trace-{os.getpid()}.jsonl"
+_WIDTHS = Path(tempfile.gettempdir()) / f"dflare-test-widths-{os.getpid()}.json"
+# Widths take turns like this unless a test says otherwise: every change in the middle of requests.
+TURNS = (3, 1, 8, 2, 1, 1, 5, 8, 8, 4)
 _ready = False
 
 
@@ -23,6 +26,7 @@ def _prepare() -> None:
     if _ready:
         return
     os.environ["DFLARE_TEST_TRACE"] = str(_TRACE)
+    os.environ["DFLARE_TEST_WIDTHS"] = str(_WIDTHS)
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(_HERE), os.environ.get("PYTHONPATH")])
     )
@@ -56,10 +60,19 @@ def _kill_engine_processes(*_args: Any, **_kwargs: Any) -> None:
 
 @contextmanager
 def running_engine(
-    target: Path | str, draft: Path | str | None = None, **server_args: Any
+    target: Path | str,
+    draft: Path | str | None = None,
+    widths: Sequence[int] | str = TURNS,
+    **server_args: Any,
 ) -> Iterator[Any]:
-    """A `sglang.Engine` of `target`, with DFLARE if there is a drafter."""
+    """A `sglang.Engine` of `target`, with DFLARE if there is a drafter.
+
+    Args:
+        widths: verify widths of successive decode steps, cyclic, cut to the block; or a value of
+            `DFLARE_ADAPTIVE`.
+    """
     _prepare()
+    _WIDTHS.write_text(json.dumps(widths))
     import sglang
 
     arguments: dict[str, Any] = {

@@ -36,7 +36,7 @@ def assert_same_drafts(
         assert length == expected_prefix, f"step at {length}, expected {expected_prefix}"
         assert block[0] == tokens[length], f"anchor {block[0]} at {length}"
         first = 0 if window is None else max(0, length - window)
-        logits = pair.propose(states, block[0], length, first)
+        logits = pair.propose(states, block[0], length, first, width=len(block))
         for slot, token in enumerate(block[1:], start=1):
             best = logits[slot - 1].max()
             gap = (best - logits[slot - 1, token]).item()

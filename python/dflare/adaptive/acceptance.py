@@ -98,10 +98,10 @@ class AcceptanceModel:
             width: Tokens verified per request; 1 shows nothing and only lets knowledge age.
             commit_lens: [bs] committed tokens, accepted drafts plus one, in ``1 .. width``.
         """
-        slots = np.array([self._slot_of.get(rid, 0) for rid in request_ids])
-        self._age(slots)
+        self.age(request_ids, 1)
         if width == 1:
             return
+        slots = np.array([self._slot_of.get(rid, 0) for rid in request_ids])
         shown = slice(0, width - 1)
         position = self._position[shown]
         logits, var = self._logits(slots, width - 1)
@@ -121,6 +121,15 @@ class AcceptanceModel:
         self._tilt_var[slots] = tilt_var
         self._tilt[0] = 0.0
 
+    def age(self, request_ids: Sequence[Hashable], steps: int) -> None:
+        """Let knowledge age by so many steps of a batch."""
+        rate = steps / self._memory
+        self._level_var = min(self._level_var + rate * _LEVEL_VAR, _LEVEL_VAR)
+        np.minimum(self._shape_var + rate * _SHAPE_VAR, _SHAPE_VAR, out=self._shape_var)
+        slots = np.array([self._slot_of.get(rid, 0) for rid in request_ids])
+        tilt_var = self._tilt_var[slots] + rate * self._spread
+        self._tilt_var[slots] = np.minimum(tilt_var, self._spread)
+
     def conditional(self) -> Array:
         """Acceptance by position given that the position is reached, [block_size - 1]."""
         return _sigmoid(self._level + self._shape)
@@ -129,13 +138,6 @@ class AcceptanceModel:
         mean = _clip((self._level + self._shape[:positions]) + self._tilt[slots, None])
         var = (self._level_var + self._shape_var[:positions]) + self._tilt_var[slots, None]
         return mean, var
-
-    def _age(self, slots: Ints) -> None:
-        rate = 1 / self._memory
-        self._level_var = min(self._level_var + rate * _LEVEL_VAR, _LEVEL_VAR)
-        np.minimum(self._shape_var + rate * _SHAPE_VAR, _SHAPE_VAR, out=self._shape_var)
-        tilt_var = self._tilt_var[slots] + rate * self._spread
-        self._tilt_var[slots] = np.minimum(tilt_var, self._spread)
 
     def _admit(self, request_id: Hashable) -> int:
         if not self._free and len(self._tilt) >= _MAX_REQUESTS:

@@ -71,17 +71,18 @@ class WidthController:
             commit_lens: Committed tokens of each request of that step.
 
         Returns:
-            A line for the server log about once a second, else None.
+            A line for the server log about once a second, else None. A result of another size than
+            its step teaches nothing, and all steps in flight are forgotten with it.
         """
         now = time.perf_counter()
-        step = self._launched.popleft()
-        if step.batch != len(commit_lens):
-            raise ValueError(
-                f"a step of {step.batch} requests was launched, but its result has "
-                f"{len(commit_lens)}; call begin() and complete() once for every decode step"
-            )
-        seconds = now - self._last_result if step.timed and self._last_result else None
+        step = self._launched.popleft() if self._launched else None
+        seconds = now - self._last_result if step and step.timed and self._last_result else None
         self._last_result = now
+        if step is None or step.batch != len(commit_lens) or max(commit_lens) > step.width:
+            # Results and steps no longer match. That may cost speed, never a request.
+            self._launched.clear()
+            self._gap = True
+            return None
         if self._policy and step.decision:
             self._policy.observe(step.decision, commit_lens, seconds)
         if self._metrics is None:
@@ -93,7 +94,7 @@ class WidthController:
             predicted=step.decision.predicted_seconds if step.decision else None,
             actual=seconds,
         )
-        return self._metrics.publish(self._policy.accept_rates() if self._policy else ())
+        return self._metrics.publish(self._policy.accept_rates if self._policy else tuple)
 
     def finish(self, request_id: Hashable) -> None:
         """A request ended."""
@@ -105,24 +106,19 @@ def measure_steps(
     run: Callable[[int, int], None],
     batches: Iterable[int],
     widths: Sequence[int],
-    repeats: int = 5,
-    budget: float = 30.0,
+    repeats: int = 3,
 ) -> list[StepTime]:
     """Time dummy decode steps at start-up, to seed a :class:`CostTable`.
 
     Args:
         run: Executes one step of (batch, width) and waits for it.
-        batches: Batch sizes, ascending; those beyond the budget are left to extrapolation.
+        batches: Batch sizes, ascending; a generator may end them when it takes too long.
         widths: Widths to measure.
         repeats: Timed steps a cell, after one that is not timed. They go round all widths of a
             batch size, so that a busy moment does not fall on one width.
-        budget: Seconds to spend at most; the smallest batch size is always measured.
     """
-    start = time.perf_counter()
     measured: list[StepTime] = []
     for batch in batches:
-        if measured and time.perf_counter() - start > budget:
-            break
         for width in widths:
             run(batch, width)
         for _ in range(repeats):

@@ -84,6 +84,14 @@ class CostTable:
         # Beyond the largest measured batch the last slopes go on; they may cross.
         return np.maximum.accumulate(seconds) if share > 1 else seconds
 
+    def describe(self) -> str:
+        """The table in one line: milliseconds for every measured batch size, by width."""
+        rows = []
+        for batch, seconds in zip(self._batches, self._grid, strict=True):
+            cells = zip(self.widths, seconds, strict=True)
+            rows.append(f"batch {batch}: " + " ".join(f"{w}:{1e3 * s:.2f}" for w, s in cells))
+        return "; ".join(rows)
+
     def doubt(self, batch: int) -> Array:
         """Factor, at most 1, by which each width may be cheaper than predicted, [widths]."""
         return np.exp(-_HOPE * np.sqrt(self._cell_var[self._row(batch)]))

@@ -8,7 +8,7 @@ there (sglang/srt/observability/metrics_collector.py).
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 _INTERVAL = 1.0  # seconds between writes; steps in between only count in Python
 
@@ -30,35 +30,13 @@ class SpecMetrics:
     =============================== ========= ====================================================
     """
 
-    def __init__(self, labels: Mapping[str, str]):
+    def __init__(self, labels: Mapping[str, str] | None):
         """
         Args:
-            labels: Constant labels, as SGLang's collectors carry (model_name, tp_rank, ...).
+            labels: Constant labels, as SGLang's collectors carry (model_name, tp_rank, ...);
+                None leaves Prometheus alone and gives the lines for the log only.
         """
-        from prometheus_client import Counter as Metric
-        from prometheus_client import Gauge
-
-        self._labels = dict(labels)
-        names = list(self._labels)
-
-        def gauge(name: str, text: str, *extra: str) -> Gauge:
-            return Gauge(f"dflare_{name}", text, [*names, *extra], multiprocess_mode="mostrecent")
-
-        def counter(name: str, text: str, *extra: str) -> Metric:
-            return Metric(f"dflare_{name}", text, [*names, *extra])
-
-        bound = self._labels
-        self._width = gauge("verify_width", "Mean verify width.").labels(**bound)
-        self._accept = gauge("accept_length", "Tokens per request and step.").labels(**bound)
-        self._position = gauge(
-            "accept_rate_position", "Estimated acceptance of a reached position.", "position"
-        )
-        self._predicted = gauge("step_seconds_predicted", "Expected step time.").labels(**bound)
-        self._actual = gauge("step_seconds_actual", "Measured step time.").labels(**bound)
-        self._steps = counter("verify_steps", "Decode steps by verify width.", "width")
-        self._exploring = counter("exploring_steps", "Steps that explored.").labels(**bound)
-        self._requests = counter("request_steps", "Requests summed over steps.").labels(**bound)
-        self._tokens = counter("committed_tokens", "Tokens committed by steps.").labels(**bound)
+        self._gauges = None if labels is None else _Gauges(labels)
         self._clear()
 
     def record(
@@ -87,12 +65,12 @@ class SpecMetrics:
             self._predicted_sum += predicted
             self._actual_sum += actual
 
-    def publish(self, accept_rates: Sequence[float]) -> str | None:
+    def publish(self, accept_rates: Callable[[], Sequence[float]]) -> str | None:
         """Write the metrics if the interval is over.
 
         Args:
-            accept_rates: Estimated acceptance by position, ``WidthPolicy.accept_rates()``; empty
-                without a policy.
+            accept_rates: Gives the estimated acceptance by position, ``WidthPolicy.accept_rates``;
+                nothing without a policy.
 
         Returns:
             A line for the server log, or None if it was not yet time or nothing ran.
@@ -102,21 +80,14 @@ class SpecMetrics:
             return None
         width = sum(w * n for w, n in self._by_width.items()) / steps
         accept = self._committed / self._request_steps
-        self._width.set(width)
-        self._accept.set(accept)
-        for position, rate in enumerate(accept_rates, start=1):
-            self._position.labels(**self._labels, position=str(position)).set(rate)
-        for w, n in self._by_width.items():
-            self._steps.labels(**self._labels, width=str(w)).inc(n)
-        self._exploring.inc(self._explored)
-        self._requests.inc(self._request_steps)
-        self._tokens.inc(self._committed)
         line = f"verify width {width:.2f}, accept length {accept:.2f}"
+        times = None
         if self._timed:
-            predicted, actual = self._predicted_sum / self._timed, self._actual_sum / self._timed
-            self._predicted.set(predicted)
-            self._actual.set(actual)
-            line += f", step {1e3 * actual:.2f} ms (predicted {1e3 * predicted:.2f})"
+            times = self._predicted_sum / self._timed, self._actual_sum / self._timed
+            line += f", step {1e3 * times[1]:.2f} ms (predicted {1e3 * times[0]:.2f})"
+        if self._gauges:
+            self._gauges.write(width, accept, accept_rates(), times)
+            self._gauges.count(self._by_width, self._explored, self._request_steps, self._committed)
         self._clear()
         return line
 
@@ -125,3 +96,57 @@ class SpecMetrics:
         self._by_width: Counter[int] = Counter()
         self._request_steps = self._committed = self._explored = self._timed = 0
         self._predicted_sum = self._actual_sum = 0.0
+
+
+class _Gauges:
+    """The metrics in prometheus_client."""
+
+    def __init__(self, labels: Mapping[str, str]):
+        from prometheus_client import Counter as Metric
+        from prometheus_client import Gauge
+
+        self._labels = dict(labels)
+        names = list(self._labels)
+
+        def gauge(name: str, text: str, *extra: str) -> Gauge:
+            return Gauge(f"dflare_{name}", text, [*names, *extra], multiprocess_mode="mostrecent")
+
+        def counter(name: str, text: str, *extra: str) -> Metric:
+            return Metric(f"dflare_{name}", text, [*names, *extra])
+
+        bound = self._labels
+        self._width = gauge("verify_width", "Mean verify width.").labels(**bound)
+        self._accept = gauge("accept_length", "Tokens per request and step.").labels(**bound)
+        self._position = gauge(
+            "accept_rate_position", "Estimated acceptance of a reached position.", "position"
+        )
+        self._predicted = gauge("step_seconds_predicted", "Expected step time.").labels(**bound)
+        self._actual = gauge("step_seconds_actual", "Measured step time.").labels(**bound)
+        self._steps = counter("verify_steps", "Decode steps by verify width.", "width")
+        self._exploring = counter("exploring_steps", "Steps that explored.").labels(**bound)
+        self._requests = counter("request_steps", "Requests summed over steps.").labels(**bound)
+        self._tokens = counter("committed_tokens", "Tokens committed by steps.").labels(**bound)
+
+    def write(
+        self,
+        width: float,
+        accept: float,
+        accept_rates: Sequence[float],
+        times: tuple[float, float] | None,
+    ) -> None:
+        self._width.set(width)
+        self._accept.set(accept)
+        for position, rate in enumerate(accept_rates, start=1):
+            self._position.labels(**self._labels, position=str(position)).set(rate)
+        if times:
+            self._predicted.set(times[0])
+            self._actual.set(times[1])
+
+    def count(
+        self, by_width: Mapping[int, int], exploring: int, requests: int, tokens: int
+    ) -> None:
+        for width, steps in by_width.items():
+            self._steps.labels(**self._labels, width=str(width)).inc(steps)
+        self._exploring.inc(exploring)
+        self._requests.inc(requests)
+        self._tokens.inc(tokens)

@@ -17,6 +17,7 @@ from dflare.adaptive.cost import CostTable
 
 _CREDIT_STEPS = 5.0  # exploration saved up, in step times
 _PROBE_EVERY = 0.2  # of the memory: without any draft for so long, one is tried without hope
+_HOLD = 8  # plain steps per decision: they show nothing, and thinking costs them the most
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,9 @@ class WidthPolicy:
         self._gain = 0.0
         self._credit = 0.0
         self._undrafted = 0
+        self._held: Decision | None = None
+        self._hold = 0  # steps for which the held decision still stands
+        self._unseen = 0  # plain steps of which the acceptance model has not heard
 
     def choose(self, request_ids: Sequence[Hashable], remaining: Sequence[int]) -> Decision:
         """Choose the width of the next step.
@@ -58,6 +62,15 @@ class WidthPolicy:
         Returns:
             The decision, to be handed back to :meth:`observe`.
         """
+        ids = tuple(request_ids)
+        if self._held and self._hold and self._held.request_ids == ids:
+            self._hold -= 1
+            self._undrafted += 1
+            self._earn(self._held.predicted_seconds)
+            return self._held
+        if self._held and self._unseen:
+            self.acceptance.age(self._held.request_ids, self._unseen)
+            self._unseen = 0
         left = np.asarray(remaining, dtype=np.int64)
         tokens, hoped = self.acceptance.expected_tokens(request_ids, left)
         tokens, hoped = tokens[self._index], hoped[self._index]
@@ -80,15 +93,16 @@ class WidthPolicy:
             chosen = best
         self._undrafted = self._undrafted + 1 if chosen == 0 else 0
         predicted = float(seconds[chosen])
-        limit = _CREDIT_STEPS * predicted
-        self._credit = min(self._credit + self.config.explore * predicted, limit)
-        return Decision(
+        self._earn(predicted)
+        decision = Decision(
             width=self.config.widths[chosen],
-            request_ids=tuple(request_ids),
+            request_ids=ids,
             exploring=chosen != best,
             expected_tokens=float(tokens[chosen]),
             predicted_seconds=predicted,
         )
+        self._held, self._hold = (decision, _HOLD - 1) if chosen == best == 0 else (None, 0)
+        return decision
 
     def observe(
         self, decision: Decision, commit_lens: Sequence[int], seconds: float | None = None
@@ -101,9 +115,14 @@ class WidthPolicy:
             seconds: How long the step took; None where that is not known, as when a prefill
                 ran in between.
         """
-        self.acceptance.observe(
-            decision.request_ids, decision.width, np.asarray(commit_lens, dtype=np.int64)
-        )
+        if decision is self._held:
+            self._unseen += 1
+            if self._unseen > 1:
+                return
+        else:
+            self.acceptance.observe(
+                decision.request_ids, decision.width, np.asarray(commit_lens, dtype=np.int64)
+            )
         if seconds is not None:
             self.cost.observe(len(decision.request_ids), decision.width, seconds)
 
@@ -114,6 +133,10 @@ class WidthPolicy:
     def accept_rates(self) -> list[float]:
         """Estimated acceptance of each drafted position that is reached, from position 1 on."""
         return self.acceptance.conditional().tolist()
+
+    def _earn(self, seconds: float) -> None:
+        limit = _CREDIT_STEPS * seconds
+        self._credit = min(self._credit + self.config.explore * seconds, limit)
 
     def _settle(self, rates: np.ndarray) -> int:
         """Index of the width to use, changed only when the predicted gain has piled up."""

@@ -5,6 +5,7 @@ import logging
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
+from dflare.adaptive import AdaptiveConfig
 from dflare.engine.plugin import ALGORITHM, ATTENTION_BACKEND
 from dflare.errors import DFlareError
 
@@ -66,6 +67,11 @@ class DFlareAlgorithm(CustomSpecAlgo):
 
         try:
             draft = check_server_pair(server_args)
+            AdaptiveConfig.from_environment(
+                server_args.speculative_num_draft_tokens
+                or server_args.speculative_dflash_block_size
+                or draft.block_size
+            )
         except DFlareError as error:
             # SGLang prints a ValueError from argument handling; a foreign type it would wrap.
             raise ValueError(f"DFLARE: {error}") from error

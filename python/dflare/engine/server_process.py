@@ -23,12 +23,15 @@ class ServerProcess:
     Use it as a context manager: leaving it ends every process that the server began.
     """
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
+    def __init__(
+        self, arguments: list[str], log: Path, environment: dict[str, str] | None = None
+    ) -> None:
         """Start a server.
 
         Args:
             arguments: SGLang's, without host and port.
             log: file for everything it prints.
+            environment: variables on top of this process's.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -36,13 +39,12 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         self._output: IO[str] = log.open("w")
-        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "sglang.launch_server", *arguments, "--port", str(port)],
             stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=environment,
+            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | (environment or {}),
         )
 
     def wait_until_healthy(self, on_tick=lambda: None) -> None:
@@ -56,11 +58,7 @@ class ServerProcess:
         """
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise DFlareError(
-                    f"the server ended with status {self._process.returncode}; the end of "
-                    f"{self.log}:\n{self._log_end()}"
-                )
+            self.check()
             try:
                 if requests.get(f"{self.url}/health", timeout=5).status_code == 200:
                     return
@@ -72,6 +70,23 @@ class ServerProcess:
             f"the server was not healthy after {START_SECONDS} s; the end of {self.log}:\n"
             f"{self._log_end()}"
         )
+
+    def check(self) -> None:
+        """Do nothing while it runs.
+
+        Raises:
+            DFlareError: it has ended; with the end of its log.
+        """
+        if self._process.poll() is not None:
+            raise DFlareError(
+                f"the server ended with status {self._process.returncode}; the end of "
+                f"{self.log}:\n{self._log_end()}"
+            )
+
+    @property
+    def pid(self) -> int:
+        """Id of the server's first process."""
+        return self._process.pid
 
     def _log_end(self) -> str:
         return self.log.read_text(errors="replace")[-2000:]
@@ -85,6 +100,10 @@ class ServerProcess:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End all of its processes: politely, then not."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(self._process.pid, number)

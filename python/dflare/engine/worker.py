@@ -12,12 +12,13 @@ from dflare.engine.cpu_layers import greedy_tokens
 from dflare.engine.penalties import VerifyPenalties
 from dflare.engine.sampling import sample_verify_positions
 from dflare.engine.step_timing import trace_steps
+from dflare.engine.widths import AdaptiveWidths
 from dflare.errors import UnsupportedError
 
 logger = logging.getLogger(__name__)
 
 
-class DFlareWorker(DFlashWorkerV2):
+class DFlareWorker(AdaptiveWidths, DFlashWorkerV2):
     """Scheduling, verification, sampling, grammar, logprobs, windows and TP are DFLASH's.
 
     Ours are how target hidden states become the drafter's context K/V, and sampled verification

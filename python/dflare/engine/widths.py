@@ -1,0 +1,159 @@
+"""Decode steps whose width is chosen anew each time by `dflare.adaptive`.
+
+A step of width w drafts w - 1 tokens a request and verifies them with the anchor; width 1 drafts
+nothing, and the verified token's hidden states still become the drafter's context.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from sglang.srt.layers.dp_attention import get_dp_tp_group
+from sglang.srt.runtime_context import (
+    get_disagg,
+    get_exec,
+    get_observability,
+    get_parallel,
+    get_serving,
+)
+
+from dflare.adaptive import (
+    AdaptiveConfig,
+    CostTable,
+    SpecMetrics,
+    WidthController,
+    WidthPolicy,
+    measure_steps,
+)
+from dflare.engine.dummy_step import dummy_step
+from dflare.engine.plain_step import plain_step
+from dflare.engine.width_states import WidthStates
+
+logger = logging.getLogger(__name__)
+
+_MEASURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_MEASURE_SECONDS = 12.0
+
+
+class AdaptiveWidths:
+    """Mixin of the speculative worker; it goes before `DFlashWorkerV2`.
+
+    Rank 0 of the tensor-parallel group decides for all: step times differ between ranks. The
+    decision needs what the host knows already, so it waits for no device.
+    """
+
+    block_size: int
+    model_runner: Any
+
+    def init_cuda_graphs(self) -> None:
+        """Capture the block's graphs, then those of the other widths, and measure all steps."""
+        super().init_cuda_graphs()  # type: ignore[misc]
+        self._width_group = get_dp_tp_group()
+        config = AdaptiveConfig.from_environment(int(self.block_size))
+        reason = _why_not_adaptive() if config else None
+        if reason:
+            logger.warning("every step verifies the whole block: adaptive widths and %s", reason)
+            config = None
+        self._adaptive = config is not None
+        self._width_states = WidthStates(self, config.widths if config else ())
+        policy = WidthPolicy(config, self._measure_costs(config.widths)) if config else None
+        self._controller: WidthController | None = None
+        if self._width_group.rank_in_group == 0:
+            labels = _metric_labels() if get_observability().enable_metrics else None
+            self._controller = WidthController(int(self.block_size), policy, SpecMetrics(labels))
+
+    def forward_batch_generation(
+        self,
+        batch: Any,
+        on_publish: Any = None,
+        grammar_barrier: Any = None,
+        pp_proxy_tensors: Any = None,
+    ) -> Any:
+        """Run a prefill as ever, and a decode step at the width chosen for it."""
+        step = super().forward_batch_generation  # type: ignore[misc]
+        more = on_publish, grammar_barrier, pp_proxy_tensors
+        mode = batch.forward_mode
+        if mode.is_extend() or batch.is_extend_in_batch or mode.is_idle():
+            if self._controller:
+                self._controller.interrupt()
+            return step(batch, *more)
+        width = 0
+        if self._controller:
+            width = self._controller.begin(
+                [req.rid for req in batch.reqs],
+                [req.sampling_params.max_new_tokens - len(req.output_ids) for req in batch.reqs],
+            )
+        if not self._adaptive:
+            return step(batch, *more)
+        width = self._from_rank_0(width)
+        with self._width_states.at(width):
+            if width == 1:
+                return plain_step(self, batch, on_publish, grammar_barrier)
+            return step(batch, *more)
+
+    def on_verify_complete_cpu(
+        self, num_correct_drafts_per_req: Sequence[int], batch_size: int = 0
+    ) -> None:
+        """SGLang's hook: the result of the oldest step in flight is on the host."""
+        if self._controller:
+            line = self._controller.complete([n + 1 for n in num_correct_drafts_per_req])
+            if line:
+                logger.info("DFLARE: %s", line)
+
+    def note_request_finished(self, *, rid: str, natural_stop: bool) -> None:
+        """SGLang's hook: a request ended."""
+        if self._controller:
+            self._controller.finish(rid)
+
+    def _measure_costs(self, widths: Sequence[int]) -> CostTable:
+        def run(batch: int, width: int) -> None:
+            with self._width_states.at(width):
+                dummy_step(self, batch)
+
+        table = CostTable(widths, measure_steps(run, self._batches_to_measure(), widths))
+        if self._width_group.rank_in_group == 0:
+            logger.info("DFLARE: step time in ms by width, %s", table.describe())
+        return table
+
+    def _batches_to_measure(self) -> Iterator[int]:
+        """Batch sizes while there is time; the next takes about twice as long as the last."""
+        start = time.perf_counter()
+        largest = int(self.model_runner.max_running_requests)
+        for batch in _MEASURED_BATCHES:
+            in_time = 3 * (time.perf_counter() - start) < _MEASURE_SECONDS
+            if batch > largest or not self._from_rank_0(int(in_time)):
+                return
+            yield batch
+
+    def _from_rank_0(self, value: int) -> int:
+        """What rank 0 says, over the CPU group: the device is not involved."""
+        group = self._width_group
+        if group.world_size == 1:
+            return value
+        word = torch.tensor([value])
+        torch.distributed.broadcast(word, src=group.ranks[0], group=group.cpu_group)
+        return int(word)
+
+
+def _why_not_adaptive() -> str | None:
+    """What keeps the ranks or the backends from changing their width between steps."""
+    parallel = get_parallel()
+    if parallel.attn_dp_enabled:
+        return "DP attention do not go together (its replicas would have to agree at every step)"
+    if parallel.pp_size > 1:
+        return "pipeline parallelism do not go together"
+    if get_exec().overlap.enable_two_batch_overlap or get_disagg().enable_pdmux:
+        return "two-batch overlap or PD multiplexing do not go together"
+    return None
+
+
+def _metric_labels() -> dict[str, str]:
+    """The labels by which SGLang's own metrics tell servers and ranks apart."""
+    parallel = get_parallel()
+    return {
+        "model_name": str(get_serving().served_model_name),
+        "tp_rank": str(parallel.tp_rank),
+        "pp_rank": str(parallel.pp_rank),
+    }
