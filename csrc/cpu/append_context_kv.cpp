@@ -22,7 +22,7 @@ constexpr int64_t kChunkBytes = 2 << 20;
 constexpr int64_t kMaxChunkRows = 192;
 // Rows fused before they are projected: bounds the scratch of a long prompt.
 constexpr int64_t kPanelRows = 4 * kMaxChunkRows;
-// Multiply-adds of the fusion that are worth waking a thread for: a few microseconds.
+// Multiply-adds that are worth waking a thread for: a few microseconds.
 constexpr int64_t kThreadCost = 1 << 17;
 
 // Indices of the rows that count.
@@ -120,7 +120,8 @@ void append_context_kv_as(const at::Tensor& target_hidden, const at::Tensor& fus
     at::parallel_for(0, p.num_rows, grain,
                      [&](int64_t begin, int64_t end) { kernel.fuse_norm(p, begin, end); });
     const int64_t chunks = (p.num_rows + p.chunk_rows - 1) / p.chunk_rows;
-    at::parallel_for(0, p.layers * chunks * heads, 1,
+    const int64_t task_cost = p.chunk_rows * p.head_dim * p.hidden;
+    at::parallel_for(0, p.layers * chunks * heads, std::max<int64_t>(1, kThreadCost / task_cost),
                      [&](int64_t begin, int64_t end) { kernel.project(p, begin, end); });
   }
 }
