@@ -160,4 +160,4 @@ def test_a_repository_that_the_hub_does_not_have_fails_in_one_line(tmp_path):
             NO_PROXY="127.0.0.1",
         )
         server.shutdown()
-    assert "the hub has no such repository, or it is private" in text
+    assert "the hub has no such repository or revision, or it is private" in text

@@ -30,7 +30,7 @@ def test_engine_and_training_code_draft_and_accept_alike():
     expected = decode(target, drafter, prompts, NEW_TOKENS, stop)
 
     rids = [f"training-{number}" for number in range(len(prompts))]
-    with running_engine(folder, draft) as engine:
+    with running_engine(folder, draft, widths="off") as engine:
         sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS}
         answers = engine.generate(input_ids=prompts, sampling_params=sampling, rid=rids)
 
