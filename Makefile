@@ -22,9 +22,9 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	test -x $(VENV)/bin/uv || $(PY) -m pip install --quiet --disable-pip-version-check uv
 	@echo "installing SGLang and the build tools (about 11 GB the first time)"
-	$(VENV)/bin/uv pip install --python $(PY) "setuptools>=77" "cmake>=3.25" "ninja>=1.11" "pybind11>=2.13" "sglang==0.5.23"
+	$(VENV)/bin/uv pip install --compile-bytecode --python $(PY) "setuptools>=77" "cmake>=3.25" "ninja>=1.11" "pybind11>=2.13" "sglang==0.5.23"
 	@echo "building the extension"
-	$(VENV)/bin/uv pip install --python $(PY) --no-build-isolation -e ".[sglang,train,demo,dev]"
+	$(VENV)/bin/uv pip install --python $(PY) --compile-bytecode --no-build-isolation -e ".[sglang,train,demo,dev]"
 	touch $@
 
 demo: $(STAMP)  ## serve the demo pair with and without DFLARE, chat, print a table

@@ -76,7 +76,8 @@ class StepTimer:
         parts["step"] = end - start + parts["schedule"]
         parts["batch"] = batch
         self._steps.append(parts)
-        if len(self._steps) % 1000 == 0:
+        # A server may be killed, and long files take long to write.
+        if len(self._steps) % (100 if len(self._steps) < 1000 else 1000) == 0:
             self.write()
 
     def _record(self, part: str, start: float, end: float) -> None:
@@ -102,7 +103,7 @@ class StepTimer:
         }
 
     def write(self) -> None:
-        """Write both files; called every 1000 steps and at exit."""
+        """Write both files; called every 100 steps, later every 1000, and at exit."""
         table = {"unit": "ms, medians", "by_batch": self.table()}
         (self.folder / f"steps-{os.getpid()}.json").write_text(json.dumps(table, indent=2) + "\n")
         events = [
