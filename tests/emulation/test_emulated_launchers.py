@@ -21,24 +21,8 @@ def ops() -> object:
 
 def append(ops, case: AppendCase, **changed: object) -> dict[str, Tensor]:
     """Calls the op on a case's inputs, some of them changed; returns the inputs."""
-    x = {"kv_bias": None, "commit_lens": None} | case.inputs() | changed
-    ops.append_context_kv(
-        x["target_hidden"],
-        x["fusion_probs"],
-        x["norm_weight"],
-        1e-6,
-        x["kv_weight"],
-        x["kv_bias"],
-        x["k_norm_weight"],
-        1e-5,
-        x["cos_sin_cache"],
-        x["positions"],
-        x["cache_loc"],
-        x["commit_lens"],
-        case.block,
-        list(x["k_pools"]),
-        list(x["v_pools"]),
-    )
+    x = case.inputs() | changed
+    ops.append_context_kv(*case.arguments(x))
     return x
 
 
@@ -46,28 +30,8 @@ def attend(ops, case: AttentionCase, **changed: object) -> Tensor:
     x = case.inputs()
     x["qkv"] = x["qkv"][0]
     x |= changed  # type: ignore[arg-type]
-    if "schedule" not in x:
-        x["schedule"] = ops.block_attention_schedule(
-            x["seq_lens"], case.block, case.heads, case.kv_heads, case.head_dim, case.window
-        )
-    return ops.block_attention(
-        x["qkv"],
-        x["q_norm_weight"],
-        x["k_norm_weight"],
-        1e-6,
-        x["cos_sin_cache"],
-        x["positions"],
-        x["k_pool"],
-        x["v_pool"],
-        x["req_to_token"],
-        x["req_pool_indices"],
-        x["seq_lens"],
-        case.block,
-        case.window,
-        case.causal,
-        case.scale,
-        x["schedule"],
-    )
+    schedule = x["schedule"] if "schedule" in x else case.schedule(ops, x)
+    return ops.block_attention(*case.arguments(x, x["qkv"]), schedule)
 
 
 @pytest.mark.parametrize(

@@ -1,72 +1,37 @@
 """The stock command line serves the pair over HTTP, survives bad requests and reports itself."""
 
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import requests
 
+from dflare.engine.launch import pair_args
+from dflare.engine.server_process import ServerProcess
+
 pytestmark = pytest.mark.slow
 
-_START_SECONDS = 300
 
+class Server(ServerProcess):
+    """What a user types."""
 
-class Server:
-    """A server process started by a command, with its log."""
-
-    def __init__(self, command: list[str], log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = log
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [*command, "--port", str(port)],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + _START_SECONDS
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            try:
-                if requests.get(f"{self.url}/health", timeout=5).status_code == 200:
-                    return
-            except requests.ConnectionError:
-                time.sleep(1)
-        raise AssertionError(f"no health after {_START_SECONDS} s: {self.log.read_text()[-3000:]}")
+    COMMAND = (str(Path(sys.executable).with_name("sglang")), "serve")
 
     def chat(self, content: str, **more) -> requests.Response:
         body = {"model": "default", "messages": [{"role": "user", "content": content}]} | more
         return requests.post(f"{self.url}/v1/chat/completions", json=body, timeout=120)
 
-    def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
 
 @pytest.fixture(scope="module")
 def server(demo_pair, tmp_path_factory):
-    target, draft = demo_pair
-    command = [str(Path(sys.executable).with_name("sglang")), "serve", "--model-path", str(target)]
-    command += ["--speculative-algorithm", "DFLARE", "--speculative-draft-model-path", str(draft)]
-    command += ["--context-length", "1024", "--max-total-tokens", "8192", "--enable-metrics"]
-    running = Server(command, tmp_path_factory.mktemp("server") / "log")
-    try:
-        running.wait()
+    target, draft = map(str, demo_pair)
+    flags = ["--model-path", target, *pair_args(draft)]
+    flags += ["--context-length", "1024", "--max-total-tokens", "8192", "--enable-metrics"]
+    with Server(flags, tmp_path_factory.mktemp("server") / "log") as running:
+        running.wait_until_healthy()
         yield running
-    finally:
-        running.stop()
 
 
 def test_chat(server):

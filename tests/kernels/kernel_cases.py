@@ -86,6 +86,31 @@ class AttentionCase:
             "seq_lens": torch.tensor(self.lens).to(torch.int64 if self.lens_64bit else torch.int32),
         }
 
+    def arguments(self, x: dict[str, Tensor], qkv: Tensor) -> tuple:
+        """Of block_attention and its reference, all but the schedule."""
+        return (
+            qkv,
+            x["q_norm_weight"],
+            x["k_norm_weight"],
+            1e-6,
+            x["cos_sin_cache"],
+            x["positions"],
+            x["k_pool"],
+            x["v_pool"],
+            x["req_to_token"],
+            x["req_pool_indices"],
+            x["seq_lens"],
+            self.block,
+            self.window,
+            self.causal,
+            self.scale,
+        )
+
+    def schedule(self, ops, x: dict[str, Tensor]) -> Tensor:
+        return ops.block_attention_schedule(
+            x["seq_lens"], self.block, self.heads, self.kv_heads, self.head_dim, self.window
+        )
+
     def error(self, out: Tensor) -> float:
         """Largest relative error of a head of a token; out is [layers, rows, heads * head_dim]."""
         x = self.inputs()
@@ -169,6 +194,26 @@ class AppendCase:
         if self.commit_lens is not None:
             x["commit_lens"] = torch.tensor(self.commit_lens, dtype=torch.int32)
         return x
+
+    def arguments(self, x: dict[str, Tensor]) -> tuple:
+        """Of append_context_kv."""
+        return (
+            x["target_hidden"],
+            x["fusion_probs"],
+            x["norm_weight"],
+            1e-6,
+            x["kv_weight"],
+            x.get("kv_bias"),
+            x["k_norm_weight"],
+            1e-5,
+            x["cos_sin_cache"],
+            x["positions"],
+            x["cache_loc"],
+            x.get("commit_lens"),
+            self.block,
+            list(x["k_pools"]),
+            list(x["v_pools"]),
+        )
 
     def error(self, k_pools: Tensor, v_pools: Tensor) -> float:
         """Largest relative error of a written head; raises if another slot was written."""

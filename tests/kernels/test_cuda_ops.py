@@ -22,55 +22,16 @@ def on_gpu(x: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def append(case: AppendCase, x: dict[str, Tensor]) -> None:
-    ops.append_context_kv(
-        x["target_hidden"],
-        x["fusion_probs"],
-        x["norm_weight"],
-        1e-6,
-        x["kv_weight"],
-        x.get("kv_bias"),
-        x["k_norm_weight"],
-        1e-5,
-        x["cos_sin_cache"],
-        x["positions"],
-        x["cache_loc"],
-        x.get("commit_lens"),
-        case.block,
-        list(x["k_pools"]),
-        list(x["v_pools"]),
-    )
-
-
-def schedule_of(case: AttentionCase, x: dict[str, Tensor]) -> Tensor:
-    return torch.ops.dflare.block_attention_schedule(
-        x["seq_lens"], case.block, case.heads, case.kv_heads, case.head_dim, case.window
-    )
+    ops.append_context_kv(*case.arguments(x))
 
 
 def attend(case: AttentionCase, x: dict[str, Tensor], qkv: Tensor, schedule: Tensor) -> Tensor:
-    return ops.block_attention(
-        qkv,
-        x["q_norm_weight"],
-        x["k_norm_weight"],
-        1e-6,
-        x["cos_sin_cache"],
-        x["positions"],
-        x["k_pool"],
-        x["v_pool"],
-        x["req_to_token"],
-        x["req_pool_indices"],
-        x["seq_lens"],
-        case.block,
-        case.window,
-        case.causal,
-        case.scale,
-        schedule,
-    )
+    return ops.block_attention(*case.arguments(x, qkv), schedule)
 
 
 def attention_error(case: AttentionCase) -> float:
     x = on_gpu(case.inputs())
-    schedule = schedule_of(case, x)
+    schedule = case.schedule(ops, x)
     return case.error(torch.stack([attend(case, x, qkv, schedule) for qkv in x["qkv"]]).cpu())
 
 
@@ -144,7 +105,7 @@ def test_attends_to_context_and_block(case: AttentionCase, dtype: torch.dtype) -
 def test_the_result_is_the_same_every_time() -> None:
     case = AttentionCase((9000, 100), heads=32, kv_heads=8)
     x = on_gpu(case.inputs())
-    schedule = schedule_of(case, x)
+    schedule = case.schedule(ops, x)
     first = attend(case, x, x["qkv"][0], schedule)
     for _ in range(20):
         assert torch.equal(attend(case, x, x["qkv"][0], schedule), first)
@@ -161,7 +122,7 @@ def test_a_graph_follows_the_lengths_of_each_replay() -> None:
         static[name] = inputs[0][name].new_full((slots, *inputs[0][name].shape[1:]), torch.nan)
 
     def step() -> Tensor:
-        schedule = schedule_of(cases[0], static)
+        schedule = cases[0].schedule(ops, static)
         layers = [attend(cases[0], static, static["qkv"][0], schedule) for _ in range(2)]
         return layers[-1]
 
@@ -206,24 +167,9 @@ def test_is_not_less_accurate_than_pytorch(dtype: torch.dtype) -> None:
     """At most 1.5 times the error of the op's plain PyTorch reference in the same type."""
     attention = AttentionCase((1000, 50), heads=32, kv_heads=8, dtype=dtype)
     x = on_gpu(attention.inputs())
-    reference = ops.block_attention_reference(
-        x["qkv"][0],
-        x["q_norm_weight"],
-        x["k_norm_weight"],
-        1e-6,
-        x["cos_sin_cache"],
-        x["positions"],
-        x["k_pool"],
-        x["v_pool"],
-        x["req_to_token"],
-        x["req_pool_indices"],
-        x["seq_lens"],
-        attention.block,
-        attention.window,
-        attention.causal,
-        attention.scale,
-    )
-    ours = attend(attention, x, x["qkv"][0], schedule_of(attention, x))
+    qkv = x["qkv"][0]
+    reference = ops.block_attention_reference(*attention.arguments(x, qkv))
+    ours = attend(attention, x, qkv, attention.schedule(ops, x))
     allowed = 1.5 * attention.error(reference[None].cpu())
     assert attention.error(ours[None].cpu()) <= allowed
 
@@ -232,7 +178,7 @@ def test_wrong_arguments_raise_with_a_way_out() -> None:
     case = AttentionCase((64,))
     x = on_gpu(case.inputs())
     qkv = x["qkv"][0]
-    schedule = schedule_of(case, x)
+    schedule = case.schedule(ops, x)
     with pytest.raises(RuntimeError, match="block_attention_schedule"):
         attend(case, x, qkv, None)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="schedule has shape"):

@@ -22,10 +22,10 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    x = x.to(weight.dtype)
     if weight.dtype not in _DTYPES or not weight.is_contiguous():
         return torch.nn.functional.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-    return ops.linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return ops.linear(x, weight, bias)
 
 
 class CpuLinearMethod(UnquantizedLinearMethod):
@@ -39,7 +39,7 @@ class CpuEmbeddingMethod(UnquantizedEmbeddingMethod):
     """`UnquantizedEmbeddingMethod` with this package's kernel where it serves as a head."""
 
     def apply(self, layer, x, bias=None):
-        return _linear(x.to(layer.weight.dtype), layer.weight, bias)
+        return _linear(x, layer.weight, bias)
 
 
 _METHODS: dict[type, type] = {

@@ -23,6 +23,8 @@ class ServerProcess:
     Use it as a context manager: leaving it ends every process that the server began.
     """
 
+    COMMAND = (sys.executable, "-m", "sglang.launch_server")
+
     def __init__(
         self, arguments: list[str], log: Path, environment: dict[str, str] | None = None
     ) -> None:
@@ -40,7 +42,7 @@ class ServerProcess:
         self.log = log
         self._output: IO[str] = log.open("w")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "sglang.launch_server", *arguments, "--port", str(port)],
+            [*self.COMMAND, *arguments, "--port", str(port)],
             stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -12,17 +12,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     is faster.
 
     Args:
-        x: [rows, inputs], float32 or bfloat16; rows contiguous.
+        x: [..., inputs], float32 or bfloat16, at least two dimensions; rows contiguous.
         weight: [outputs, inputs], dtype of x, contiguous.
         bias: [outputs], dtype of x, or none.
 
     Returns:
-        [rows, outputs] in x's dtype; sums are float32.
+        [..., outputs] in x's dtype; sums are float32.
 
     Raises:
         RuntimeError: a shape, dtype, device or stride that does not fit.
     """
-    return torch.ops.dflare.linear.default(x, weight, bias)
+    rows = x.flatten(0, -2) if x.dim() > 2 else x
+    out = torch.ops.dflare.linear.default(rows, weight, bias)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 @torch.library.register_fake("dflare::linear")

@@ -158,7 +158,7 @@ def _use_cpu_linear(model: nn.Module) -> None:
     from dflare.ops import linear
 
     def forward(layer: nn.Linear, x: Tensor) -> Tensor:
-        return linear(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias).view(*x.shape[:-1], -1)
+        return linear(x, layer.weight, layer.bias)
 
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype in (torch.float32, torch.bfloat16):
