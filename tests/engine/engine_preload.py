@@ -20,7 +20,7 @@ import dflare.engine.models.qwen_dflare
 import dflare.engine.sampling  # noqa: F401
 from dflare.adaptive import AdaptiveConfig, StepTime, WidthPolicy
 from dflare.adaptive.config import VARIABLE
-from dflare.engine import widths
+from dflare.engine import plain_step, widths
 from dflare.engine.worker import DFlareWorker
 
 ModelRegistry.get_supported_archs()
@@ -28,22 +28,32 @@ ModelRegistry.get_supported_archs()
 
 def _trace_proposals(path: str) -> None:
     step, accept = DFlareWorker.forward_batch_generation, DFlareWorker._accept_block
+    next_tokens = plain_step._next_tokens
+
+    def write(worker, candidates, prefix_lens):
+        # Every tensor-parallel rank gets here with the same proposals.
+        with open(path if worker._target_tp_rank == 0 else os.devnull, "a") as file:
+            for req, block, length in zip(
+                worker._traced_reqs, candidates.tolist(), prefix_lens.tolist(), strict=True
+            ):
+                file.write(json.dumps({"rid": req.rid, "prefix": length, "block": block}) + "\n")
 
     def forward_batch_generation(self, batch, *args, **kwargs):
         self._traced_reqs = list(batch.reqs)
         return step(self, batch, *args, **kwargs)
 
     def _accept_block(self, *, candidates, prefix_lens, **kwargs):
-        # Every tensor-parallel rank gets here with the same proposals.
-        with open(path if self._target_tp_rank == 0 else os.devnull, "a") as file:
-            for req, block, length in zip(
-                self._traced_reqs, candidates.tolist(), prefix_lens.tolist(), strict=True
-            ):
-                file.write(json.dumps({"rid": req.rid, "prefix": length, "block": block}) + "\n")
+        if candidates.shape[1] > 1:
+            write(self, candidates, prefix_lens)
         return accept(self, candidates=candidates, prefix_lens=prefix_lens, **kwargs)
+
+    def _next_tokens(worker, sampling_info, draft_input, candidates, output, lens, predicted):
+        write(worker, candidates, lens)
+        return next_tokens(worker, sampling_info, draft_input, candidates, output, lens, predicted)
 
     DFlareWorker.forward_batch_generation = forward_batch_generation
     DFlareWorker._accept_block = _accept_block
+    plain_step._next_tokens = _next_tokens
 
 
 def _script_widths(path: Path) -> None:

@@ -26,8 +26,8 @@ _SPREAD_RANGE = (0.05, 4.0)  # variance of tilts between requests
 _SPREAD_GAIN = 0.05  # share of one finished request in the learned spread
 _MAX_MOVE = 2.0  # logits that one step may move a term
 _MAX_LOGIT = 3.5  # of a term: acceptance is never taken for impossible or certain
-_NODES = np.array([-1.0, 0.0, 1.0]).reshape(3, 1, 1) * 3**0.5
-_NODE_WEIGHTS = np.array([1, 4, 1]) / 6
+_FIRST_SPREAD = 0.3
+_HOPE = 3**0.5  # standard deviations by which requests may turn out easier
 _MAX_REQUESTS = 4096  # beyond it the longest-known request is forgotten: it never said goodbye
 
 
@@ -47,7 +47,7 @@ class AcceptanceModel:
         self._level_var = _LEVEL_VAR
         self._shape = np.zeros(block_size - 1)
         self._shape_var = np.full(block_size - 1, _SHAPE_VAR)
-        self._spread = 1.0
+        self._spread = _FIRST_SPREAD
         self._tilt = np.zeros(64)
         self._tilt_var = np.full(64, self._spread)
         self._slot_of: dict[Hashable, int] = {}
@@ -73,22 +73,22 @@ class AcceptanceModel:
             remaining: [bs] tokens that each request may still produce.
 
         Returns:
-            Two arrays [block_size], the expectation over what is not known and the value if all
-            requests turn out easier than expected; element ``w - 1`` is for width ``w``.
+            Two arrays [block_size], the value at the estimates and the value if all requests turn
+            out easier than estimated; element ``w - 1`` is for width ``w``. (The mean over what is
+            not known would favour wide steps for every new request, and measured worse.)
         """
         slot_of = self._slot_of
         slots = np.array(
             [slot_of[rid] if rid in slot_of else self._admit(rid) for rid in request_ids]
         )
         logits, var = self._logits(slots, len(self._position))
-        # Gauss-Hermite: a product of uncertain acceptances is worth more than that of the means.
-        accept = _sigmoid(logits + _NODES * np.sqrt(var))
+        accept = _sigmoid(np.stack((logits, logits + _HOPE * np.sqrt(var))))
         reached = np.cumprod(accept, axis=2) * (self._position < remaining[:, None])
-        tokens = np.empty((3, len(self._position) + 1))
+        tokens = np.empty((2, len(self._position) + 1))
         tokens[:, 0] = len(slots)
         tokens[:, 1:] = reached.sum(axis=1)
-        tokens = np.cumsum(tokens, axis=1)
-        return _NODE_WEIGHTS @ tokens, tokens[2]
+        expected, hoped = np.cumsum(tokens, axis=1)
+        return expected, hoped
 
     def observe(self, request_ids: Sequence[Hashable], width: int, commit_lens: Ints) -> None:
         """Learn from one verified batch.

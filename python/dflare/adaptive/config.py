@@ -25,7 +25,7 @@ class AdaptiveConfig(BaseModel):
         "costs one set of CUDA graphs.",
     )
     explore: float = Field(
-        default=0.005,
+        default=0.002,
         ge=0.0,
         le=0.2,
         description="Share of the decode time that may be spent on widths that the estimates "
@@ -33,13 +33,13 @@ class AdaptiveConfig(BaseModel):
         "that recovers while the width is 1 then goes unnoticed.",
     )
     patience: float = Field(
-        default=0.05,
+        default=0.02,
         ge=0.0,
         description="How much predicted gain must pile up, in step times, before the width "
         "changes: 0.1 changes at once for a gain of 10 % and after 10 steps for one of 1 %.",
     )
     memory: int = Field(
-        default=1000,
+        default=3000,
         ge=4,
         description="Steps without an observation after which an acceptance estimate counts as "
         "unknown again. Shorter follows changes faster and is noisier.",

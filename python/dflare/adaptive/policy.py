@@ -16,7 +16,7 @@ from dflare.adaptive.config import AdaptiveConfig
 from dflare.adaptive.cost import CostTable
 
 _CREDIT_STEPS = 5.0  # exploration saved up, in step times
-_PROBE_EVERY = 0.2  # of the memory: without any draft for so long, one is tried without hope
+_PROBE_EVERY = 0.1  # of the memory: without any draft for so long, one is tried without hope
 _HOLD = 8  # plain steps per decision: they show nothing, and thinking costs them the most
 
 
@@ -80,15 +80,15 @@ class WidthPolicy:
         rates = (tokens / seconds)[:usable]
         best = self._settle(rates)
 
-        loss = (seconds - tokens / rates[best])[:usable]
+        loss = np.maximum(seconds - tokens / rates[best], 0.0)[:usable]
         hopes = (hoped / (seconds * self.cost.doubt(len(request_ids))))[:usable]
-        hopes[loss > self._credit] = 0.0
+        hopes[loss >= self._credit] = 0.0
         overdue = best == 0 and self._undrafted > self.config.memory * _PROBE_EVERY
         if overdue:
             hopes[0] = 0.0
         chosen = int(hopes.argmax())
         if chosen != best and (overdue or hopes[chosen] > rates[best]):
-            self._credit -= max(float(loss[chosen]), 0.0)
+            self._credit -= float(loss[chosen])
         else:
             chosen = best
         self._undrafted = self._undrafted + 1 if chosen == 0 else 0

@@ -1,5 +1,6 @@
 """CPU stand-ins for the Triton kernels with which SGLang keeps its KV slots in order."""
 
+import numpy as np
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
@@ -51,13 +52,13 @@ def assign_req_to_token_pool(
         req_to_token: [rows, max_len] int32, written in place.
         out_cache_loc: [sum(end - start)] slots, requests one after the other.
     """
-    lengths = (end_offset - start_offset).long()
-    rows = torch.repeat_interleave(req_pool_indices.long(), lengths)
-    first = torch.cumsum(lengths, 0) - lengths
-    columns = torch.arange(out_cache_loc.numel()) + torch.repeat_interleave(
-        start_offset.long() - first, lengths
-    )
-    req_to_token[rows, columns] = out_cache_loc.to(req_to_token.dtype)
+    # In NumPy: torch's repeat_interleave wakes all threads, for microseconds of work.
+    starts = start_offset.numpy()
+    lengths = end_offset.numpy() - starts
+    rows = np.repeat(req_pool_indices.numpy(), lengths)
+    first = np.cumsum(lengths) - lengths
+    columns = np.arange(out_cache_loc.numel()) + np.repeat(starts - first, lengths)
+    req_to_token.numpy()[rows, columns] = out_cache_loc.numpy()
 
 
 def allow_record_stream_on_cpu() -> None:

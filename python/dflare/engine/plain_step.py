@@ -12,6 +12,7 @@ from sglang.srt.managers.scheduler import GenerationBatchResult
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.dflash_utils import apply_dflash_verify_logits_adjustments
 from sglang.srt.speculative.spec_sampling_mask import SpeculativeSamplingMaskCapture
+from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 
 
@@ -60,17 +61,9 @@ def plain_step(
     if grammar_tree is not None and mask is not None:
         mask.apply(output.next_token_logits)
 
-    _, commit_lens, bonus, tokens, new_lens = worker._accept_block(
-        candidates=candidates,
-        next_token_logits=output.next_token_logits,
-        sampling_info=sampling_info,
-        draft_input=draft_input,
-        prefix_lens=lens,
-        bs=len(lens),
-        target_predict=predicted,
-    )
-    if new_lens is None:
-        new_lens = lens + commit_lens.to(lens.dtype)
+    tokens = _next_tokens(worker, sampling_info, draft_input, candidates, output, lens, predicted)
+    commit_lens = torch.ones(len(lens), dtype=torch.int32, device=lens.device)
+    new_lens = lens + 1
     _add_outputs(batch, output, draft_input, tokens, commit_lens)
     if worker._need_mamba_verify_commit:
         worker._update_target_mamba_state_after_verify(
@@ -81,11 +74,9 @@ def plain_step(
         )
     if on_publish is not None:
         on_publish(new_lens)
-    worker._append_target_hidden_to_draft_kv_by_loc(
-        target_hidden=output.hidden_states,
-        cache_loc=worker._draft_write_ids(plan),
-        positions=positions,
-    )
+    requests = [req.rid for req in batch.reqs]
+    slots = worker._draft_write_ids(plan)
+    worker.deferred_context.add(requests, output.hidden_states, slots, positions)
     output.hidden_states = None  # overlap scheduling would copy it to the host
     return GenerationBatchResult(
         logits_output=output,
@@ -93,7 +84,7 @@ def plain_step(
         accept_lens=commit_lens,
         can_run_cuda_graph=target.can_run_cuda_graph,
         next_draft_input=worker._make_next_draft_input_decode(
-            bonus_tokens=bonus, new_seq_lens=new_lens
+            bonus_tokens=tokens.view(-1), new_seq_lens=new_lens
         ),
         speculative_num_draft_tokens=1,
         new_seq_lens=new_lens,
@@ -143,6 +134,33 @@ def _gather_logits(worker: Any, batch: Any, output: Any) -> torch.Tensor | None:
         return predicted
     output.next_token_logits = processor.finish_deferred_gather(output.next_token_logits)
     return None
+
+
+def _next_tokens(
+    worker: Any,
+    sampling_info: Any,
+    draft_input: Any,
+    candidates: torch.Tensor,
+    output: Any,
+    lens: torch.Tensor,
+    predicted: torch.Tensor | None,
+) -> torch.Tensor:
+    """The target's tokens, [bs, 1] int64, the same on all ranks."""
+    greedy = sampling_info is None or sampling_info.is_all_greedy
+    if predicted is None and greedy:
+        predicted = torch.argmax(output.next_token_logits, dim=-1)
+    if predicted is not None:
+        worker._tp_sync.sync(SpecTpSyncSite.DFLASH_ACCEPT_GREEDY, predicted)
+        return predicted[:, None]
+    _, _, _, tokens, _ = worker._accept_block(
+        candidates=candidates,
+        next_token_logits=output.next_token_logits,
+        sampling_info=sampling_info,
+        draft_input=draft_input,
+        prefix_lens=lens,
+        bs=len(lens),
+    )
+    return tokens
 
 
 def _add_outputs(

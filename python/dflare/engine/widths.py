@@ -27,6 +27,7 @@ from dflare.adaptive import (
     WidthPolicy,
     measure_steps,
 )
+from dflare.engine.deferred_context import DeferredContext
 from dflare.engine.dummy_step import dummy_step
 from dflare.engine.plain_step import plain_step
 from dflare.engine.width_states import WidthStates
@@ -46,6 +47,7 @@ class AdaptiveWidths:
 
     block_size: int
     model_runner: Any
+    _append_target_hidden_to_draft_kv_by_loc: Any
 
     def init_cuda_graphs(self) -> None:
         """Capture the block's graphs, then those of the other widths, and measure all steps."""
@@ -57,6 +59,7 @@ class AdaptiveWidths:
             logger.warning("every step verifies the whole block: adaptive widths and %s", reason)
             config = None
         self._adaptive = config is not None
+        self.deferred_context = DeferredContext(self._append_target_hidden_to_draft_kv_by_loc)
         self._width_states = WidthStates(self, config.widths if config else ())
         policy = WidthPolicy(config, self._measure_costs(config.widths)) if config else None
         self._controller: WidthController | None = None
@@ -78,16 +81,18 @@ class AdaptiveWidths:
         if mode.is_extend() or batch.is_extend_in_batch or mode.is_idle():
             if self._controller:
                 self._controller.interrupt()
+            self.deferred_context.flush()
             return step(batch, *more)
-        width = 0
+        width, requests = 0, [req.rid for req in batch.reqs]
         if self._controller:
             width = self._controller.begin(
-                [req.rid for req in batch.reqs],
+                requests,
                 [req.sampling_params.max_new_tokens - len(req.output_ids) for req in batch.reqs],
             )
         if not self._adaptive:
             return step(batch, *more)
         width = self._from_rank_0(width)
+        self.deferred_context.flush(unless=requests if width == 1 else ())
         with self._width_states.at(width):
             if width == 1:
                 return plain_step(self, batch, on_publish, grammar_barrier)

@@ -1,0 +1,60 @@
+"""Context rows of plain decode steps, appended many at a time.
+
+On a CPU a step of width 1 spends more on streaming the context projection's weights for a few rows
+than on the rows. Nothing reads them before the next draft, so they can wait.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+_MOST_STEPS = 16  # whose states are kept
+
+
+class DeferredContext:
+    """Rows that wait for their append; all of one unchanged set of requests.
+
+    The slots of a request that has ended may belong to another one soon, and the radix cache may
+    hand them on. So whoever runs a batch flushes first, unless it is a plain step of the same
+    requests.
+    """
+
+    def __init__(self, append: Callable[..., None]) -> None:
+        """
+        Args:
+            append: `DFlareWorker._append_target_hidden_to_draft_kv_by_loc`.
+        """
+        self._append = append
+        self._requests: tuple[str, ...] = ()
+        self._rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def flush(self, unless: Sequence[str] = ()) -> None:
+        """Append what waits, unless it belongs to just these requests and is not too much yet."""
+        kept = len(self._rows) < _MOST_STEPS and self._requests == tuple(unless)
+        if not self._rows or kept:
+            return
+        rows, self._rows = self._rows, []
+        hidden, slots, positions = (torch.cat(column) for column in zip(*rows, strict=True))
+        self._append(target_hidden=hidden, cache_loc=slots, positions=positions)
+
+    def add(
+        self,
+        requests: Sequence[str],
+        hidden: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> None:
+        """Keep the rows of a plain step, or append them at once where that costs no more.
+
+        Args:
+            requests: Ids of the batch's requests.
+            hidden: [bs, T * H] tapped states of the step's tokens.
+            slots: [bs] where their context K/V belong.
+            positions: [bs] absolute positions.
+        """
+        if not hidden.is_cpu:
+            self._append(target_hidden=hidden, cache_loc=slots, positions=positions)
+            return
+        self._requests = tuple(requests)
+        # The scheduler may write over its tensors before they are read; the states are ours.
+        self._rows.append((hidden[: len(slots)], slots.clone(), positions.clone()))
