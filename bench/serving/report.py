@@ -51,28 +51,35 @@ def count_differences(sweep: Sweep, records: Iterable[Record]) -> dict[str, tupl
     return counts
 
 
-def verdict(sweep: Sweep, table: dict[Key, Record]) -> str:
+def adaptive_ratios(sweep: Sweep, records: Iterable[Record]) -> dict[tuple[str, int, str], float]:
+    """Throughput of the adaptive arm over that of each arm that it must not lose to.
+
+    Every repeat has its own prompts, and a shared machine drifts: so the ratio is taken within a
+    repeat, where the arms were measured minutes apart on the same prompts, and the median over
+    the repeats comes after.
+
+    Returns:
+        For (dataset, concurrency, arm) of all arms of kind `none` and `fixed` measured so far.
+    """
+    rates = {
+        (r["dataset"], r["concurrency"], r["repeat"], r["arm"]): r["output_tok_s"] for r in records
+    }
+    adaptive = {arm.name for arm in sweep.arms if arm.kind == "adaptive"}
+    rivals = {arm.name for arm in sweep.arms if arm.kind in ("none", "fixed")}
+    ratios: dict[tuple[str, int, str], list[float]] = defaultdict(list)
+    for (dataset, concurrency, repeat, arm), rate in rates.items():
+        for other in rivals if arm in adaptive else ():
+            if base := rates.get((dataset, concurrency, repeat, other)):
+                ratios[dataset, concurrency, other].append(rate / base)
+    return {key: median(values) for key, values in ratios.items()}
+
+
+def verdict(sweep: Sweep, records: Iterable[Record]) -> str:
     """Where the adaptive arm is worst against the best of no speculation and all fixed widths."""
-    kinds = {arm.name: arm.kind for arm in sweep.arms}
-    ratios = []
-    for dataset, concurrency in sorted({key[:2] for key in table}):
-        rate = {
-            kind: max(
-                (
-                    figures["output_tok_s"]
-                    for (d, c, arm), figures in table.items()
-                    if (d, c) == (dataset, concurrency) and kinds[arm] in kind
-                ),
-                default=None,
-            )
-            for kind in (("adaptive",), ("none", "fixed"))
-        }
-        adaptive, best = rate.values()
-        if adaptive and best:
-            ratios.append((adaptive / best, concurrency, dataset))
+    ratios = adaptive_ratios(sweep, records)
     if not ratios:
         return "adaptive / best: not measured"
-    worst, concurrency, dataset = min(ratios)
+    (dataset, concurrency, _), worst = min(ratios.items(), key=lambda item: item[1])
     label = " (SIMULATED acceptance)" if sweep.simulate_acc_len else ""
     where = f" on {dataset}" if len(sweep.datasets) > 1 else ""
     return f"adaptive / best: worst {worst:.3f} at concurrency {concurrency}{where}{label}"
@@ -85,11 +92,12 @@ def write_report(sweep: Sweep, records: list[Record], about: Record, out: Path) 
         The verdict, the report's last line.
     """
     table = medians(records)
-    last = verdict(sweep, table)
+    last = verdict(sweep, records)
+    ratios = adaptive_ratios(sweep, records)
     differences = count_differences(sweep, records)
     lines = [f"# Serving sweep: {sweep.model}", "", *_about(sweep, about), ""]
     for dataset in sweep.datasets:
-        lines += [f"## {dataset.name}", "", *_markdown(sweep, table, dataset.name), ""]
+        lines += [f"## {dataset.name}", "", *_markdown(sweep, table, ratios, dataset.name), ""]
         if any(key[0] == dataset.name for key in table):
             plot(sweep, table, dataset.name, out / f"{dataset.name}.png")
             lines += [
@@ -133,9 +141,17 @@ _COLUMNS: list[tuple[str, str, str]] = [
 ]
 
 
-def _markdown(sweep: Sweep, table: dict[Key, Record], dataset: str) -> list[str]:
+def _markdown(
+    sweep: Sweep, table: dict[Key, Record], ratios: dict[Key, float], dataset: str
+) -> list[str]:
     baseline = next((arm.name for arm in sweep.arms if arm.kind == "none"), None)
-    titles = ["concurrency", "arm", "speed-up", *(title for title, _, _ in _COLUMNS)]
+    titles = [
+        "concurrency",
+        "arm",
+        "speed-up",
+        "adaptive / it",
+        *(title for title, _, _ in _COLUMNS),
+    ]
     lines = [" | ".join(["", *titles, ""]).strip(), "|" + "---|" * len(titles)]
     for concurrency in sweep.concurrency:
         base = table.get((dataset, concurrency, baseline or ""))
@@ -145,9 +161,11 @@ def _markdown(sweep: Sweep, table: dict[Key, Record], dataset: str) -> list[str]
                 continue
             gain = figures["output_tok_s"] / base["output_tok_s"] if base else None
             row = [str(concurrency), arm.name, _show(gain, ".2f")]
+            row.append(_show(ratios.get((dataset, concurrency, arm.name)), ".3f"))
             row += [_show(figures.get(name), spec) for _, name, spec in _COLUMNS]
             lines.append("| " + " | ".join(row) + " |")
-    lines += ["", "Medians over the repeats; latencies in ms."]
+    lines += ["", "Medians over the repeats; latencies in ms. `adaptive / it`: throughput of the"]
+    lines += ["adaptive arm over this arm's in the same repeat, median over the repeats."]
     return lines
 
 

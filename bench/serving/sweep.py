@@ -91,6 +91,9 @@ def run(sweep: Sweep, out: Path) -> list[dict[str, Any]]:
     fleet = Fleet(sweep, out)
     with ExitStack() as stack, path.open("a") as file:
         stack.callback(fleet.stop)
+        if sweep.keep_alive:  # no cell is measured beside a server that starts
+            for name in dict.fromkeys(cell.arm for cell in missing):
+                fleet.get(name)
         for number, cell in enumerate(missing, start=1):
             server = fleet.get(cell.arm)
             if server is None:

@@ -112,3 +112,13 @@ def test_a_saved_table_reads_back(tmp_path):
 def test_the_table_fits_on_a_line():
     table = CostTable([1, 4], [StepTime(n, w, 0.001 * n * w) for n in (1, 2) for w in (1, 4)])
     assert table.describe() == "batch 1: 1:1.00 4:4.00; batch 2: 1:2.00 4:8.00"
+
+
+def test_larger_batches_than_measured_have_cells_of_their_own():
+    table = CostTable(WIDTHS, steps(linear), largest=64)
+    assert table.seconds(64) == pytest.approx([linear(64, w) for w in WIDTHS])
+    for _ in range(300):
+        table.observe(16, 2, linear(16, 2))
+        table.observe(64, 2, 1.5 * linear(64, 2))
+    assert table.seconds(16)[1] == pytest.approx(linear(16, 2), rel=0.1)
+    assert table.seconds(64)[1] == pytest.approx(1.5 * linear(64, 2), rel=0.1)

@@ -96,15 +96,27 @@ def test_the_verdict_names_the_worst_load():
         record("width 4", 8, rate=30),
         record("adaptive", 8, rate=49),
     ]
-    assert (
-        report.verdict(sweep, report.medians(records))
-        == "adaptive / best: worst 0.980 at concurrency 8"
-    )
+    assert report.verdict(sweep, records) == "adaptive / best: worst 0.980 at concurrency 8"
+
+
+def test_arms_are_compared_within_a_repeat():
+    """The machine is half as fast in repeat 1; what was measured then does not count as worse."""
+    sweep = make_sweep(datasets=[{"name": "easy"}])
+    records = [
+        record("none", rate=100, repeat=0),
+        record("none", rate=50, repeat=1),
+        record("adaptive", rate=55, repeat=1),
+        record("none", rate=100, repeat=2),
+        record("adaptive", rate=111, repeat=2),
+        record("none", rate=100, repeat=3),
+        record("adaptive", rate=90, repeat=3),
+    ]
+    assert report.verdict(sweep, records) == "adaptive / best: worst 1.100 at concurrency 1"
 
 
 def test_without_an_adaptive_arm_there_is_no_verdict():
-    table = report.medians([record("none"), record("width 4")])
-    assert report.verdict(make_sweep(), table) == "adaptive / best: not measured"
+    records = [record("none"), record("width 4")]
+    assert report.verdict(make_sweep(), records) == "adaptive / best: not measured"
 
 
 def test_medians_are_over_repeats_and_errors_add_up():

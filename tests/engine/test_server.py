@@ -34,6 +34,12 @@ def server(demo_pair, tmp_path_factory):
         yield running
 
 
+def test_requests_are_admitted_as_soon_as_a_slot_is_free(server):
+    """DFLASH would wait for several: its default where the flag is not set."""
+    info = requests.get(f"{server.url}/server_info", timeout=30).json()
+    assert info["min_free_slots_delay"] == 1
+
+
 def test_chat(server):
     answer = server.chat("What is the capital of France?", temperature=0, max_tokens=24).json()
     assert "Paris" in answer["choices"][0]["message"]["content"]

@@ -24,7 +24,8 @@ Array = npt.NDArray[np.float64]
 
 _DRIFT_NOISE = 0.01**2  # variance that one step adds to the drift
 _CELL_VAR = 0.1**2  # of a start-up measurement, and the most that forgetting restores
-_CELL_NOISE = _CELL_VAR / 2000
+_CELL_MEMORY = 2000  # steps after which a cell is as uncertain as at the start
+_GUESS_VAR = 0.3**2  # the same of a cell beyond the measured batch sizes
 _CLIP = 2.5  # in units of the usual residual
 _SCALE_GAIN = 0.05
 _FIRST_SCALE = 0.05
@@ -42,13 +43,16 @@ class StepTime(NamedTuple):
 class CostTable:
     """Seconds of a decode step over (batch size, verify width), monotone in both."""
 
-    def __init__(self, widths: Sequence[int], measured: Iterable[StepTime]):
+    def __init__(self, widths: Sequence[int], measured: Iterable[StepTime], largest: int = 0):
         """
         Args:
             widths: Widths to answer for, ascending.
             measured: Start-up measurements in any order; repeats count by their median. Cells
                 without one are interpolated along the batch sizes of their width, whole widths
                 without one between their neighbours.
+            largest: Batch size up to which steps will be served. Beyond those that were measured
+                each doubling gets cells of its own, which go on with the last slope until steps
+                are served.
 
         Raises:
             ValueError: There is no measurement, or one is not positive.
@@ -62,11 +66,18 @@ class CostTable:
             raise ValueError("a cost table needs at least one measured step, got none")
         self.widths = tuple(widths)
         self._column = {width: i for i, width in enumerate(self.widths)}
-        self._batches = np.array(sorted({batch for batch, _ in cells}))
+        batches = sorted({batch for batch, _ in cells})
         median = {cell: float(np.median(seconds)) for cell, seconds in cells.items()}
-        self._log_seed = np.log(_fill(self._batches, self.widths, median))
-        self._correction = np.zeros_like(self._log_seed)
-        self._cell_var = np.full_like(self._log_seed, _CELL_VAR)
+        seed = _fill(np.array(batches), self.widths, median)
+        self._prior_var = np.full((len(batches), 1), _CELL_VAR)
+        while batches[-1] < largest:
+            batches.append(min(2 * batches[-1], largest))
+            seed = np.vstack((seed, _next_row(batches, seed)))
+            self._prior_var = np.vstack((self._prior_var, [[_GUESS_VAR]]))
+        self._batches = np.array(batches)
+        self._log_seed = np.log(seed)
+        self._correction = np.zeros_like(seed)
+        self._cell_var = np.tile(self._prior_var, len(self.widths))
         self._drift = 0.0
         self._drift_var = 0.0
         self._scale = _FIRST_SCALE
@@ -103,7 +114,8 @@ class CostTable:
         limit = _CLIP * self._scale
         residual = min(max(residual, -limit), limit)
         self._drift_var += _DRIFT_NOISE
-        np.minimum(self._cell_var + _CELL_NOISE, _CELL_VAR, out=self._cell_var)
+        aged = self._cell_var + self._prior_var / _CELL_MEMORY
+        np.minimum(aged, self._prior_var, out=self._cell_var)
         cell_var = float(self._cell_var[cell])
         total = self._drift_var + cell_var + self._scale**2
         self._drift += self._drift_var / total * residual
@@ -134,6 +146,16 @@ class CostTable:
 def save_step_times(path: Path, measured: Iterable[StepTime], about: str) -> None:
     """Write measurements as JSON, with a sentence `about` what was measured on what."""
     path.write_text(json.dumps({"about": about, "steps": [list(s) for s in measured]}, indent=1))
+
+
+def _next_row(batches: Sequence[int], seconds: Array) -> Array:
+    """Step times of the last of `batches`, from those of the batches before it, [widths]."""
+    if len(batches) == 2:
+        return seconds[-1]
+    step = (batches[-1] - batches[-2]) / (batches[-2] - batches[-3])
+    slope = np.maximum(seconds[-1] - seconds[-2], 0.0)
+    # Wider steps grow faster; noise in the last two rows must not turn that round.
+    return np.maximum.accumulate(seconds[-1] + step * np.maximum.accumulate(slope))
 
 
 def _fill(

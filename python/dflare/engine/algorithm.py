@@ -81,6 +81,10 @@ class DFlareAlgorithm(CustomSpecAlgo):
             server_args.speculative_num_draft_tokens = draft.block_size
         if server_args.speculative_draft_attention_backend is None:
             server_args.speculative_draft_attention_backend = ATTENTION_BACKEND
+        if server_args.min_free_slots_delay is None and server_args.pp_size == 1:
+            # DFLASH holds requests back until several slots are free, because every admission costs
+            # it a prefill of the drafter; ours is one operator, and the wait was 20 steps.
+            server_args.min_free_slots_delay = 1
         _handle_dflash(server_args)
 
 

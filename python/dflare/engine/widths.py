@@ -35,7 +35,7 @@ from dflare.engine.width_states import WidthStates
 logger = logging.getLogger(__name__)
 
 _MEASURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_MEASURE_SECONDS = 12.0
+_MEASURE_SECONDS = 20.0
 
 
 class AdaptiveWidths:
@@ -117,7 +117,8 @@ class AdaptiveWidths:
             with self._width_states.at(width):
                 dummy_step(self, batch)
 
-        table = CostTable(widths, measure_steps(run, self._batches_to_measure(), widths))
+        measured = measure_steps(run, self._batches_to_measure(), widths)
+        table = CostTable(widths, measured, int(self.model_runner.max_running_requests))
         if self._width_group.rank_in_group == 0:
             logger.info("DFLARE: step time in ms by width, %s", table.describe())
         return table
