@@ -9,7 +9,6 @@ serve the same requests against given step times; the policy starts knowing noth
 """
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Callable
@@ -18,17 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import scenarios
 
-from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
+from dflare.adaptive import AdaptiveConfig, WidthPolicy
 from dflare.training.export import load_drafter
 from dflare.training.generate import Generator, Sampling
 from dflare.training.model import Drafter
-from dflare.training.prompts import encode, stop_tokens
+from dflare.training.prompts import encode, read_prompts, stop_tokens
+from dflare.training.step import draft_blocks
 from dflare.training.target import Target, load_target, target_path
 
 PROMPTS = Path(__file__).parents[1] / "serving" / "prompts"
@@ -43,42 +43,25 @@ def accepted_lengths(
     """How many drafted tokens the target would accept behind each token of its own answer."""
     size = drafter.config.block_size
     ids = torch.tensor([prompt + answer])
-    length = ids.shape[1]
-    anchors = torch.arange(len(prompt), length - 1)
-    every = torch.arange(length)
-    context = drafter.context_kv(target.read(ids).taps, every[None])
-    blocks = torch.full((len(anchors), size), drafter.config.mask_token_id)
-    blocks[:, 0] = ids[0, anchors]
-    slots = anchors[:, None] + torch.arange(size)
-    before = (every < anchors[:, None])[:, None, None].expand(-1, 1, size, -1)
-    mask = torch.cat([before, before.new_ones(len(anchors), 1, size, size)], -1)
-    shared = [
-        (k.expand(len(anchors), -1, -1, -1), v.expand(len(anchors), -1, -1, -1)) for k, v in context
-    ]
-    hidden = drafter.draft(
-        target.embed(blocks), slots, shared, dict.fromkeys(drafter.windows, mask)
-    )
+    anchors = torch.arange(len(prompt), ids.shape[1] - 1)[None]
+    taps = target.read(ids).taps
+    hidden = draft_blocks(drafter, drafter.config, target, ids, anchors, taps)[0]
     drafts = (hidden[:, 1:] @ target.head.T).argmax(-1)
     padded = torch.cat([ids[0], torch.full((size,), -1)])
-    return (drafts == padded[slots[:, 1:]]).long().cumprod(-1).sum(-1).tolist()
+    expected = padded[anchors[0, :, None] + torch.arange(1, size)]
+    return (drafts == expected).long().cumprod(-1).sum(-1).tolist()
 
 
 @torch.no_grad()
-def record(drafter_path: str, target_name: str, tokens: int) -> dict[str, list[list[int]]]:
+def record(drafter: Drafter, target_name: str, tokens: int) -> dict[str, list[list[int]]]:
     """Accepted lengths by position, for every prompt of each prompt file."""
-    drafter = load_drafter(drafter_path)
-    if set(drafter.windows) != {-1}:
-        raise SystemExit(
-            f"{drafter_path}: has sliding-window layers, which the replay does not mask"
-        )
-    target = load_target(target_name, drafter.config.target_layer_ids)
     path = target_path(target_name)
+    target = load_target(path, drafter.config.target_layer_ids)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    stops = stop_tokens(tokenizer, GenerationConfig.from_pretrained(path))
+    stops = stop_tokens(tokenizer, target.model.generation_config)
     traces = {}
     for file in sorted(PROMPTS.glob("*.jsonl")):
-        turns = [json.loads(line)["conversations"][:1] for line in file.read_text().splitlines()]
-        prompts = [encode(tokenizer, turn) for turn in turns]
+        prompts = [encode(tokenizer, messages) for messages in read_prompts(file)]
         generator = Generator(target, 48, 1024, Sampling(max_new_tokens=tokens, stop_ids=stops))
         answers = [(prompts[a.prompt], a.ids) for a in generator.run(prompts)]
         lengths = [accepted_lengths(drafter, target, *pair) for pair in answers]
@@ -141,18 +124,16 @@ def main() -> None:
     parser.add_argument("drafter", help="checkpoint folder")
     parser.add_argument("--target", default="demo")
     parser.add_argument("--tokens", type=int, default=96, help="of an answer")
-    parser.add_argument("--shape", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--table", type=Path, help="measured step times instead of a shape")
+    scenarios.add_arguments(parser)
     parser.add_argument("--max-batch", type=int, default=16)
     args = parser.parse_args()
 
-    traces = record(args.drafter, args.target, args.tokens)
+    drafter = load_drafter(args.drafter)
+    traces = record(drafter, args.target, args.tokens)
     traces["mix"] = [trace for pool in traces.values() for trace in pool]
-    config = AdaptiveConfig.for_block_size(load_drafter(args.drafter).config.block_size)
-    seconds = getattr(scenarios, args.shape)
-    if args.table:
-        seconds = scenarios.loaded(args.table, config.widths)
-    ladder = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= args.max_batch]
+    config = AdaptiveConfig.for_block_size(drafter.config.block_size)
+    seconds = scenarios.chosen(args, config.widths)
+    ladder = scenarios.batch_sizes(args.max_batch)
     worst = float("inf")
     for name, pool in traces.items():
         for concurrency in ladder:
@@ -161,13 +142,10 @@ def main() -> None:
                 requests = shuffled(pool, 9 * max(concurrency, 4), seed)
                 for width in config.widths:
                     rates[width].append(serve(requests, concurrency, seconds, width=width))
-                rng = np.random.default_rng([seed, 1])
-                table = [
-                    StepTime(n, w, seconds(n, w) * rng.lognormal(0.0, _TABLE_ERROR))
-                    for n in ladder
-                    for w in config.widths
-                ]
-                policy = WidthPolicy(config, CostTable(config.widths, table))
+                table = scenarios.start_up_table(
+                    seconds, config.widths, args.max_batch, _TABLE_ERROR, [seed, 1]
+                )
+                policy = WidthPolicy(config, table)
                 rates["policy"].append(
                     serve(requests, concurrency, seconds, policy=policy, seed=seed)
                 )

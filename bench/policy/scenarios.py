@@ -1,13 +1,15 @@
 """Workloads and step-time shapes for the policy simulator."""
 
+import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from world import Scenario
 
-from dflare.adaptive import CostTable
+from dflare.adaptive import CostTable, StepTime
 
 Seconds = Callable[[int, int], float]
 
@@ -26,11 +28,43 @@ def gpu(batch: int, width: int) -> float:
     return 5.6e-3 + 8e-6 * batch + 21e-6 * max(tokens - 200, 0) + 2e-6 * tokens + draft
 
 
-def loaded(path: Path, widths: tuple[int, ...]) -> Seconds:
-    """Step times of a measured table."""
-    table = CostTable.load(path, widths)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of step times, `--shape` or `--table`."""
+    parser.add_argument("--shape", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--table", type=Path, help="measured step times instead of a shape")
+
+
+def chosen(args: argparse.Namespace, widths: tuple[int, ...]) -> Seconds:
+    """Step times that the command line asks for."""
+    if not args.table:
+        return {"cpu": cpu, "gpu": gpu}[args.shape]
+    table = CostTable.load(args.table, widths)
     column = {width: i for i, width in enumerate(widths)}
     return lambda batch, width: float(table.seconds(batch)[column[width]])
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """The batch sizes that are measured at start-up, up to a largest."""
+    return [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= largest]
+
+
+def start_up_table(
+    seconds: Seconds,
+    widths: tuple[int, ...],
+    largest: int,
+    error: float,
+    seed: Sequence[int],
+) -> CostTable:
+    """What start-up measures, with its relative error."""
+    rng = np.random.default_rng(seed)
+    return CostTable(
+        widths,
+        [
+            StepTime(n, w, seconds(n, w) * rng.lognormal(0.0, error))
+            for n in batch_sizes(largest)
+            for w in widths
+        ],
+    )
 
 
 def constant(value: float) -> Callable[[float], float]:
@@ -63,7 +97,7 @@ def build(seconds: Seconds, block_size: int, max_batch: int, steps: int) -> list
         level=constant(logit(0.6)),
     )
     easy, middle, hard, hopeless = (logit(p) for p in (0.93, 0.7, 0.37, 0.08))
-    ladder = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= max_batch]
+    ladder = batch_sizes(max_batch)
     high = ladder[-1]
 
     def fixed(name: str, level: float, batch: int, **changes: object) -> Scenario:

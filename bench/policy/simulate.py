@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import scenarios
 from world import Scenario, World
 
-from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
+from dflare.adaptive import AdaptiveConfig, WidthPolicy
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,6 @@ class Outcome:
     widths: dict[int, float]  # share of the steps
 
 
-def seed_table(scenario: Scenario, widths: tuple[int, ...], seed: int) -> CostTable:
-    """Start-up measurements of a scenario, with their error."""
-    rng = np.random.default_rng([seed, 2])
-    batches = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= max_concurrency(scenario)]
-    return CostTable(
-        widths,
-        (
-            StepTime(n, w, scenario.seconds(n, w) * rng.lognormal(0.0, scenario.seed_noise))
-            for n in batches
-            for w in widths
-        ),
-    )
-
-
 def max_concurrency(scenario: Scenario) -> int:
     return max(scenario.concurrency(i / 100) for i in range(100))
 
@@ -57,7 +43,11 @@ def max_concurrency(scenario: Scenario) -> int:
 def run(scenario: Scenario, seed: int, config: AdaptiveConfig) -> Outcome:
     """Serve a scenario with the policy."""
     widths = np.array(config.widths)
-    policy = WidthPolicy(config, seed_table(scenario, config.widths, seed))
+    largest = max_concurrency(scenario)
+    table = scenarios.start_up_table(
+        scenario.seconds, config.widths, largest, scenario.seed_noise, [seed, 2]
+    )
+    policy = WidthPolicy(config, table)
     world = World(scenario, seed)
     expected = best = committed = elapsed = lost = ragged = uniform = 0.0
     switches, settled, used = 0, 0, dict.fromkeys(config.widths, 0)
@@ -127,8 +117,7 @@ def run_fixed(scenario: Scenario, seed: int, width: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--table", type=Path, help="measured step times instead of a shape")
+    scenarios.add_arguments(parser)
     parser.add_argument("--block-size", type=int, default=8)
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=4000)
@@ -136,9 +125,7 @@ def main() -> None:
     args = parser.parse_args()
 
     config = AdaptiveConfig.for_block_size(args.block_size)
-    seconds = getattr(scenarios, args.shape)
-    if args.table:
-        seconds = scenarios.loaded(args.table, config.widths)
+    seconds = scenarios.chosen(args, config.widths)
     print(f"step times: {args.table or args.shape + ' shape'}, widths {config.widths}")
     print(f"{'scenario':32} regret  policy / best fixed  explored  switches  ragged gain  widths")
     regrets, ratios = [], []

@@ -51,7 +51,7 @@ def count_differences(sweep: Sweep, records: Iterable[Record]) -> dict[str, tupl
     return counts
 
 
-def adaptive_ratios(sweep: Sweep, records: Iterable[Record]) -> dict[tuple[str, int, str], float]:
+def adaptive_ratios(sweep: Sweep, records: Iterable[Record]) -> dict[Key, float]:
     """Throughput of the adaptive arm over that of each arm that it must not lose to.
 
     Every repeat has its own prompts, and a shared machine drifts: so the ratio is taken within a
@@ -66,7 +66,7 @@ def adaptive_ratios(sweep: Sweep, records: Iterable[Record]) -> dict[tuple[str, 
     }
     adaptive = {arm.name for arm in sweep.arms if arm.kind == "adaptive"}
     rivals = {arm.name for arm in sweep.arms if arm.kind in ("none", "fixed")}
-    ratios: dict[tuple[str, int, str], list[float]] = defaultdict(list)
+    ratios: dict[Key, list[float]] = defaultdict(list)
     for (dataset, concurrency, repeat, arm), rate in rates.items():
         for other in rivals if arm in adaptive else ():
             if base := rates.get((dataset, concurrency, repeat, other)):
@@ -74,9 +74,8 @@ def adaptive_ratios(sweep: Sweep, records: Iterable[Record]) -> dict[tuple[str, 
     return {key: median(values) for key, values in ratios.items()}
 
 
-def verdict(sweep: Sweep, records: Iterable[Record]) -> str:
+def verdict(sweep: Sweep, ratios: dict[Key, float]) -> str:
     """Where the adaptive arm is worst against the best of no speculation and all fixed widths."""
-    ratios = adaptive_ratios(sweep, records)
     if not ratios:
         return "adaptive / best: not measured"
     (dataset, concurrency, _), worst = min(ratios.items(), key=lambda item: item[1])
@@ -92,8 +91,8 @@ def write_report(sweep: Sweep, records: list[Record], about: Record, out: Path) 
         The verdict, the report's last line.
     """
     table = medians(records)
-    last = verdict(sweep, records)
     ratios = adaptive_ratios(sweep, records)
+    last = verdict(sweep, ratios)
     differences = count_differences(sweep, records)
     lines = [f"# Serving sweep: {sweep.model}", "", *_about(sweep, about), ""]
     for dataset in sweep.datasets:

@@ -85,6 +85,10 @@ def test_records_survive_a_line_cut_off_by_a_crash(tmp_path):
     assert [plan.cell_of(r).arm for r in plan.read_records(path)] == ["none"]
 
 
+def verdict(sweep, records):
+    return report.verdict(sweep, report.adaptive_ratios(sweep, records))
+
+
 def test_the_verdict_names_the_worst_load():
     sweep = make_sweep(datasets=[{"name": "easy"}])
     records = [
@@ -96,7 +100,7 @@ def test_the_verdict_names_the_worst_load():
         record("width 4", 8, rate=30),
         record("adaptive", 8, rate=49),
     ]
-    assert report.verdict(sweep, records) == "adaptive / best: worst 0.980 at concurrency 8"
+    assert verdict(sweep, records) == "adaptive / best: worst 0.980 at concurrency 8"
 
 
 def test_arms_are_compared_within_a_repeat():
@@ -111,12 +115,12 @@ def test_arms_are_compared_within_a_repeat():
         record("none", rate=100, repeat=3),
         record("adaptive", rate=90, repeat=3),
     ]
-    assert report.verdict(sweep, records) == "adaptive / best: worst 1.100 at concurrency 1"
+    assert verdict(sweep, records) == "adaptive / best: worst 1.100 at concurrency 1"
 
 
 def test_without_an_adaptive_arm_there_is_no_verdict():
     records = [record("none"), record("width 4")]
-    assert report.verdict(make_sweep(), records) == "adaptive / best: not measured"
+    assert verdict(make_sweep(), records) == "adaptive / best: not measured"
 
 
 def test_medians_are_over_repeats_and_errors_add_up():

@@ -218,18 +218,8 @@ class AppendCase:
     def error(self, k_pools: Tensor, v_pools: Tensor) -> float:
         """Largest relative error of a written head; raises if another slot was written."""
         x, valid = self.inputs(), self.valid_rows()
-        expected = float64_reference.context_kv(
-            x["target_hidden"][valid],
-            x["fusion_probs"],
-            x["norm_weight"],
-            1e-6,
-            x["kv_weight"],
-            x.get("kv_bias"),
-            x["k_norm_weight"],
-            1e-5,
-            x["cos_sin_cache"],
-            x["positions"][valid],
-        )
+        due = {name: x[name][valid] for name in ("target_hidden", "positions")}
+        expected = float64_reference.context_kv(*self.arguments(x | due)[:10])
         written = x["cache_loc"][valid]
         untouched = torch.ones(k_pools.shape[1], dtype=torch.bool)
         untouched[written] = False

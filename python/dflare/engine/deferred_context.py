@@ -25,29 +25,30 @@ class DeferredContext:
             append: `DFlareWorker._append_target_hidden_to_draft_kv_by_loc`.
         """
         self._append = append
-        self._requests: tuple[str, ...] = ()
+        self._requests: Sequence[str] = ()  # of the batch that runs now
         self._rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def flush(self, unless: Sequence[str] = ()) -> None:
-        """Append what waits, unless it belongs to just these requests and is not too much yet."""
-        kept = len(self._rows) < _MOST_STEPS and self._requests == tuple(unless)
+    def flush(self, requests: Sequence[str] = ()) -> None:
+        """Append what waits, before a batch runs.
+
+        Rows stay if the batch is a plain step of just the requests that they belong to, unless
+        they have become too many.
+
+        Args:
+            requests: Ids of the requests of a plain step; none before any other batch.
+        """
+        kept = len(self._rows) < _MOST_STEPS and self._requests == requests
+        self._requests = requests
         if not self._rows or kept:
             return
         rows, self._rows = self._rows, []
         hidden, slots, positions = (torch.cat(column) for column in zip(*rows, strict=True))
         self._append(target_hidden=hidden, cache_loc=slots, positions=positions)
 
-    def add(
-        self,
-        requests: Sequence[str],
-        hidden: torch.Tensor,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-    ) -> None:
-        """Keep the rows of a plain step, or append them at once where that costs no more.
+    def add(self, hidden: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
+        """Keep the rows of the plain step, or append them at once where that costs no more.
 
         Args:
-            requests: Ids of the batch's requests.
             hidden: [bs, T * H] tapped states of the step's tokens.
             slots: [bs] where their context K/V belong.
             positions: [bs] absolute positions.
@@ -55,6 +56,5 @@ class DeferredContext:
         if not hidden.is_cpu:
             self._append(target_hidden=hidden, cache_loc=slots, positions=positions)
             return
-        self._requests = tuple(requests)
         # The scheduler may write over its tensors before they are read; the states are ours.
         self._rows.append((hidden[: len(slots)], slots.clone(), positions.clone()))

@@ -74,17 +74,15 @@ def plain_step(
         )
     if on_publish is not None:
         on_publish(new_lens)
-    requests = [req.rid for req in batch.reqs]
-    slots = worker._draft_write_ids(plan)
-    worker.deferred_context.add(requests, output.hidden_states, slots, positions)
+    worker.deferred_context.add(output.hidden_states, worker._draft_write_ids(plan), positions)
     output.hidden_states = None  # overlap scheduling would copy it to the host
     return GenerationBatchResult(
         logits_output=output,
-        next_token_ids=tokens.reshape(-1),
+        next_token_ids=tokens,
         accept_lens=commit_lens,
         can_run_cuda_graph=target.can_run_cuda_graph,
         next_draft_input=worker._make_next_draft_input_decode(
-            bonus_tokens=tokens.view(-1), new_seq_lens=new_lens
+            bonus_tokens=tokens, new_seq_lens=new_lens
         ),
         speculative_num_draft_tokens=1,
         new_seq_lens=new_lens,
@@ -145,13 +143,13 @@ def _next_tokens(
     lens: torch.Tensor,
     predicted: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The target's tokens, [bs, 1] int64, the same on all ranks."""
+    """The target's tokens, [bs] int64, the same on all ranks."""
     greedy = sampling_info is None or sampling_info.is_all_greedy
     if predicted is None and greedy:
         predicted = torch.argmax(output.next_token_logits, dim=-1)
     if predicted is not None:
         worker._tp_sync.sync(SpecTpSyncSite.DFLASH_ACCEPT_GREEDY, predicted)
-        return predicted[:, None]
+        return predicted
     _, _, _, tokens, _ = worker._accept_block(
         candidates=candidates,
         next_token_logits=output.next_token_logits,
@@ -160,7 +158,7 @@ def _next_tokens(
         prefix_lens=lens,
         bs=len(lens),
     )
-    return tokens
+    return tokens.view(-1)
 
 
 def _add_outputs(
@@ -176,7 +174,7 @@ def _add_outputs(
     )
     if capture is not None:
         output.sampling_mask_output = capture.build_output(
-            out_tokens=tokens, commit_lens=commit_lens
+            out_tokens=tokens[:, None], commit_lens=commit_lens
         )
     if batch.return_logprob:
-        compute_spec_logprobs(batch, output, tokens.reshape(-1), chain_stride=1)
+        compute_spec_logprobs(batch, output, tokens, chain_stride=1)

@@ -92,7 +92,7 @@ class AdaptiveWidths:
         if not self._adaptive:
             return step(batch, *more)
         width = self._from_rank_0(width)
-        self.deferred_context.flush(unless=requests if width == 1 else ())
+        self.deferred_context.flush(requests if width == 1 else ())
         with self._width_states.at(width):
             if width == 1:
                 return plain_step(self, batch, on_publish, grammar_barrier)

@@ -17,6 +17,42 @@ from dflare.training.tap_cache import TapCache
 from dflare.training.target import Target, TargetOutput
 
 
+def draft_blocks(
+    drafter: nn.Module,
+    config: DraftConfig,
+    target: Target,
+    ids: Tensor,
+    anchors: Tensor,
+    taps: Tensor,
+    make_mask: Callable[[Tensor, int, int, int], Mask] = dense_block_mask,
+) -> Tensor:
+    """Run many blocks of each sequence at once, each seeing the context before its anchor.
+
+    Args:
+        drafter: The module to call, wrapped or not.
+        config: The drafter's.
+        target: Whose embedding it shares.
+        ids: ``[N, S]`` int64, the sequences.
+        anchors: ``[N, A]`` int64, index of each block's slot 0.
+        taps: ``[N, S, T*H]``, tapped states of the sequences.
+        make_mask: Dense mask or flex attention's.
+
+    Returns:
+        Final hidden states ``[N, A, B, H]``.
+    """
+    size = config.block_size
+    rows, blocks = anchors.shape
+    tokens = torch.full((rows, blocks, size), config.mask_token_id, device=ids.device)
+    tokens[:, :, 0] = ids.gather(1, anchors)
+    positions = (anchors[:, :, None] + torch.arange(size, device=ids.device)).flatten(1)
+    masks = {
+        window: make_mask(anchors, taps.shape[1], size, window)
+        for window in {config.window(d) for d in range(config.num_hidden_layers)}
+    }
+    hidden = drafter(taps, target.embed(tokens.flatten(1)), positions, masks)
+    return hidden.view(rows, blocks, size, -1)
+
+
 class BlockStep:
     """Computes the loss of batches of blocks.
 
@@ -59,24 +95,6 @@ class BlockStep:
         width = self.config.num_taps * self.config.hidden_size
         return TargetOutput(states[..., :width], states[..., width:])
 
-    def draft(self, drafter: nn.Module, batch: Batch, taps: Tensor) -> Tensor:
-        """Run all blocks of a batch: final hidden states ``[N*A, B, H]``."""
-        size = self.config.block_size
-        rows, blocks = batch.anchors.shape
-        tokens = torch.full(
-            (rows, blocks, size), self.config.mask_token_id, device=batch.ids.device
-        )
-        tokens[:, :, 0] = batch.ids.gather(1, batch.anchors)
-        slots = torch.arange(size, device=batch.ids.device)
-        positions = (batch.anchors[:, :, None] + slots).flatten(1)
-        masks: dict[int, Mask] = {
-            window: self._make_mask(batch.anchors, taps.shape[1], size, window)
-            for window in {self.config.window(d) for d in range(self.config.num_hidden_layers)}
-        }
-        embeddings = self.target.embed(tokens.flatten(1))
-        hidden = drafter(taps, embeddings, positions, masks)
-        return hidden.view(rows * blocks, size, -1)
-
     def loss(
         self,
         drafter: nn.Module,
@@ -101,7 +119,15 @@ class BlockStep:
         with record_function("target"):
             states = self.target_states(batch, sequences)
         with record_function("draft"):
-            hidden = self.draft(drafter, batch, states.taps)
+            hidden = draft_blocks(
+                drafter,
+                self.config,
+                self.target,
+                batch.ids,
+                batch.anchors,
+                states.taps,
+                self._make_mask,
+            ).flatten(0, 1)
         labels, supervised = batch.labels.flatten(0, 1), batch.supervised.flatten(0, 1)
         if rows is not None:
             # A padded or unsupervised label may not be among the rows: any row will do for it.
