@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-_MOST_STEPS = 16  # whose states are kept
+# Whose states are kept. The policy times every 8th plain step; appends must not always fall on one.
+_MOST_STEPS = 15
 
 
 class DeferredContext:
