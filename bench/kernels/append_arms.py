@@ -178,7 +178,7 @@ def dspark_arm(sets: list[dict[str, Any]], shape: Shape) -> Arm:
 
 def make_arms(sets: list[dict[str, Any]], shape: Shape, names: list[str]) -> list[Arm]:
     def bmm_arm() -> Arm:
-        fused = [torch.randn_like(fuse(x)).contiguous() for x in sets]
+        fused = [fuse(x).contiguous() for x in sets]
         return Arm(
             "bmm",
             lambda i: torch.bmm(fused[i], sets[i]["kv_weight"].transpose(1, 2)),

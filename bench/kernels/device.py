@@ -127,9 +127,11 @@ def environment(device: str) -> dict[str, Any]:
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         name = (names or [platform.processor()])[0]
         return info | {"cpu": name, "threads": torch.get_num_threads()}
-    query = "driver_version,clocks.sm,clocks.mem,power.limit"
+    # From nvidia-smi: asking torch for the name would take a context's memory from other processes.
+    query = "name,driver_version,clocks.sm,clocks.mem,power.limit"
     smi = output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
-    fields = [value.strip() for value in smi.partition("\n")[0].split(",")] if smi else []
-    columns = ("driver", "sm_clock", "memory_clock", "power_limit")
-    known = dict(zip(columns, fields, strict=len(fields) > 0))
-    return info | {"gpu": torch.cuda.get_device_name(0), "cuda": torch.version.cuda} | known
+    fields = [value.strip() for value in smi.partition("\n")[0].split(",")]
+    columns = ("gpu", "driver", "sm_clock", "memory_clock", "power_limit")
+    if len(fields) != len(columns):
+        fields = [torch.cuda.get_device_name(0), *["unknown"] * 4]
+    return info | dict(zip(columns, fields, strict=True)) | {"cuda": torch.version.cuda}

@@ -47,8 +47,11 @@ class Session:
         if self.arguments.refcheck:
             try:
                 refcheck([arm for arm in arms if not arm.failure])
-            except torch.OutOfMemoryError:
-                self.problems.append(f"{where}: the float64 reference does not fit")
+            except DeviceLostError:
+                raise
+            except Exception as error:
+                said = str(error).partition("\n")[0]
+                self.problems.append(f"{where}: not checked, {type(error).__name__}: {said}")
         time = time_on_gpu if self.arguments.device == "cuda" else time_on_cpu
         time(arms, sets, self.arguments.rounds)
         lines = report(self.op, named, arms, self.peaks, self.environment)

@@ -112,6 +112,17 @@ def test_an_arm_that_fails_leaves_the_others_measured(broken, status, monkeypatc
     assert all("us" in line for arm, line in lines.items() if arm != broken)
 
 
+def test_a_result_that_could_not_be_checked_is_measured_and_said(monkeypatch, capsys):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(block_attention, "reference", out_of_memory)
+    assert block_attention.main(ATTENTION) == 1
+    captured = capsys.readouterr()
+    assert "not checked, OutOfMemoryError: out of memory" in captured.err
+    assert all("us" in json.loads(line) for line in captured.out.splitlines())
+
+
 def test_a_shape_that_does_not_fit_is_skipped(monkeypatch, capsys):
     make_sets = block_attention.make_sets
 

@@ -227,3 +227,21 @@ def test_peaks_on_a_gpu_are_the_best_of_device_times(gpu):
 )
 def test_buffer_sets_exceed_the_cache_and_fit_in_memory(bytes_per_set, cache, free, expected):
     assert device.sets_needed(bytes_per_set, cache, free) == expected
+
+
+def test_lines_name_the_gpu_with_and_without_nvidia_smi(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
+    answers = {"git": "abc123", "nvidia-smi": "NVIDIA H100 80GB, 580.1, 1980 MHz, 2619 MHz, 700 W"}
+    monkeypatch.setattr(device, "output_of", lambda program, *_: answers[program])
+    found = device.environment("cuda")
+    assert (found["gpu"], found["driver"], found["power_limit"]) == (
+        "NVIDIA H100 80GB",
+        "580.1",
+        "700 W",
+    )
+    answers["nvidia-smi"] = ""
+    assert device.environment("cuda")["gpu"] == "NVIDIA H100"
+
+
+def test_a_program_that_is_not_there_says_nothing():
+    assert device.output_of("no-such-program") == device.output_of("false") == ""
