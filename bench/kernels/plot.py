@@ -69,6 +69,8 @@ def roofline(lines: list[Line], path: Path) -> None:
     """Operations a second over operations a byte, a panel an operator, under measured peaks."""
     chosen = [x for x in lines if x.get("flops")]
     ops = sorted({line["op"] for line in chosen})
+    arms = sorted({line["arm"] for line in chosen})
+    colors = {arm: f"C{i}" for i, arm in enumerate(arms)}  # the same in all panels
     figure, axes = plt.subplots(1, len(ops), figsize=(7 * len(ops), 5), squeeze=False)
     for axis, op in zip(axes[0], ops, strict=True):
         of_op = [x for x in chosen if x["op"] == op]
@@ -85,13 +87,14 @@ def roofline(lines: list[Line], path: Path) -> None:
             [ends[0] * peak_gb_s / 1e3, peak_tflop_s, peak_tflop_s],
             color="black",
             linewidth=1,
-            label=f"measured peaks: {peak_gb_s:.0f} GB/s, {peak_tflop_s:.0f} TFLOP/s",
+            label=f"measured peaks: {peak_gb_s:.4g} GB/s, {peak_tflop_s:.3g} TFLOP/s",
         )
         for arm, points in sorted(by_arm.items()):
             axis.plot(
                 [x["flops"] / x["bytes"] for x in points],
                 [x["flops"] / x["us"] / 1e6 for x in points],
                 "o",
+                color=colors[arm],
                 markersize=8 if arm == "dflare" else 5,
                 label=arm,
             )

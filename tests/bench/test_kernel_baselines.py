@@ -4,6 +4,7 @@ They hold page tables, lengths and layouts against the operator's reference, whi
 show only as a baseline with a wrong result.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import block_attention
 import pytest
+import session
 import torch
 from attention_arms import BlockInputs, Shape, make_sets, prologue_arm
+from device import Peaks
 from library_arms import library_makers
 from measure import build
 from models import PAIRS
 
+from dflare import ops
 from dflare.ops.reference_math import attend, visibility
 
 NAMES = ("fa3", "flashinfer_fa2", "flashinfer_fa3", "flashinfer_uniform")
@@ -174,6 +178,27 @@ def test_the_prologue_fills_the_slots_that_baselines_read(monkeypatch):
     assert torch.equal(queries, inputs.queries[0])
     assert torch.equal(pool[table[:, 21].long()], first)
     assert not pool[table[:, :21].long().flatten()].any()
+
+
+def test_every_arm_of_a_gpu_comes_to_a_line_and_a_layers_total(libraries, monkeypatch, capsys):
+    """The arms that a GPU has, on the CPU: nothing compiled, no graphs, a schedule of zeros."""
+    monkeypatch.setattr(torch, "compile", lambda run, dynamic: run)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(ops, "block_attention_schedule", lambda *_: torch.zeros(4))
+    monkeypatch.setattr(session, "measure_peaks", lambda *_: Peaks(20.0, 18.0, 0.5))
+    arguments = block_attention.parse(["--model", "smollm2-135m", "--refcheck", "--rounds", "2"])
+    arguments.device, arguments.dtype = "cpu", "float32"
+    run = session.Session("block_attention", arguments)
+    shape = Shape(PAIRS["smollm2-135m"], 2, 21, 4, torch.float32, "cpu")
+    block_attention.run_shape(run, shape, "smollm2-135m")
+    assert run.status() == 0
+    captured = capsys.readouterr()
+    lines = {line["arm"]: line for line in map(json.loads, captured.out.splitlines())}
+    assert tuple(lines) == block_attention.ARMS
+    assert lines["schedule"]["gb_s"] is None and lines["prologue"]["gb_s"] > 0
+    assert lines["prologue"]["bytes"] < lines["fa3"]["bytes"] == lines["dflare"]["bytes"]
+    totals = captured.err.partition("a layer with all that it takes")[2]
+    assert all(totals.count(f" {name} ") == 1 for name in (*NAMES, "dflare", "eager"))
 
 
 def test_results_of_a_large_batch_are_checked_at_its_ends_and_middle():
