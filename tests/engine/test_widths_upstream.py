@@ -5,11 +5,12 @@ import re
 
 import pytest
 from sglang.srt.layers import logprob_processor
+from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components import batch_result_processor
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.speculative import dflash_utils, dflash_worker_v2, spec_utils
-from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker, HiCacheDraftPlan
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.spec_sampling_mask import SpeculativeSamplingMaskCapture
 
@@ -75,3 +76,12 @@ def test_a_graph_takes_batches_of_its_own_width_only():
 def test_results_are_cut_by_the_width_of_their_own_step():
     source = inspect.getsource(batch_result_processor._get_speculative_output_stride)
     assert "result.speculative_num_draft_tokens" in source
+
+
+def test_who_else_copies_the_drafters_pool_is_known_when_context_may_wait():
+    """`AdaptiveWidths` asks at `init_cuda_graphs`."""
+    assert isinstance(BaseSpecWorker.hicache_draft_plan, property)
+    assert HiCacheDraftPlan().device_pools == ()
+    assert "init_hicache_draft_plan()" in inspect.getsource(Scheduler.init_memory_pools)
+    start = inspect.getsource(Scheduler.init_model_worker)
+    assert start.index("self.init_memory_pools()") < start.index("self.init_all_cuda_graphs()")
