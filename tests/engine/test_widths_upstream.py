@@ -5,6 +5,7 @@ import re
 
 import pytest
 from sglang.srt.layers import logprob_processor
+from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components import batch_result_processor
 from sglang.srt.model_executor.model_runner import ModelRunner
@@ -49,6 +50,8 @@ def test_the_worker_has_the_attribute(name):
         (ModelRunner._get_attention_backend, "init_new_workspace"),
         (BaseSpecWorker.on_verify_complete_cpu, "num_correct_drafts_per_req batch_size"),
         (BaseSpecWorker.note_request_finished, "rid natural_stop"),
+        (LogitsProcessor.deferred_argmax, "logits"),
+        (LogitsProcessor.finish_deferred_gather, "logits"),
         (DFlashVerifyInput.prepare_for_verify, "batch target_worker"),
         (logprob_processor.compute_spec_logprobs, "batch logits_output predict chain_stride"),
         (spec_utils.build_grammar_vocab_mask, "reqs tree sampling_info device barrier"),
