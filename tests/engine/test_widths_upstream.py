@@ -5,11 +5,13 @@ import re
 
 import pytest
 from sglang.srt.layers import logprob_processor
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components import batch_result_processor
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.speculative import dflash_utils, dflash_worker_v2, spec_utils
-from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker, HiCacheDraftPlan
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.spec_sampling_mask import SpeculativeSamplingMaskCapture
 
@@ -48,6 +50,8 @@ def test_the_worker_has_the_attribute(name):
         (ModelRunner._get_attention_backend, "init_new_workspace"),
         (BaseSpecWorker.on_verify_complete_cpu, "num_correct_drafts_per_req batch_size"),
         (BaseSpecWorker.note_request_finished, "rid natural_stop"),
+        (LogitsProcessor.deferred_argmax, "logits"),
+        (LogitsProcessor.finish_deferred_gather, "logits"),
         (DFlashVerifyInput.prepare_for_verify, "batch target_worker"),
         (logprob_processor.compute_spec_logprobs, "batch logits_output predict chain_stride"),
         (spec_utils.build_grammar_vocab_mask, "reqs tree sampling_info device barrier"),
@@ -75,3 +79,12 @@ def test_a_graph_takes_batches_of_its_own_width_only():
 def test_results_are_cut_by_the_width_of_their_own_step():
     source = inspect.getsource(batch_result_processor._get_speculative_output_stride)
     assert "result.speculative_num_draft_tokens" in source
+
+
+def test_who_else_copies_the_drafters_pool_is_known_when_context_may_wait():
+    """`AdaptiveWidths` asks at `init_cuda_graphs`."""
+    assert isinstance(BaseSpecWorker.hicache_draft_plan, property)
+    assert HiCacheDraftPlan().device_pools == ()
+    assert "init_hicache_draft_plan()" in inspect.getsource(Scheduler.init_memory_pools)
+    start = inspect.getsource(Scheduler.init_model_worker)
+    assert start.index("self.init_memory_pools()") < start.index("self.init_all_cuda_graphs()")
