@@ -2,18 +2,20 @@
 
 import inspect
 import re
+from types import SimpleNamespace
 
 import pytest
 from sglang.srt.layers import logprob_processor
 from sglang.srt.managers.scheduler_components import batch_result_processor
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+from sglang.srt.observability.metrics_collector import SchedulerMetricsCollector
 from sglang.srt.speculative import dflash_utils, dflash_worker_v2, spec_utils
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.spec_sampling_mask import SpeculativeSamplingMaskCapture
 
-from dflare.engine import width_states
+from dflare.engine import width_states, widths
 
 WORKER = inspect.getsource(dflash_worker_v2.DFlashWorkerV2)
 
@@ -75,3 +77,21 @@ def test_a_graph_takes_batches_of_its_own_width_only():
 def test_results_are_cut_by_the_width_of_their_own_step():
     source = inspect.getsource(batch_result_processor._get_speculative_output_stride)
     assert "result.speculative_num_draft_tokens" in source
+
+
+def test_metrics_carry_the_labels_by_which_servers_and_ranks_are_told_apart(monkeypatch):
+    source = inspect.getsource(SchedulerMetricsCollector.init_new)
+    theirs = set(re.findall(r'^ +"(\w+)": |labels\["(\w+)"\]', source, re.MULTILINE))
+    facts = SimpleNamespace(
+        **{"tp_rank": 1, "pp_rank": 0, "dp_rank": 3, "served_model_name": "target"},
+        **{"enable_pd_role_switch": False, "disaggregation_mode": "decode"},
+        extra_metric_labels={"zone": "b"},
+    )
+    for context in ("parallel", "disagg", "serving", "observability"):
+        monkeypatch.setattr(widths, f"get_{context}", lambda: facts)
+    ours = widths._metric_labels()
+    assert ours == {
+        **{"model_name": "target", "engine_type": "decode", "zone": "b"},
+        **{"tp_rank": "1", "pp_rank": "0", "dp_rank": "3"},
+    }
+    assert {a or b for a, b in theirs} - ours.keys() == {"moe_ep_rank", "priority"}
