@@ -33,6 +33,7 @@ from traffic import Outcome, Traffic, run
 from dflare.adaptive.config import VARIABLE
 
 _POOL_SECONDS = 60  # SGLang writes an idle server's gauges every 30 s
+_POOL_GAUGE = re.compile(r"sglang:kv_(used|available|evictable)_tokens")
 _WIDTHS = 3  # different ones at least, or the soak says nothing about changing them
 _TRACES = re.compile(r"Traceback \(most recent|Fatal Python error|leak detected")
 
@@ -46,12 +47,11 @@ def pool_faults(server: Server) -> list[str]:
         # By rank: in a sum over ranks one could make up for another.
         pools: dict[tuple[tuple[str, str], ...], dict[str, float]] = defaultdict(dict)
         for name, labels, value in server.samples():
-            if name.startswith("sglang:kv_"):
-                pools[tuple(sorted(labels.items()))][name.removeprefix("sglang:kv_")] = value
+            if kind := _POOL_GAUGE.fullmatch(name):
+                pools[tuple(sorted(labels.items()))][kind[1]] = value
         faults = [] if pools else ["no gauges of the KV pool on /metrics"]
         for rank, gauges in pools.items():
-            used = gauges["used_tokens"]
-            free = gauges["available_tokens"] + gauges["evictable_tokens"]
+            used, free = gauges["used"], gauges["available"] + gauges["evictable"]
             if used or free != capacity:
                 faults.append(
                     f"KV pool {dict(rank)} after the last request: {used:.0f} slots used, "
