@@ -27,6 +27,11 @@ def measured(records: Iterable[Record]) -> list[Record]:
     return [record for record in records if "failed" not in record]
 
 
+def is_whole(record: Record) -> bool:
+    """Whether every request of a cell was answered."""
+    return "failed" not in record and not record["errors"]
+
+
 def medians(records: Iterable[Record]) -> dict[Key, Record]:
     """Per dataset, concurrency and arm the median of every figure over the repeats.
 
@@ -100,7 +105,7 @@ def adaptive_ratios(sweep: Sweep, records: Iterable[Record]) -> dict[Key, Ratio]
 
 def missing_cells(sweep: Sweep, records: Iterable[Record]) -> list[Cell]:
     """Cells without which the verdict is not whole: failed, with errors, or not measured."""
-    good = {cell_of(r) for r in measured(records) if not r["errors"]}
+    good = {cell_of(record) for record in records if is_whole(record)}
     judged = {*sweep.rivals, sweep.adaptive}
     return [cell for cell in cells(sweep) if cell.arm in judged and cell not in good]
 

@@ -24,7 +24,7 @@ from fleet import Fleet, reason_of
 from plan import Cell, Sweep, cell_of, cells, read_records
 from provenance import provenance
 from pydantic import ValidationError
-from report import missing_cells, write_report
+from report import is_whole, missing_cells, write_report
 
 QUICK = Path(__file__).parent / "sweeps" / "quick.yaml"
 
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{plan_file} holds another plan than this one; choose another --out, or remove it"
         )
     plan_file.write_text(plan)
-    records = [r for r in read_records(out / "cells.jsonl") if "failed" not in r]
+    records = [record for record in read_records(out / "cells.jsonl") if is_whole(record)]
     fleet = Fleet(sweep, out)
     try:
         run(sweep, fleet, out, records)

@@ -68,6 +68,14 @@ def test_a_crash_costs_one_cell_and_is_tried_again_by_the_next_run(small_sweep, 
     assert "What failed" not in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_a_cell_with_errors_is_measured_again_by_the_next_run(small_sweep):
+    def refuse_some(sweep, dataset, cell, server, out):
+        return measure_well(sweep, dataset, cell, server, out) | {"errors": cell.repeat}
+
+    assert small_sweep(refuse_some) == 1
+    assert small_sweep(measure_well) == 0
+
+
 def test_an_arm_that_always_fails_is_given_up_and_the_others_are_measured(small_sweep, capsys):
     def refuse(sweep, dataset, cell, server, out):
         if cell.arm == "width 4":
