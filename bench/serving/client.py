@@ -12,6 +12,7 @@ from plan import Cell, Dataset, Sweep
 from server import Server
 
 _PERCENTILES = ("p50", "p90", "p99")
+_WARM_UP_TOKENS = 16
 
 
 def measure(
@@ -27,23 +28,28 @@ def measure(
 
     Returns:
         The record of the cell: throughput, latencies in ms, accept length, mean width, errors.
+
+    Raises:
+        RuntimeError: The generator gave up, or every request failed.
+        DFlareError: The server ended.
     """
+    load = (cell.dataset, cell.concurrency)
+    if load not in server.warmed_up:
+        # What the first steps at this load cost is the start-up's, and so are their tokens: this
+        # run is over before the counters are read.
+        _run_generator(sweep, dataset, cell, server, out, cell.concurrency, _WARM_UP_TOKENS)
+        server.warmed_up.add(load)
     count = max(sweep.min_requests, sweep.requests_per_stream * cell.concurrency)
-    result_file = out / "bench-result.jsonl"
-    result_file.unlink(missing_ok=True)
-    argv = ["--backend", "sglang", "--base-url", server.url]
-    argv += dataset.flags(count, sweep.output_tokens, out)
-    argv += ["--max-concurrency", str(cell.concurrency), "--seed", str(sweep.seed + cell.repeat)]
-    argv += ["--warmup-requests", str(cell.concurrency), "--flush-cache", "--disable-tqdm"]
-    argv += ["--output-file", str(result_file), "--output-details"]
     before = server.counters()
     load_before = os.getloadavg()[0]
-    _run_generator(argv, out / "bench.log")
+    details = _run_generator(sweep, dataset, cell, server, out, count, sweep.output_tokens)
     server.check()
     after = server.counters()
-    details = json.loads(result_file.read_text().splitlines()[-1])
     delta = {name: after[name] - before.get(name, 0.0) for name in after}
-    return cell.model_dump() | summarise(details, delta) | {"machine_load": load_before}
+    record = summarise(details, delta)
+    if record["errors"] == record["requests"]:
+        raise RuntimeError(f"every request failed: {details['errors'][0].strip()[-300:]}")
+    return cell.model_dump() | record | {"machine_load": load_before}
 
 
 def summarise(details: dict[str, Any], delta: dict[str, float]) -> dict[str, Any]:
@@ -51,7 +57,11 @@ def summarise(details: dict[str, Any], delta: dict[str, float]) -> dict[str, Any
 
     Args:
         details: The generator's result, with its details.
-        delta: What the server's counters gained during the run, warm-up included.
+        delta: What the server's counters gained during the run.
+
+    Returns:
+        Among others `accept_length`, tokens committed per request and step, and `mean_width`,
+        tokens verified per request and step.
     """
     median = {"p50": "median"}
     record: dict[str, Any] = {
@@ -68,24 +78,47 @@ def summarise(details: dict[str, Any], delta: dict[str, float]) -> dict[str, Any
         for p in _PERCENTILES:
             record[f"{name}_{p}_ms"] = details[f"{median.get(p, p)}_{name}_ms"]
     steps = delta.get("sglang:spec_verify_calls_total", 0.0)
-    widths = {int(k.split()[1]): v for k, v in delta.items() if k.startswith("width ") and v}
+    request_steps = delta.get("dflare_request_steps_total", 0.0)
     record["mean_width"] = None
     record["accept_length"] = None
     if steps:
         # An answer's first token comes from its prefill.
         decoded = delta["sglang:generation_tokens_total"] - delta["sglang:num_requests_total"]
         record["accept_length"] = decoded / steps
-    if widths:
-        record["mean_width"] = sum(w * n for w, n in widths.items()) / sum(widths.values())
+    if request_steps:
+        record["mean_width"] = delta["dflare_verified_tokens_total"] / request_steps
     return record
 
 
-def _run_generator(argv: list[str], log: Path) -> None:
-    """Call `sglang.benchmark.serving` in this process: importing it takes longer than a cell."""
+def _run_generator(
+    sweep: Sweep,
+    dataset: Dataset,
+    cell: Cell,
+    server: Server,
+    out: Path,
+    requests: int,
+    output_tokens: int,
+) -> dict[str, Any]:
+    """Call `sglang.benchmark.serving` in this process: importing it takes longer than a cell.
+
+    Returns:
+        Its result, with details.
+
+    Raises:
+        RuntimeError: It gave up.
+    """
     from sglang.benchmark import serving
 
+    simulated = sweep.simulate_acc_len is not None
+    result_file, log = out / "bench-result.jsonl", out / "bench.log"
+    result_file.unlink(missing_ok=True)
+    argv = ["sglang.benchmark.serving", "--backend", "sglang", "--base-url", server.url]
+    argv += dataset.flags(requests, output_tokens, out, ignore_eos=simulated)
+    argv += ["--max-concurrency", str(cell.concurrency), "--seed", str(sweep.seed_of(cell.repeat))]
+    argv += ["--warmup-requests", "0", "--flush-cache", "--disable-tqdm"]
+    argv += ["--output-file", str(result_file), "--output-details"]
     saved = sys.argv
-    sys.argv = ["sglang.benchmark.serving", *argv]
+    sys.argv = argv
     try:
         with log.open("a") as file, contextlib.redirect_stdout(file):
             serving.cli_main()
@@ -93,3 +126,4 @@ def _run_generator(argv: list[str], log: Path) -> None:
         raise RuntimeError(f"the load generator gave up, see {log}: {error}") from error
     finally:
         sys.argv = saved
+    return json.loads(result_file.read_text().splitlines()[-1])

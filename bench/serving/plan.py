@@ -1,13 +1,15 @@
 """A sweep as data: which servers, which load, how often."""
 
 import json
+import zlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 HERE = Path(__file__).parent
+_PREFIX_SHARERS = 4  # requests at least that share a prefix, or nothing is shared
 
 
 class _Data(BaseModel):
@@ -19,16 +21,16 @@ class Arm(_Data):
 
     Attributes:
         kind: `none`, `fixed` and `adaptive` enter the comparison adaptive / best; `other` is shown.
+            A second arm of kind `none` is not a rival: it shows how far the same server, measured
+            twice, differs from itself.
         args: Flags of `sglang.launch_server`; `{draft}` stands for the drafter.
-        env: Environment variables.
-        optional: A server that does not start is reported and left out instead of ending the sweep.
+        env: Environment variables on top of DFLARE_ADAPTIVE=on.
     """
 
     name: str
     kind: Literal["none", "fixed", "adaptive", "other"]
     args: list[str] = []
     env: dict[str, str] = {}
-    optional: bool = False
 
 
 class Dataset(_Data):
@@ -37,7 +39,8 @@ class Dataset(_Data):
     Attributes:
         prompts: Prompt files under `bench/serving/prompts` by stem, or paths of JSON Lines in
             `sglang.benchmark.serving`'s custom format; several are mixed. None for generated loads.
-        shared_prefixes: Groups of requests with a common prefix, for a generated load.
+        shared_prefixes: Groups of requests with a common prefix, for a generated load; fewer where
+            a group would have less than four.
         args: Further flags of `sglang.benchmark.serving`.
     """
 
@@ -46,12 +49,21 @@ class Dataset(_Data):
     shared_prefixes: int = 0
     args: list[str] = []
 
-    def flags(self, requests: int, output_tokens: int, folder: Path) -> list[str]:
-        """Flags of the load generator for so many requests; writes the prompt file it reads."""
+    def flags(
+        self, requests: int, output_tokens: int, folder: Path, ignore_eos: bool = False
+    ) -> list[str]:
+        """Flags of the load generator for so many requests; writes the prompt file it reads.
+
+        Args:
+            requests: How many, at least; shared prefixes round up to whole groups.
+            output_tokens: Longest answer to a prompt of a file.
+            folder: Where the prompt file goes.
+            ignore_eos: Answers of full length, where their text means nothing.
+        """
         if self.shared_prefixes:
-            per_group = -(-requests // self.shared_prefixes)
-            groups = ["--gsp-num-groups", str(self.shared_prefixes)]
-            load = [*groups, "--gsp-prompts-per-group", str(per_group)]
+            groups = max(1, min(self.shared_prefixes, requests // _PREFIX_SHARERS))
+            per_group = max(_PREFIX_SHARERS, -(-requests // groups))
+            load = ["--gsp-num-groups", str(groups), "--gsp-prompts-per-group", str(per_group)]
             return ["--dataset-name", "generated-shared-prefix", *load, *self.args]
         if not self.prompts:
             return [*self.args, "--num-prompts", str(requests)]
@@ -64,7 +76,7 @@ class Dataset(_Data):
         lines *= -(-requests // len(lines))
         path = folder / f"{self.name}.jsonl"
         path.write_text("\n".join(lines) + "\n")
-        answers = ["--apply-chat-template", "--disable-ignore-eos"]
+        answers = ["--apply-chat-template", *([] if ignore_eos else ["--disable-ignore-eos"])]
         answers += ["--sharegpt-output-len", str(output_tokens), "--num-prompts", str(requests)]
         return ["--dataset-name", "custom", "--dataset-path", str(path), *answers, *self.args]
 
@@ -73,7 +85,9 @@ class Sweep(_Data):
     """A whole sweep.
 
     Attributes:
-        model, draft: Folder or hub id; `demo` is the pair that needs no hub.
+        model, draft: Folder or hub id; `demo` is the pair that needs no hub. Without a drafter,
+            which only simulated acceptance allows, one of the published shape is written with
+            random weights.
         server_args: Flags of every server.
         concurrency: Requests in flight, one cell each.
         requests_per_stream: Requests of a cell are this times the concurrency ...
@@ -82,11 +96,11 @@ class Sweep(_Data):
         keep_alive: Keep all servers running and measure one arm after the other in every cell. Else
             one server runs at a time, and arms alternate between repeats.
         simulate_acc_len: Accept length that SGLang fakes (SGLANG_SIMULATE_ACC_LEN); outputs are
-            then meaningless and every report says so.
+            then meaningless, of full length, and every report says so.
     """
 
     model: str
-    draft: str
+    draft: str | None = None
     server_args: list[str] = []
     arms: list[Arm] = Field(min_length=1)
     datasets: list[Dataset] = Field(min_length=1)
@@ -103,14 +117,51 @@ class Sweep(_Data):
     def load(cls, path: Path) -> "Sweep":
         return cls.model_validate(yaml.safe_load(path.read_text()))
 
-    def pair(self) -> tuple[str, str]:
-        """Paths or ids of target and drafter."""
+    @model_validator(mode="after")
+    def _check_draft(self) -> Self:
+        if self.draft is None and self.simulate_acc_len is None:
+            raise ValueError(
+                f"no drafter for {self.model}; name one (--draft), or simulate its acceptance "
+                "(--simulate-acc-len)"
+            )
+        return self
+
+    @property
+    def baseline(self) -> str | None:
+        """The arm without speculation."""
+        return next((arm.name for arm in self.arms if arm.kind == "none"), None)
+
+    @property
+    def adaptive(self) -> str | None:
+        """The arm that must not lose; a second one of its kind is shown and not judged."""
+        return next((arm.name for arm in self.arms if arm.kind == "adaptive"), None)
+
+    @property
+    def rivals(self) -> list[str]:
+        """The arms that it must not lose to."""
+        return [a.name for a in self.arms if a.kind == "fixed" or a.name == self.baseline]
+
+    def pair(self, folder: Path) -> tuple[str, str]:
+        """Paths or ids of target and drafter; a random drafter is written into the folder."""
+        from random_drafter import config_for, write_random_drafter
+
         from dflare.demo import demo_draft, demo_target
 
-        return (
-            str(demo_target()) if self.model == "demo" else self.model,
-            str(demo_draft()) if self.draft == "demo" else self.draft,
-        )
+        target = str(demo_target()) if self.model == "demo" else self.model
+        if self.draft is not None:
+            return target, str(demo_draft()) if self.draft == "demo" else self.draft
+        drafter = folder / "random-drafter"
+        if not drafter.exists():
+            write_random_drafter(drafter, config_for(target))
+        return target, str(drafter)
+
+    def seed_of(self, repeat: int) -> int:
+        """Seed of a repeat's prompts.
+
+        The generator keeps prompts with shared prefixes in the user's cache folder by seed and
+        sizes; the model is part of the seed so that no other model's are taken.
+        """
+        return zlib.crc32(self.model.encode()) % 1_000_000 * 1000 + self.seed + repeat
 
 
 class Cell(_Data):

@@ -10,7 +10,11 @@ from dflare.engine.server_process import ServerProcess
 
 
 class Server(ServerProcess):
-    """A server process with metrics, ready when it is made."""
+    """A server process with metrics, ready when it is made.
+
+    Attributes:
+        warmed_up: Loads that it has met, (dataset, concurrency).
+    """
 
     def __init__(self, args: list[str], log: Path, env: dict[str, str] | None = None):
         """
@@ -23,6 +27,7 @@ class Server(ServerProcess):
             DFlareError: It ended, or did not answer in time.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
+        self.warmed_up: set[tuple[str, int]] = set()
         super().__init__(["--enable-metrics", *args], log, env)
         try:
             self.wait_until_healthy()
@@ -31,17 +36,26 @@ class Server(ServerProcess):
             raise
 
     def counters(self) -> dict[str, float]:
-        """Sums over labels of the metrics that end in `_total`, and of the KV pool's gauges."""
-        text = requests.get(f"{self.url}/metrics", timeout=30).text
+        """The metrics that end in `_total`, summed over their labels."""
         totals: dict[str, float] = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.name.endswith("_total") or sample.name.startswith("sglang:kv_"):
-                    totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
-                if sample.name == "dflare_verify_steps_total":
-                    key = f"width {sample.labels['width']}"
-                    totals[key] = totals.get(key, 0.0) + sample.value
+        for name, _, value in self.samples():
+            if name.endswith("_total"):
+                totals[name] = totals.get(name, 0.0) + value
         return totals
+
+    def samples(self) -> list[tuple[str, dict[str, str], float]]:
+        """Name, labels and value of everything on `/metrics`.
+
+        Raises:
+            requests.RequestException: The server does not answer.
+        """
+        reply = requests.get(f"{self.url}/metrics", timeout=30)
+        reply.raise_for_status()
+        return [
+            (sample.name, sample.labels, sample.value)
+            for family in text_string_to_metric_families(reply.text)
+            for sample in family.samples
+        ]
 
     def processes(self) -> list[int]:
         """Ids of the server's processes."""

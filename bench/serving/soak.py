@@ -4,92 +4,101 @@
 
 A server without speculation first gives the reference answers. Then a server with DFLARE meets
 bursts of greedy and sampled requests, long prompts with common beginnings, grammars, logprobs,
-clients that leave, and requests that are wrong. Afterwards: no fault that is not the client's, all
-greedy answers equal to the reference, every KV slot free or in the prefix cache, memory flat. Exit
-status 0 and the last line `soak: passed` only then.
+clients that leave, and requests that are wrong, in a KV pool so small that requests are retracted.
+Afterwards: no fault that is not the client's, every greedy answer (also of a grammar, with logprobs
+or cut off) equal to the reference, every KV slot free or in the prefix cache, no process dead or
+growing, no traceback in the log, at least three widths used, requests retracted. Exit status 0 and
+the last line `soak: passed` only then.
 """
 
 import argparse
 import asyncio
 import json
+import re
 import signal
 import sys
-import threading
 import time
+from collections import defaultdict
 from pathlib import Path
-from statistics import median
 
-import psutil
 import requests
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from process_watch import ProcessWatch
+from reference import GREEDY_TOKENS, Reference, ask, collect, greedy_params
 from server import Server
-from traffic import Traffic, run
+from traffic import Outcome, Traffic, run
 
-_REFERENCE_TOKENS = 64
-_MEMORY_SLACK = 64e6  # bytes
-_SAMPLE_SECONDS = 2.0
+from dflare.adaptive.config import VARIABLE
 
-
-class MemoryWatch(threading.Thread):
-    """Samples the resident memory of a server's processes."""
-
-    def __init__(self, server: Server):
-        super().__init__(daemon=True)
-        self._server = server
-        self._stop_event = threading.Event()
-        self.samples: list[float] = []
-
-    def run(self) -> None:
-        while not self._stop_event.wait(_SAMPLE_SECONDS):
-            total = 0.0
-            for pid in self._server.processes():
-                try:
-                    total += psutil.Process(pid).memory_info().rss
-                except psutil.NoSuchProcess:
-                    continue
-            self.samples.append(total)
-
-    def stop(self) -> None:
-        self._stop_event.set()
-        self.join()
-
-    def growth(self) -> float:
-        """Bytes gained from the second to the last quarter; the first one fills caches."""
-        quarter = len(self.samples) // 4
-        if quarter == 0:
-            return 0.0
-        early, late = self.samples[quarter : 2 * quarter], self.samples[-quarter:]
-        return median(late) - median(early)
-
-
-def reference_answers(server: Server, prompts: list[str]) -> list[list[int]]:
-    """Greedy answers, one request at a time."""
-    params = {"temperature": 0, "max_new_tokens": _REFERENCE_TOKENS, "ignore_eos": True}
-    answers = []
-    for prompt in prompts:
-        body = {"text": prompt, "sampling_params": params}
-        reply = requests.post(f"{server.url}/generate", json=body, timeout=600)
-        reply.raise_for_status()
-        answers.append(reply.json()["output_ids"])
-    return answers
+_POOL_SECONDS = 60  # SGLang writes an idle server's gauges every 30 s
+_POOL_GAUGE = re.compile(r"sglang:kv_(used|available|evictable)_tokens")
+_WIDTHS = 3  # different ones at least, or the soak says nothing about changing them
+_TRACES = re.compile(r"Traceback \(most recent|Fatal Python error|leak detected")
 
 
 def pool_faults(server: Server) -> list[str]:
-    """What is wrong with the KV pool of a server that has nothing to do any more."""
+    """What is wrong with the KV pools of a server that has nothing to do any more."""
     state = requests.get(f"{server.url}/server_info", timeout=60).json()["internal_states"][0]
     capacity = state["memory_usage"]["token_capacity"]
-    deadline = time.monotonic() + 60
-    used = free = -1.0
-    while time.monotonic() < deadline:
-        counters = server.counters()
-        used = counters["sglang:kv_used_tokens"]
-        free = counters["sglang:kv_available_tokens"] + counters["sglang:kv_evictable_tokens"]
-        if used == 0 and free == capacity:
-            return []
+    deadline = time.monotonic() + _POOL_SECONDS
+    while True:
+        # By rank: in a sum over ranks one could make up for another.
+        pools: dict[tuple[tuple[str, str], ...], dict[str, float]] = defaultdict(dict)
+        for name, labels, value in server.samples():
+            if kind := _POOL_GAUGE.fullmatch(name):
+                pools[tuple(sorted(labels.items()))][kind[1]] = value
+        faults = [] if pools else ["no gauges of the KV pool on /metrics"]
+        for rank, gauges in pools.items():
+            used, free = gauges["used"], gauges["available"] + gauges["evictable"]
+            if used or free != capacity:
+                faults.append(
+                    f"KV pool {dict(rank)} after the last request: {used:.0f} slots used, "
+                    f"{free:.0f} of {capacity} free or in the prefix cache"
+                )
+        if not faults or time.monotonic() > deadline:
+            return faults
         time.sleep(1)
-    return [f"KV pool after the last request: {used:.0f} slots used, {free:.0f} of {capacity} free"]
+
+
+def load_faults(server: Server) -> list[str]:
+    """What the load has failed to reach: widths, and retraction. Prints what it has."""
+    samples = server.samples()
+    steps = {
+        int(labels["width"]): int(value)
+        for name, labels, value in samples
+        if name == "dflare_verify_steps_total" and value
+    }
+    retracted = sum(v for name, _, v in samples if name == "sglang:num_retracted_requests_total")
+    widths = ", ".join(f"{width}: {count}" for width, count in sorted(steps.items()))
+    print(f"steps by width: {widths}; {retracted:.0f} requests retracted", flush=True)
+    faults = []
+    if len(steps) < _WIDTHS:
+        faults.append(f"steps of {len(steps)} widths, expected {_WIDTHS}: nothing adapted")
+    if not retracted:
+        faults.append("no request was retracted; lower --max-total-tokens in --server-args")
+    return faults
+
+
+def log_faults(log: Path) -> list[str]:
+    """Lines of a server's log that no request may cause, right or wrong."""
+    lines = log.read_text(errors="replace").splitlines()
+    return [
+        f"{log}, line {number}: {line[:200]}"
+        for number, line in enumerate(lines, start=1)
+        if _TRACES.search(line)
+    ]
+
+
+def flush_faults(server: Server, reference: Reference) -> list[str]:
+    """Whether anything is still queued, which forbids to flush, and whether it then serves on."""
+    reply = requests.post(f"{server.url}/flush_cache", params={"timeout": 30}, timeout=60)
+    if reply.status_code != 200:
+        return [f"flush_cache: status {reply.status_code}: {reply.text[:200]}"]
+    text, expected = next(iter(reference.greedy.items()))
+    got = ask(server.url, text, greedy_params(GREEDY_TOKENS))
+    return [] if got == expected else [f"after flush_cache: got {got}, expected {expected}"]
 
 
 def load_prompts(count: int) -> list[str]:
@@ -102,8 +111,13 @@ def load_prompts(count: int) -> list[str]:
     return texts
 
 
-def soak(args: argparse.Namespace) -> list[str]:
-    """Run the soak; return everything that went wrong."""
+def soak(args: argparse.Namespace, outcome: Outcome) -> None:
+    """Run the soak; `outcome` gains everything that went wrong.
+
+    Raises:
+        DFlareError: A server did not start, or ended.
+        requests.RequestException: A server does not answer any more.
+    """
     target, draft = args.model, args.draft
     if target is None:
         from dflare.demo import demo_draft, demo_target
@@ -112,28 +126,36 @@ def soak(args: argparse.Namespace) -> list[str]:
     common = ["--model-path", target, "--log-level", "warning", *args.server_args]
     prompts = load_prompts(args.prompts)
     with Server(common, args.out / "reference.log") as server:
-        print(f"reference: {len(prompts)} prompts of {_REFERENCE_TOKENS} tokens", flush=True)
-        reference = reference_answers(server, prompts)
+        print(f"reference: {len(prompts)} prompts of {GREEDY_TOKENS} tokens", flush=True)
+        reference = collect(server.url, prompts, args.seed)
     speculation = ["--speculative-algorithm", "DFLARE", "--speculative-draft-model-path", draft]
-    with Server([*common, *speculation], args.out / "server.log") as server:
-        traffic = Traffic(server.url, prompts, reference, args.seed)
-        watch = MemoryWatch(server)
+    # Whatever this process inherited: a soak that does not adapt shows little.
+    adapting = {VARIABLE: "on"}
+    with Server([*common, *speculation], args.out / "server.log", adapting) as server:
+        watch = ProcessWatch(server.processes())
         watch.start()
         print(f"load: {args.minutes} minutes, up to {args.concurrency} in flight", flush=True)
-        asyncio.run(run(traffic, 60 * args.minutes, args.concurrency, args.seed))
-        watch.stop()
-        faults = list(traffic.outcome.faults)
+        traffic = Traffic(server.url, reference, args.seed, outcome)
+        seconds = 60 * args.minutes
+        try:
+            asyncio.run(
+                run(traffic, seconds, args.concurrency, args.seed, lambda: watch.died is not None)
+            )
+        finally:
+            watch.stop()
+            sent = ", ".join(f"{count} {kind}" for kind, count in sorted(outcome.sent.items()))
+            print(f"sent: {sent}", flush=True)
+            for name, slope in watch.growth().items():
+                print(f"memory of {name}: {60e-6 * slope:+.2f} MB a minute", flush=True)
+            outcome.faults += watch.faults()
+            outcome.faults += log_faults(server.log)
         server.check()
-        faults += pool_faults(server)
+        outcome.faults += load_faults(server)
+        outcome.faults += pool_faults(server)
+        outcome.faults += flush_faults(server, reference)
         server.check()
-    sent = ", ".join(f"{count} {kind}" for kind, count in sorted(traffic.outcome.sent.items()))
-    growth, slack = watch.growth(), _MEMORY_SLACK + 0.02 * max(watch.samples, default=0.0)
-    print(f"sent: {sent}; memory grew by {growth / 1e6:.0f} MB, {slack / 1e6:.0f} allowed")
-    if growth > slack:
-        faults.append(f"memory grew by {growth / 1e6:.0f} MB, more than {slack / 1e6:.0f} MB")
-    if traffic.outcome.sent.total() == 0:
-        faults.append("nothing was sent; give more time")
-    return faults
+    if outcome.sent.total() == 0:
+        outcome.faults.append("nothing was sent; give more time")
 
 
 def main() -> None:
@@ -148,18 +170,28 @@ def main() -> None:
     parser.add_argument(
         "--server-args",
         nargs=argparse.REMAINDER,
-        # A pool so small that prefixes are evicted and requests retracted.
-        default=["--max-total-tokens", "4096", "--max-running-requests", "8"],
+        # So small a pool, and so hopeful an admission, that prefixes are evicted and requests
+        # retracted.
+        default=[
+            *("--max-total-tokens", "1024", "--max-running-requests", "12"),
+            *("--schedule-conservativeness", "0.1"),
+        ],
     )
     args = parser.parse_args()
     if (args.model is None) != (args.draft is None):
         parser.error("--model and --draft go together")
     # An interrupted soak must take its server with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    faults = soak(args)
-    for fault in faults[:20]:
-        print(f"FAULT {fault}")
-    print(f"soak: {f'{len(faults)} faults' if faults else 'passed'}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    outcome, finished = Outcome(), False
+    try:
+        soak(args, outcome)
+        finished = True
+    finally:
+        faults = outcome.faults
+        for fault in faults[:20]:
+            print(f"FAULT {fault}")
+        result = f"{len(faults)} faults" if faults else "passed" if finished else "not finished"
+        print(f"soak: {result}", flush=True)
     sys.exit(bool(faults))
 
 

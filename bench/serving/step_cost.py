@@ -12,27 +12,18 @@ soon is 1 with such a drafter.
 
 import argparse
 import os
+import sys
 import tempfile
 from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).parent))
+
+from random_drafter import write_random_drafter
 
 from dflare.adaptive.config import VARIABLE
-from dflare.checkpoint import expected_tensors, read_config, save_checkpoint
+from dflare.checkpoint import read_config
 from dflare.demo import demo_draft, demo_target
 from dflare.engine.step_timing import TRACE_ENV
-
-
-def write_random_drafter(folder: Path) -> Path:
-    """Write a drafter of the demo drafter's shape with random weights."""
-    config = read_config(demo_draft())
-    draw = torch.Generator().manual_seed(0)
-    weights = {
-        name: torch.randn(shape, generator=draw).mul_(0.02).to(torch.bfloat16)
-        for name, shape in expected_tensors(config).items()
-    }
-    save_checkpoint(folder, config, weights)
-    return folder
 
 
 def generate(target: Path, draft: Path, tokens: int, batches: list[int]) -> None:
@@ -68,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ[TRACE_ENV] = folder
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        draft = write_random_drafter(Path(folder) / "draft")
+        draft = write_random_drafter(Path(folder) / "draft", read_config(demo_draft()))
         generate(demo_target(), draft, options.tokens, options.batches)
         print_report(Path(folder))
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-
-_DIGITS = r"[0-9]{3}-[0-9]{4}"
+from reference import PATTERN, PATTERN_PARAMS, Reference, greedy_params
 
 
 @dataclass
@@ -25,19 +24,19 @@ class Outcome:
 class Traffic:
     """Sends random requests to one server."""
 
-    def __init__(self, url: str, prompts: list[str], reference: list[list[int]], seed: int):
+    def __init__(self, url: str, reference: Reference, seed: int, outcome: Outcome):
         """
         Args:
             url: Address of the server.
-            prompts: Prompts whose greedy answers are known.
-            reference: Token ids of these answers.
+            reference: Known answers, with their prompts.
             seed: Of the order and of all sizes.
+            outcome: Gains what is sent and what is wrong.
         """
         self._url = url
-        self._prompts = prompts
         self._reference = reference
+        self._prompts = list(reference.greedy)
         self._random = random.Random(seed)
-        self.outcome = Outcome()
+        self.outcome = outcome
         self._kinds: dict[str, tuple[float, Callable[[], Awaitable[None]]]] = {
             "greedy": (5, self._greedy),
             "sampled": (3, self._sampled),
@@ -66,53 +65,42 @@ class Traffic:
             return json.loads(text)
 
     async def _greedy(self) -> None:
-        index = self._random.randrange(len(self._prompts))
-        expected = self._reference[index]
+        await self._known(self._reference.greedy)
+
+    async def _known(self, answers: dict[str, list[int]], **more: Any) -> dict[str, Any]:
+        """Ask for the beginning of a known answer, and compare."""
+        text, expected = self._random.choice(list(answers.items()))
         length = self._random.randint(1, len(expected))
-        answer = await self._generate(
-            text=self._prompts[index],
-            sampling_params={"temperature": 0, "max_new_tokens": length, "ignore_eos": True},
-        )
-        assert answer["output_ids"] == expected[:length], (
-            f"prompt {index}, {length} tokens: got {answer['output_ids']}, expected {expected}"
-        )
+        params = greedy_params(length)
+        answer = await self._generate(text=text, sampling_params=params, **more)
+        _compare(text, answer["output_ids"], expected[:length])
+        return answer
 
     async def _sampled(self) -> None:
         params = {
             "temperature": self._random.uniform(0.3, 1.5),
             "top_p": self._random.uniform(0.5, 1.0),
             "top_k": self._random.choice([-1, 1, 20]),
-            "max_new_tokens": self._random.randint(1, 64),
+            "max_new_tokens": self._random.randint(1, 256),
             "ignore_eos": True,
         }
         answer = await self._generate(text=self._any_prompt(), sampling_params=params)
         assert len(answer["output_ids"]) == params["max_new_tokens"]
 
     async def _long_prompt(self) -> None:
-        """Shares a long beginning with others, so that prefixes hit and are evicted."""
-        beginning = " ".join(self._prompts[: self._random.randint(2, 6)])
-        words = beginning.split()[: self._random.randint(50, 250)]
-        text = f"{' '.join(words)} {self._any_prompt()}"
-        length = self._random.randint(1, 16)
-        answer = await self._generate(
-            text=text,
-            sampling_params={"temperature": 0, "max_new_tokens": length, "ignore_eos": True},
-        )
-        assert len(answer["output_ids"]) == length
+        await self._known(self._reference.long)
 
     async def _grammar(self) -> None:
-        temperature = self._random.choice([0, 0.8])
-        params = {"temperature": temperature, "max_new_tokens": 32, "regex": _DIGITS}
-        answer = await self._generate(text=self._any_prompt(), sampling_params=params)
-        assert re.fullmatch(_DIGITS, answer["text"]), f"{answer['text']!r} is not {_DIGITS}"
+        text, expected = self._random.choice(list(self._reference.pattern.items()))
+        greedy = self._random.random() < 0.5
+        params = PATTERN_PARAMS | ({} if greedy else {"temperature": 0.8})
+        answer = await self._generate(text=text, sampling_params=params)
+        assert re.fullmatch(PATTERN, answer["text"]), f"{answer['text']!r} is not {PATTERN}"
+        if greedy:
+            _compare(text, answer["output_ids"], expected)
 
     async def _logprobs(self) -> None:
-        length = self._random.randint(1, 24)
-        answer = await self._generate(
-            text=self._any_prompt(),
-            return_logprob=True,
-            sampling_params={"temperature": 0, "max_new_tokens": length, "ignore_eos": True},
-        )
+        answer = await self._known(self._reference.greedy, return_logprob=True)
         logprobs = answer["meta_info"]["output_token_logprobs"]
         assert [token for _, token, *_ in logprobs] == answer["output_ids"]
         assert all(value <= 1e-6 for value, *_ in logprobs)
@@ -120,17 +108,17 @@ class Traffic:
     async def _cut_off(self) -> None:
         """A client that leaves in the middle, or asks for an abort."""
         rid = f"cut-{self._random.getrandbits(64):x}"
-        body = {
-            "rid": rid,
-            "text": self._any_prompt(),
-            "stream": True,
-            "sampling_params": {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True},
-        }
+        text, expected = self._random.choice(list(self._reference.greedy.items()))
+        params = greedy_params(200)
+        body = {"rid": rid, "text": text, "stream": True, "sampling_params": params}
         chunks = self._random.randint(0, 6)
         async with self._session.post(f"{self._url}/generate", json=body) as response:
             assert response.status == 200, f"status {response.status}"
             async for line in response.content:
-                if line.startswith(b"data:"):
+                if line.startswith(b"data: {"):
+                    ids = json.loads(line.removeprefix(b"data: "))["output_ids"]
+                    length = min(len(ids), len(expected))
+                    _compare(text, ids[:length], expected[:length])
                     chunks -= 1
                 if chunks < 0:
                     break
@@ -163,8 +151,33 @@ class Traffic:
         return self._random.choice(self._prompts)
 
 
-async def run(traffic: Traffic, seconds: float, concurrency: int, seed: int) -> None:
-    """Keep up to `concurrency` requests in flight, in bursts with quiet moments in between."""
+def _compare(text: str, got: list[int], expected: list[int]) -> None:
+    assert got == expected, f"{text[-60:]!r}: got {got}, expected {expected}"
+
+
+async def run(
+    traffic: Traffic, seconds: float, concurrency: int, seed: int, stop: Callable[[], bool]
+) -> None:
+    """Keep up to `concurrency` requests in flight, in bursts with quiet moments in between.
+
+    Args:
+        traffic: What to send.
+        seconds: How long.
+        concurrency: Most requests in flight.
+        seed: Of the bursts.
+        stop: Asked once a second; the load ends at once when it says so.
+    """
+    load = asyncio.create_task(_load(traffic, seconds, concurrency, seed))
+    while not load.done():
+        await asyncio.wait({load}, timeout=1.0)
+        if stop():
+            load.cancel()
+            await asyncio.wait({load})
+            return
+    load.result()
+
+
+async def _load(traffic: Traffic, seconds: float, concurrency: int, seed: int) -> None:
     rng = random.Random(seed)
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds

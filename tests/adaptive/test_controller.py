@@ -5,6 +5,7 @@ import pytest
 from dflare.adaptive import (
     AdaptiveConfig,
     CostTable,
+    SpecMetrics,
     StepTime,
     WidthController,
     WidthPolicy,
@@ -18,6 +19,23 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now = 0.0
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+
+class CountingMetrics(SpecMetrics):
+    """Metrics without Prometheus that remember what was recorded when they were last written."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.recorded = self.written = 0
+
+    def record(self, width, commit_lens, **more):
+        self.recorded += sum(commit_lens)
+        super().record(width, commit_lens, **more)
+
+    def publish(self, accept_rates, idle=False):
+        if idle:
+            self.written = self.recorded
+        return super().publish(accept_rates, idle)
 
 
 class RecordingPolicy(WidthPolicy):
@@ -89,6 +107,31 @@ def test_a_result_that_cannot_be_its_steps_teaches_nothing_and_stops_nothing(res
     controller.begin(["a"], [9])
     controller.complete([1])
     assert policy.times == [None]
+
+
+def test_metrics_are_whole_once_the_last_request_has_ended():
+    metrics = CountingMetrics()
+    controller = WidthController(4, make_policy(), metrics)
+    controller.begin(["a", "b"], [9, 9])
+    controller.complete([1, 1])
+    controller.finish("a")
+    assert metrics.written == 0
+    controller.begin(["b"], [8])
+    controller.complete([1])
+    controller.finish("b")
+    assert metrics.written == 3
+
+
+def test_a_step_that_was_in_flight_when_the_last_request_ended_is_counted_too():
+    """As under overlap scheduling."""
+    metrics = CountingMetrics()
+    controller = WidthController(4, make_policy(), metrics)
+    controller.begin(["a"], [9])
+    controller.begin(["a"], [8])
+    controller.complete([1])
+    controller.finish("a")
+    controller.complete([1])
+    assert metrics.written == 2
 
 
 def test_a_request_at_its_end_still_has_a_width():

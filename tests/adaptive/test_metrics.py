@@ -39,14 +39,15 @@ def test_steps_are_counted_and_averaged(value, monkeypatch):
     metrics.record(4, [4])
     line = publish_after_a_second(metrics, [0.8, 0.6, 0.5], monkeypatch)
     assert line == (
-        "verify width 3.00, accept length 2.20, step 17.00 ms (predicted 15.00), "
+        "verify width 2.80, accept length 2.20, step 17.00 ms (predicted 15.00), "
         "acceptance by position 1.00 0.67 0.50"
     )
-    assert value("verify_width") == 3
+    assert value("verify_width") == pytest.approx(14 / 5)
     assert value("accept_length") == pytest.approx(11 / 5)
     assert value("verify_steps_total", width="4") == 2
     assert value("exploring_steps_total") == 1
     assert value("request_steps_total") == 5
+    assert value("verified_tokens_total") == 14
     assert value("committed_tokens_total") == 11
     assert value("step_seconds_actual") == pytest.approx(0.017)
     assert value("accept_rate_position", position="3") == 0.5
@@ -101,6 +102,20 @@ def test_nothing_is_written_before_the_interval_is_over(value):
     metrics.record(2, [2])
     assert metrics.publish(lambda: [0.9]) is None
     assert value("committed_tokens_total") == 0
+
+
+def test_an_idle_server_has_counted_everything_and_writes_no_more_lines_for_it(value, monkeypatch):
+    metrics = SpecMetrics(LABELS)
+    for tokens in (2, 1):
+        metrics.record(2, [tokens])
+        assert metrics.publish(lambda: [0.9], idle=True) is None
+    assert value("committed_tokens_total") == 3
+    metrics.record(4, [4])
+    line = publish_after_a_second(metrics, [0.9], monkeypatch)
+    assert line == "verify width 4.00, accept length 4.00, acceptance by position 1.00 1.00 1.00"
+    assert value("committed_tokens_total") == 7
+    metrics.record(1, [1])
+    assert metrics.publish(lambda: [0.9], idle=True) is None
 
 
 def test_another_process_collects_what_the_scheduler_wrote(tmp_path):

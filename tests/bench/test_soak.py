@@ -1,18 +1,28 @@
 import asyncio
+import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
+import requests
+import soak
 from aiohttp import web
 from checkpoints import write_random_draft, write_random_target
-from soak import MemoryWatch
-from traffic import Traffic
+from process_watch import ProcessWatch
+from reference import Reference
+from traffic import Outcome, Traffic, run
 
-SOAK = Path(__file__).parents[2] / "bench" / "serving" / "soak.py"
-PROMPTS = ["count to three", "say hello", "list the days"]
-ANSWERS = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
+SCRIPTED_SERVER = Path(__file__).with_name("scripted_server.py")
+REFERENCE = Reference(
+    greedy={"count to three": [1, 2, 3, 4], "say hello": [5, 6, 7, 8]},
+    long={"many words and say hello": [9, 10, 11, 12]},
+    pattern={"count to three": [50, 51], "say hello": [52, 53]},
+)
 
 
 def send_to(server_answers, requests=150):
@@ -21,7 +31,15 @@ def send_to(server_answers, requests=150):
     async def generate(request):
         body = await request.json()
         status, answer = server_answers(body)
-        return web.json_response(answer, status=status)
+        if not body.get("stream"):
+            return web.json_response(answer, status=status)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        ids = answer["output_ids"]
+        for length in range(1, len(ids)):
+            chunk = json.dumps({"text": None, "output_ids": ids[:length]})
+            await response.write(f"data: {chunk}\n\n".encode())
+        return response
 
     async def abort(request):
         return web.Response()
@@ -34,7 +52,7 @@ def send_to(server_answers, requests=150):
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         port = runner.addresses[0][1]
-        traffic = Traffic(f"http://127.0.0.1:{port}", PROMPTS, ANSWERS, seed=0)
+        traffic = Traffic(f"http://127.0.0.1:{port}", REFERENCE, seed=0, outcome=Outcome())
         async with aiohttp.ClientSession() as client:
             for _ in range(requests):
                 await traffic.send(client)
@@ -53,8 +71,11 @@ def correct(body):
     if not valid:
         return 400, {"error": "wrong"}
     length = params["max_new_tokens"]
-    known = dict(zip(PROMPTS, ANSWERS, strict=True)).get(body["text"], [])
-    ids = (known + [0] * 300)[:length]
+    known = REFERENCE.greedy | REFERENCE.long
+    if "regex" in params:
+        ids = REFERENCE.pattern[body["text"]]
+    else:
+        ids = (known[body["text"]] + [0] * 300)[:length]
     return 200, {
         "text": "123-4567",
         "output_ids": ids,
@@ -71,7 +92,10 @@ def test_a_correct_server_has_no_faults_and_meets_every_kind():
 @pytest.mark.parametrize(
     ("breakage", "fault"),
     [
-        (lambda answer: answer | {"output_ids": [0] * len(answer["output_ids"])}, "greedy"),
+        *(
+            (lambda answer: answer | {"output_ids": [0] * len(answer["output_ids"])}, kind)
+            for kind in ("greedy", "long prompt", "grammar", "logprobs", "cut off")
+        ),
         (lambda answer: answer | {"output_ids": answer["output_ids"][:-1]}, "sampled"),
         (lambda answer: answer | {"text": "12-34"}, "grammar"),
         (lambda answer: answer | {"meta_info": {"output_token_logprobs": []}}, "logprobs"),
@@ -99,20 +123,104 @@ def test_accepting_a_wrong_request_is_a_fault():
     assert all(line.startswith("bad") for line in faults)
 
 
-def test_memory_growth_ignores_the_start_and_sees_a_leak():
-    watch = MemoryWatch(server=None)
-    watch.samples = [1e9, 2e9, *[3e9] * 10]
-    assert watch.growth() == 0
-    watch.samples = [1e9 + 1e8 * i for i in range(12)]
-    assert watch.growth() == pytest.approx(6e8)
+@pytest.fixture
+def child():
+    """A process that waits until it is killed."""
+    process = subprocess.Popen(["sleep", "100"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_memory_growth_ignores_the_start_and_sees_a_leak_in_one_process(child):
+    watch = ProcessWatch([child.pid])
+    minutes = [60.0 * i for i in range(13)]
+    watch.samples = {
+        "flat": [(t, min(t * 1e7, 3e9)) for t in minutes],
+        "leaking": [(t, 1e9 + t * 1e5) for t in minutes],
+    }
+    assert watch.growth() == {"flat": 0.0, "leaking": pytest.approx(1e5)}
+    (fault,) = watch.faults()
+    assert re.search(r"of leaking grew by 6.00 MB a minute, 36 MB in the second half", fault)
+
+
+def test_a_process_that_ends_is_a_fault_and_ends_the_load(child):
+    watch = ProcessWatch([child.pid])
+    watch.sample()
+    assert watch.faults() == []
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie, as a server's child
+    watch.sample()
+    assert watch.faults() == [f"process sleep ({child.pid}) ended"]
+    traffic = Traffic("http://127.0.0.1:9", REFERENCE, 0, Outcome())
+    asyncio.run(run(traffic, 300.0, 2, 0, stop=lambda: watch.died is not None))
+
+
+def test_tracebacks_in_the_log_are_faults_and_refusals_are_not(tmp_path):
+    log = tmp_path / "server.log"
+    log.write_text(
+        "[http_server] Error: top_p must be in (0, 1], got 7.\n"
+        "Traceback (most recent call last):\n"
+        "pool memory leak detected! 3 slots\n"
+    )
+    assert [re.search(r"line (\d)", fault)[1] for fault in soak.log_faults(log)] == ["2", "3"]
+
+
+class QuietServer:
+    """A server at rest, with these metrics."""
+
+    url = "http://server"
+
+    def __init__(self, *samples):
+        self._samples = list(samples)
+
+    def samples(self):
+        return self._samples
+
+
+@pytest.mark.parametrize(("free", "faults"), [((90, 60), 0), ((91, 59), 1), ((90, 59), 1)])
+def test_slots_missing_in_one_ranks_pool_are_not_made_up_by_another(monkeypatch, free, faults):
+    state = {"internal_states": [{"memory_usage": {"token_capacity": 100}}]}
+    monkeypatch.setattr(requests, "get", lambda *_, **__: SimpleNamespace(json=lambda: state))
+    monkeypatch.setattr(soak, "_POOL_SECONDS", 0)
+    gauges = [
+        (f"sglang:kv_{name}_tokens", {"dp_rank": str(rank)}, value)
+        for rank in (0, 1)
+        for name, value in (
+            ("used", 0.0),
+            ("available", float(free[rank])),
+            ("evictable", (10.0, 40.0)[rank]),
+        )
+    ]
+    found = soak.pool_faults(QuietServer(*gauges))
+    assert (len(found) > 0) == faults
+
+
+@pytest.mark.parametrize(
+    ("widths", "retracted", "fault"),
+    [((1, 4), 7, "2 widths"), ((1, 2, 4), 0, "retracted"), ((1, 2, 4), 7, None)],
+)
+def test_a_soak_that_adapts_nothing_or_retracts_nothing_fails(widths, retracted, fault):
+    steps = [("dflare_verify_steps_total", {"width": str(w)}, 5.0) for w in widths]
+    unused = ("dflare_verify_steps_total", {"width": "8"}, 0.0)
+    count = ("sglang:num_retracted_requests_total", {}, float(retracted))
+    faults = soak.load_faults(QuietServer(*steps, unused, count))
+    assert len(faults) == bool(fault)
+    assert all(fault in line for line in faults)
 
 
 @pytest.mark.slow
 def test_a_short_soak_passes(tmp_path):
+    """With a random drafter the policy would soon draft nothing: here widths take turns."""
     target = write_random_target(tmp_path / "target", num_layers=4)
     draft = write_random_draft(tmp_path / "draft", num_target_layers=4)
-    command = [sys.executable, str(SOAK), "--minutes", "0.5", "--out", str(tmp_path / "out")]
-    command += ["--model", str(target), "--draft", str(draft)]
+    scripted = (sys.executable, str(SCRIPTED_SERVER))
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(soak.__file__).parent)!r})\n"
+        f"import soak; soak.Server.COMMAND = {scripted!r}; soak.main()"
+    )
+    command = [sys.executable, "-c", program, "--minutes", "0.5", "--prompts", "8"]
+    command += ["--out", str(tmp_path / "out"), "--model", str(target), "--draft", str(draft)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("soak: passed\n")

@@ -132,6 +132,37 @@ def test_verify_width_flag(value):
         _check_block_size(arguments, random_draft_config())
 
 
+@pytest.mark.parametrize("algorithm", ["NGRAM", "ngram", "EAGLE3"])
+def test_speculation_that_does_not_run_on_a_cpu(algorithm):
+    from dflare.engine.platform import CpuPlatform
+
+    arguments = SimpleNamespace(speculative_algorithm=algorithm)
+    with pytest.raises(ValueError, match=rf"is {algorithm}; .* DFLARE and DFLASH run: choose one"):
+        CpuPlatform().apply_server_args_defaults(arguments)
+
+
+def test_a_tree_of_drafts_is_not_verified_as_a_block():
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    from dflare.engine.attention import CpuAttentionBackend
+
+    runner = SimpleNamespace(
+        req_to_token_pool=SimpleNamespace(req_to_token=None), token_to_kv_pool=None
+    )
+    mask = torch.ones(4, dtype=torch.bool)
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.TARGET_VERIFY,
+        batch_size=1,
+        seq_lens=torch.tensor([2]),
+        spec_info=SimpleNamespace(draft_token_num=2, custom_mask=mask),
+    )
+    backend = CpuAttentionBackend(runner)
+    with pytest.raises(NotImplementedError, match="tree of drafts"):
+        backend.init_forward_metadata(batch)
+    batch.spec_info.custom_mask = None
+    backend.init_forward_metadata(batch)
+
+
 def test_untested_sglang(monkeypatch):
     monkeypatch.delenv(version.OVERRIDE_ENV, raising=False)
     with pytest.raises(UnsupportedError) as caught:

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from types import SimpleNamespace
 
 import pytest
 from sglang.srt.layers import logprob_processor
@@ -10,12 +11,13 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components import batch_result_processor
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+from sglang.srt.observability.metrics_collector import SchedulerMetricsCollector
 from sglang.srt.speculative import dflash_utils, dflash_worker_v2, spec_utils
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker, HiCacheDraftPlan
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.spec_sampling_mask import SpeculativeSamplingMaskCapture
 
-from dflare.engine import width_states
+from dflare.engine import width_states, widths
 
 WORKER = inspect.getsource(dflash_worker_v2.DFlashWorkerV2)
 
@@ -88,3 +90,21 @@ def test_who_else_copies_the_drafters_pool_is_known_when_context_may_wait():
     assert "init_hicache_draft_plan()" in inspect.getsource(Scheduler.init_memory_pools)
     start = inspect.getsource(Scheduler.init_model_worker)
     assert start.index("self.init_memory_pools()") < start.index("self.init_all_cuda_graphs()")
+
+
+def test_metrics_carry_the_labels_by_which_servers_and_ranks_are_told_apart(monkeypatch):
+    source = inspect.getsource(SchedulerMetricsCollector.init_new)
+    theirs = set(re.findall(r'^ +"(\w+)": |labels\["(\w+)"\]', source, re.MULTILINE))
+    facts = SimpleNamespace(
+        **{"tp_rank": 1, "pp_rank": 0, "dp_rank": 3, "served_model_name": "target"},
+        **{"enable_pd_role_switch": False, "disaggregation_mode": "decode"},
+        extra_metric_labels={"zone": "b"},
+    )
+    for context in ("parallel", "disagg", "serving", "observability"):
+        monkeypatch.setattr(widths, f"get_{context}", lambda: facts)
+    ours = widths._metric_labels()
+    assert ours == {
+        **{"model_name": "target", "engine_type": "decode", "zone": "b"},
+        **{"tp_rank": "1", "pp_rank": "0", "dp_rank": "3"},
+    }
+    assert {a or b for a, b in theirs} - ours.keys() == {"moe_ep_rank", "priority"}

@@ -45,6 +45,7 @@ class WidthController:
         self._launched: deque[_Launched] = deque()
         self._last_result: float | None = None
         self._gap = True
+        self._unfinished = 0  # requests of the last step launched, less those that ended since
 
     def begin(self, request_ids: Sequence[Hashable], remaining: Sequence[int]) -> int:
         """Return the width of the decode step that is about to be launched.
@@ -53,6 +54,7 @@ class WidthController:
             request_ids: The batch's requests.
             remaining: Tokens that each may still produce.
         """
+        self._unfinished = len(request_ids)
         left = [max(tokens, 1) for tokens in remaining]
         decision = self._policy.choose(request_ids, left) if self._policy else None
         width = decision.width if decision else self._block_size
@@ -94,12 +96,23 @@ class WidthController:
             predicted=step.decision.predicted_seconds if step.decision else None,
             actual=seconds,
         )
-        return self._metrics.publish(self._policy.accept_rates if self._policy else tuple)
+        return self._publish(self._metrics)
 
-    def finish(self, request_id: Hashable) -> None:
-        """A request ended."""
+    def finish(self, request_id: Hashable) -> str | None:
+        """A request ended.
+
+        Returns:
+            As :meth:`complete`.
+        """
+        self._unfinished -= 1
         if self._policy:
             self._policy.finish(request_id)
+        return self._publish(self._metrics) if self._metrics and self._unfinished <= 0 else None
+
+    def _publish(self, metrics: SpecMetrics) -> str | None:
+        rates = self._policy.accept_rates if self._policy else tuple
+        # Under overlap scheduling a step's result may come after its last request has ended.
+        return metrics.publish(rates, idle=self._unfinished <= 0)
 
 
 def measure_steps(

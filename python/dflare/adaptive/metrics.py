@@ -14,10 +14,10 @@ _INTERVAL = 1.0  # seconds between writes; steps in between only count in Python
 
 
 class SpecMetrics:
-    """Counts verified steps and publishes them about once a second.
+    """Counts verified steps and publishes them about once a second, and when nothing runs any more.
 
     =============================== ========= ====================================================
-    dflare_verify_width             gauge     mean width of the interval's steps
+    dflare_verify_width             gauge     verified tokens per request and step
     dflare_accept_length            gauge     committed tokens per request and step
     dflare_accept_rate_position     gauge     estimated acceptance of a drafted position that is
                                               reached, label ``position`` from 1
@@ -26,6 +26,7 @@ class SpecMetrics:
     dflare_verify_steps_total       counter   decode steps, label ``width``
     dflare_exploring_steps_total    counter   of these, taken to learn rather than to earn
     dflare_request_steps_total      counter   requests summed over decode steps
+    dflare_verified_tokens_total    counter   tokens verified by decode steps: anchors and drafts
     dflare_committed_tokens_total   counter   tokens committed by decode steps
     dflare_drafts_reached_total     counter   drafted tokens whose predecessors in the block were
                                               all accepted, label ``position`` from 1
@@ -40,6 +41,7 @@ class SpecMetrics:
                 None leaves Prometheus alone and gives the lines for the log only.
         """
         self._gauges = None if labels is None else _Gauges(labels)
+        self._since = time.perf_counter()
         self._clear()
 
     def record(
@@ -61,6 +63,7 @@ class SpecMetrics:
         """
         self._by_width[width] += 1
         self._request_steps += len(commit_lens)
+        self._verified += width * len(commit_lens)
         self._committed += sum(commit_lens)
         self._explored += exploring
         self._commits[width].update(commit_lens)
@@ -69,20 +72,25 @@ class SpecMetrics:
             self._predicted_sum += predicted
             self._actual_sum += actual
 
-    def publish(self, accept_rates: Callable[[], Sequence[float]]) -> str | None:
-        """Write the metrics if the interval is over.
+    def publish(
+        self, accept_rates: Callable[[], Sequence[float]], idle: bool = False
+    ) -> str | None:
+        """Write the metrics if the interval is over, or nothing runs that could do it later.
 
         Args:
             accept_rates: Gives the estimated acceptance by position, ``WidthPolicy.accept_rates``;
                 nothing without a policy.
+            idle: Whether every request has ended: the counters are then complete.
 
         Returns:
-            A line for the server log, or None if it was not yet time or nothing ran.
+            A line for the server log about the steps since the last write, at most one an interval;
+            None if it was not yet time or nothing ran.
         """
-        steps = self._by_width.total()
-        if steps == 0 or time.perf_counter() - self._since < _INTERVAL:
+        now = time.perf_counter()
+        due = now - self._since >= _INTERVAL
+        if not self._request_steps or not (due or idle):
             return None
-        width = sum(w * n for w, n in self._by_width.items()) / steps
+        width = self._verified / self._request_steps
         accept = self._committed / self._request_steps
         line = f"verify width {width:.2f}, accept length {accept:.2f}"
         times = None
@@ -96,16 +104,24 @@ class SpecMetrics:
         if self._gauges:
             self._gauges.write(width, accept, accept_rates(), times)
             self._gauges.count_positions(reached, accepted)
-            self._gauges.count(self._by_width, self._explored, self._request_steps, self._committed)
+            self._gauges.count(
+                self._by_width,
+                self._explored,
+                self._request_steps,
+                self._verified,
+                self._committed,
+            )
         self._clear()
+        if not due:
+            return None
+        self._since = now
         return line
 
     def _clear(self) -> None:
-        self._since = time.perf_counter()
         self._by_width: Counter[int] = Counter()
         # Of each width, requests by the tokens that they committed.
         self._commits: defaultdict[int, Counter[int]] = defaultdict(Counter)
-        self._request_steps = self._committed = self._explored = self._timed = 0
+        self._request_steps = self._verified = self._committed = self._explored = self._timed = 0
         self._predicted_sum = self._actual_sum = 0.0
 
 
@@ -139,7 +155,7 @@ class _Gauges:
             return Metric(f"dflare_{name}", text, [*names, *extra])
 
         bound = self._labels
-        self._width = gauge("verify_width", "Mean verify width.").labels(**bound)
+        self._width = gauge("verify_width", "Verified tokens per request and step.").labels(**bound)
         self._accept = gauge("accept_length", "Tokens per request and step.").labels(**bound)
         self._position = gauge(
             "accept_rate_position", "Estimated acceptance of a reached position.", "position"
@@ -149,6 +165,7 @@ class _Gauges:
         self._steps = counter("verify_steps", "Decode steps by verify width.", "width")
         self._exploring = counter("exploring_steps", "Steps that explored.").labels(**bound)
         self._requests = counter("request_steps", "Requests summed over steps.").labels(**bound)
+        self._verified = counter("verified_tokens", "Tokens verified by steps.").labels(**bound)
         self._tokens = counter("committed_tokens", "Tokens committed by steps.").labels(**bound)
         self._reached = counter("drafts_reached", "Drafts behind accepted ones.", "position")
         self._accepted = counter("drafts_accepted", "Drafts accepted.", "position")
@@ -169,13 +186,19 @@ class _Gauges:
             self._actual.set(times[1])
 
     def count(
-        self, by_width: Mapping[int, int], exploring: int, requests: int, tokens: int
+        self,
+        by_width: Mapping[int, int],
+        exploring: int,
+        requests: int,
+        verified: int,
+        committed: int,
     ) -> None:
         for width, steps in by_width.items():
             self._steps.labels(**self._labels, width=str(width)).inc(steps)
         self._exploring.inc(exploring)
         self._requests.inc(requests)
-        self._tokens.inc(tokens)
+        self._verified.inc(verified)
+        self._tokens.inc(committed)
 
     def count_positions(self, reached: Mapping[int, int], accepted: Mapping[int, int]) -> None:
         for counter, counts in ((self._reached, reached), (self._accepted, accepted)):

@@ -83,6 +83,12 @@ class CpuAttentionBackend(BlockAttentionBackend):
             self._seq_lens = forward_batch.seq_lens
             self._query_start = torch.arange(bs + 1)
         elif mode.is_target_verify():
+            if forward_batch.spec_info.custom_mask is not None:
+                raise NotImplementedError(
+                    f"the CPU attention backend {ATTENTION_BACKEND!r} got a mask for a tree of "
+                    "drafts; it verifies blocks, in which every token sees all before it. Use "
+                    "--speculative-algorithm DFLARE, or serve this on a GPU"
+                )
             width = forward_batch.spec_info.draft_token_num
             self._seq_lens = forward_batch.seq_lens + width
             self._query_start = torch.arange(bs + 1) * width

@@ -14,13 +14,14 @@ import torch
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities, SRTPlatform
 
-from dflare.engine.plugin import ATTENTION_BACKEND
+from dflare.engine.plugin import ALGORITHM, ATTENTION_BACKEND
 
 # Share of the memory that is free at start which weights and the KV pools may take, and a cap on
 # the pools: SGLang's defaults suit a device that nothing else uses, and a CPU pool is zeroed at
 # start, which takes about 3 s a GiB.
 _MEM_FRACTION_STATIC = 0.5
 _MAX_TOTAL_TOKENS = 32768
+_BUILT_IN = "DFLASH"  # the one algorithm of SGLang's whose kernels this platform has
 
 
 def activate() -> str | None:
@@ -91,7 +92,18 @@ class CpuPlatform(SRTPlatform):
     # --- configuration --------------------------------------------------------------------
 
     def apply_server_args_defaults(self, server_args) -> None:
-        """Choose for the user what a CPU needs, where the user chose nothing."""
+        """Choose for the user what a CPU needs, where the user chose nothing.
+
+        Raises:
+            ValueError: speculation that does not run here; SGLang itself asks the platform for some
+                algorithms only, and NGRAM would fail later, without sgl_kernel's library.
+        """
+        algorithm = server_args.speculative_algorithm
+        if algorithm and algorithm.upper() not in (ALGORITHM, _BUILT_IN, "NONE"):
+            raise ValueError(
+                f"--speculative-algorithm is {algorithm}; on a CPU without SGLang's own kernels "
+                f"{ALGORITHM} and {_BUILT_IN} run: choose one of them, or serve without speculation"
+            )
         # What SGLang itself has chosen for a CPU by now needs kernels that its wheel lacks.
         sglang_default = "torch_native" if host.machine() in ("aarch64", "arm64") else "intel_amx"
         if server_args.attention_backend in (None, sglang_default):
@@ -112,7 +124,7 @@ class CpuPlatform(SRTPlatform):
         return ATTENTION_BACKEND
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
-        return algorithm in ("DFLASH", "NGRAM")
+        return algorithm == _BUILT_IN  # DFLARE is settled as one, see dflare.engine.algorithm
 
     def get_default_speculative_draft_attention_backend(self, algorithm: str) -> str:
         return ATTENTION_BACKEND

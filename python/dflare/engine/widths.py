@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.layers.dp_attention import get_dp_tp_group
 from sglang.srt.runtime_context import (
     get_disagg,
@@ -106,14 +107,12 @@ class AdaptiveWidths:
     ) -> None:
         """SGLang's hook: the result of the oldest step in flight is on the host."""
         if self._controller:
-            line = self._controller.complete([n + 1 for n in num_correct_drafts_per_req])
-            if line:
-                logger.info("DFLARE: %s", line)
+            _log(self._controller.complete([n + 1 for n in num_correct_drafts_per_req]))
 
     def note_request_finished(self, *, rid: str, natural_stop: bool) -> None:
         """SGLang's hook: a request ended."""
         if self._controller:
-            self._controller.finish(rid)
+            _log(self._controller.finish(rid))
 
     def _pool_is_shared(self) -> bool:
         """Whether the drafter's K/V are also copied between batches.
@@ -167,11 +166,29 @@ def _why_not_adaptive() -> str | None:
     return None
 
 
+def _log(line: str | None) -> None:
+    if line:
+        logger.info("DFLARE: %s", line)
+
+
 def _metric_labels() -> dict[str, str]:
-    """The labels by which SGLang's own metrics tell servers and ranks apart."""
-    parallel = get_parallel()
-    return {
-        "model_name": str(get_serving().served_model_name),
-        "tp_rank": str(parallel.tp_rank),
-        "pp_rank": str(parallel.pp_rank),
+    """The labels by which SGLang's own metrics tell servers and ranks apart.
+
+    As `SchedulerMetricsCollector.init_new` (sglang/srt/observability/metrics_collector.py) has
+    them, less those for expert parallelism and priorities, which DFLARE does not count apart.
+    """
+    parallel, disagg = get_parallel(), get_disagg()
+    if disagg.enable_pd_role_switch:
+        engine_type = "dynamic"
+    else:
+        engine_type = DisaggregationMode.to_engine_type(disagg.disaggregation_mode)
+    labels = {
+        "model_name": get_serving().served_model_name,
+        "engine_type": engine_type,
+        "tp_rank": parallel.tp_rank,
+        "pp_rank": parallel.pp_rank,
     }
+    if parallel.dp_rank is not None:
+        labels["dp_rank"] = parallel.dp_rank
+    labels |= get_observability().extra_metric_labels or {}
+    return {name: str(value) for name, value in labels.items()}

@@ -1,0 +1,117 @@
+"""What a sweep does when servers and cells fail."""
+
+from typing import ClassVar
+
+import fleet
+import pytest
+import sweep as sweep_script
+from sweep_cells import make_sweep, record
+
+from dflare.errors import DFlareError
+
+
+class FakeServer:
+    """Takes the place of a server process; `broken` arms do not start."""
+
+    broken = ()
+    started: ClassVar[list] = []
+
+    def __init__(self, flags, log, env):
+        log.write_text("")
+        self.name = log.stem.split("-")[0]
+        self.env = env
+        FakeServer.started.append(self)
+        if self.name in FakeServer.broken:
+            raise DFlareError(f"it ended; the end of {log}:\nValueError: no GPU here\nbye")
+
+    def stop(self):
+        pass
+
+
+@pytest.fixture
+def small_sweep(tmp_path, monkeypatch):
+    """Runs `main` for two concurrencies and two repeats; returns its exit status."""
+    settings = make_sweep(datasets=[{"name": "easy"}], keep_alive=True).model_dump_json()
+    (tmp_path / "small.yaml").write_text(settings)
+    monkeypatch.setattr(fleet, "Server", FakeServer)
+    monkeypatch.setattr(FakeServer, "broken", ())
+    monkeypatch.setattr(FakeServer, "started", [])
+
+    def run(measure):
+        monkeypatch.setattr(sweep_script, "measure", measure)
+        with pytest.raises(SystemExit) as ended:
+            sweep_script.main([str(tmp_path / "small.yaml"), "--out", str(tmp_path / "out")])
+        return ended.value.code
+
+    return run
+
+
+def measure_well(sweep, dataset, cell, server, out):
+    return record(**cell.model_dump())
+
+
+def test_a_crash_costs_one_cell_and_is_tried_again_by_the_next_run(small_sweep, tmp_path, capsys):
+    def crash_once(sweep, dataset, cell, server, out):
+        if (cell.arm, cell.repeat, cell.concurrency) == ("adaptive", 0, 8):
+            raise DFlareError("the server ended")
+        return measure_well(sweep, dataset, cell, server, out)
+
+    assert small_sweep(crash_once) == 1
+    assert capsys.readouterr().out.endswith(
+        "(INCOMPLETE: 1 cells failed, had errors or were not measured)\n"
+    )
+    assert "the server ended" in (tmp_path / "out" / "report.md").read_text()
+    assert [server.name for server in FakeServer.started].count("adaptive") == 2
+    assert (tmp_path / "out" / "adaptive-2.log").exists()
+    assert small_sweep(measure_well) == 0
+    assert capsys.readouterr().out.endswith("adaptive / best: worst 1.000 at concurrency 1\n")
+    assert "What failed" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_cell_with_errors_is_measured_again_by_the_next_run(small_sweep):
+    def refuse_some(sweep, dataset, cell, server, out):
+        return measure_well(sweep, dataset, cell, server, out) | {"errors": cell.repeat}
+
+    assert small_sweep(refuse_some) == 1
+    assert small_sweep(measure_well) == 0
+
+
+def test_an_arm_that_always_fails_is_given_up_and_the_others_are_measured(small_sweep, capsys):
+    def refuse(sweep, dataset, cell, server, out):
+        if cell.arm == "width 4":
+            raise RuntimeError("the load generator gave up")
+        return measure_well(sweep, dataset, cell, server, out)
+
+    assert small_sweep(refuse) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("FAILED, RuntimeError: the load generator gave up") == 3
+    assert "width 4 is given up: 3 cells failed in a row" in printed
+    assert printed.count("adaptive: 10.0 tok/s") == 4
+
+
+def test_an_arm_that_does_not_start_is_named_with_the_reason(small_sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeServer, "broken", ("ngram",))
+    assert small_sweep(measure_well) == 0  # it is not one that the verdict needs
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "- ngram: does not start: it ended; the end of" in text
+    assert "ValueError: no GPU here" in text
+
+
+def test_an_interrupted_sweep_writes_its_report(small_sweep, tmp_path):
+    def interrupt(sweep, dataset, cell, server, out):
+        if cell.concurrency == 8:
+            raise KeyboardInterrupt
+        return measure_well(sweep, dataset, cell, server, out)
+
+    assert small_sweep(interrupt) == 1
+    assert "INCOMPLETE" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_servers_take_their_settings_from_the_plan_alone(small_sweep, monkeypatch):
+    monkeypatch.setenv("DFLARE_ADAPTIVE", "off")
+    monkeypatch.setenv("SGLANG_SIMULATE_ACC_LEN", "3")
+    assert small_sweep(measure_well) == 0
+    assert all(
+        server.env == {"DFLARE_ADAPTIVE": "on", "SGLANG_SIMULATE_ACC_LEN": "-1"}
+        for server in FakeServer.started
+    )
