@@ -12,8 +12,7 @@
 
 namespace dflare {
 
-// What the operators take; dflare/ops/library.py refuses a drafter beyond it before a server
-// starts.
+// What the operators take; no server starts with a drafter beyond it (dflare/ops/library.py).
 constexpr int kMaxLayers = 16;    // drafter layers: pool addresses travel in the launch parameters
 constexpr int kMaxTaps = 32;      // target layers read
 constexpr int kMaxHidden = 8192;  // fuse_norm: 1024 threads of 8 elements
