@@ -23,6 +23,7 @@ py::dict build_info() {
   info["torch"] = DFLARE_TORCH_VERSION;
   info["cpu_isas"] = split(DFLARE_CPU_ISAS);
   info["cuda_archs"] = split(DFLARE_CUDA_ARCHS);
+  info["cuda_missing"] = DFLARE_CUDA_MISSING;
   info["compiler"] = DFLARE_COMPILER;
   return info;
 }
@@ -33,5 +34,5 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information of the DFlare extension.";
   m.def("build_info", &build_info,
         "Versions, CPU instruction sets and CUDA architectures (empty: CPU only) that were "
-        "compiled.");
+        "compiled; cuda_missing: why CUDA was left out, empty where it was not.");
 }

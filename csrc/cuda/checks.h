@@ -83,6 +83,11 @@ struct Checker {
                 given, ", expected 64, 128 or 256");
   }
 
+  void block_size(int64_t given) const {
+    TORCH_CHECK(given >= 1 && given <= kMaxBlock, op, ": block_size is ", given, ", expected 1 to ",
+                kMaxBlock);
+  }
+
   // RoPE table and positions; returns the rotary dimension.
   int rope(const at::Tensor& cos_sin_cache, const at::Tensor& positions, int64_t rows,
            int64_t head_dim) const {

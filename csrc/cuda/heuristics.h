@@ -12,9 +12,12 @@
 
 namespace dflare {
 
+// What the operators take; no server starts with a drafter beyond it (dflare/ops/library.py).
 constexpr int kMaxLayers = 16;    // drafter layers: pool addresses travel in the launch parameters
 constexpr int kMaxTaps = 32;      // target layers read
 constexpr int kMaxHidden = 8192;  // fuse_norm: 1024 threads of 8 elements
+constexpr int kMaxBlock = 32;     // tokens of a drafter's block
+constexpr int kMaxQueryRows = 1024;  // query heads of a KV head times tokens of a block
 
 struct DeviceLimits {
   int sm_count;
@@ -42,8 +45,9 @@ constexpr int fuse_norm_shared_bytes(int layers) {
 
 // Fused projection or GEMM + write kernel. The fused kernel reads the weights once per token tile
 // and needs no round trip of K/V through memory, but mma.sync reaches about 60 % of the GEMM's
-// rate, so it wins while the projection is bound by weight bytes: up to about 300 rows on H100
-// (72 FLOP per weight byte and row). With commit_lens it works on the committed rows alone, on
+// rate, so it wins while the projection is bound by weight bytes. A row is one FLOP per weight
+// byte and the ridge of an H100 is at 263 FLOP a byte: up to about 300 rows, with what the other
+// path's round trip and launch cost. With commit_lens it works on the committed rows alone, on
 // average under half of the rows it is given, and the GEMM on all of them.
 constexpr bool use_fused_projection(int num_rows, bool has_commit_lens) {
   return num_rows <= (has_commit_lens ? 640 : 320);
@@ -65,9 +69,11 @@ constexpr int kv_project_tokens(int num_rows, int head_dim) {
   return num_rows <= 64 || head_dim > 128 ? 64 : 128;
 }
 
-// The other sizes of a kv_project_write block. Every shape stays under 99 KiB of shared memory: two
-// blocks on an SM of the data centre parts, one on the consumer ones. In flight are then at least
-// 64 KiB an SM, three times what 3 TB/s times 0.8 us of latency asks of each of 132 SMs.
+// The other sizes of a kv_project_write block. Every shape stays under 99 KiB of shared memory,
+// which a block may have on every supported part. Two blocks then fit an SM of sm_90 and sm_100
+// (228 KiB). On sm_80 (164 KiB) it is one, two only where a block takes 80 KiB; on the consumer
+// parts (100 KiB) it is one. A block alone has at least 60 KiB in flight, three times what 3 TB/s
+// times 0.8 us of latency asks of each of 132 SMs.
 template <int kHeadDim, int kTokens>
 struct KvProjectShape {
   // Elements of the hidden size per stage: a 128-byte line of each row; half a line at head_dim
@@ -91,8 +97,8 @@ struct KvProjectShape {
 // Keys a pipeline stage holds: K and V of 64 keys are 32 KiB at head_dim 128; at 256 half as many.
 DFLARE_HOST_DEVICE constexpr int attention_keys(int head_dim) { return head_dim == 256 ? 32 : 64; }
 
-// 99 KiB at most, as above. At head_dim 256 the query tile stays in shared memory beside the
-// stages.
+// 99 KiB at most, as above; on sm_80 that is one block an SM at head_dim 128 and 256. At head_dim
+// 256 the query tile stays in shared memory beside the stages.
 constexpr int attention_stages(int head_dim) {
   return head_dim == 64 ? 4 : head_dim == 128 ? 3 : 2;
 }

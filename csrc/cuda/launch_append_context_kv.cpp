@@ -69,8 +69,8 @@ void append_context_kv(const at::Tensor& target_hidden, const at::Tensor& fusion
   if (commit_lens) {
     check.tensor("commit_lens", *commit_lens, at::kInt, {kAny}, "[bs]");
     check.contiguous("commit_lens", *commit_lens);
-    TORCH_CHECK(block_size > 0 && rows == commit_lens->size(0) * block_size, check.op,
-                ": target_hidden has ", rows,
+    check.block_size(block_size);
+    TORCH_CHECK(rows == commit_lens->size(0) * block_size, check.op, ": target_hidden has ", rows,
                 " rows, expected bs * block_size = ", commit_lens->size(0), " * ", block_size);
   }
   if (rows == 0) return;

@@ -16,12 +16,12 @@ namespace {
 AttentionPlan plan(const Checker& check, int64_t batch_size, int64_t block_size, int64_t num_heads,
                    int64_t kv_heads, int64_t head_dim) {
   check.head_dim(head_dim);
-  TORCH_CHECK(block_size >= 1 && block_size <= 32, check.op, ": block_size is ", block_size,
-              ", expected 1 to 32");
+  check.block_size(block_size);
   TORCH_CHECK(kv_heads > 0 && num_heads > 0 && num_heads % kv_heads == 0, check.op, ": ", num_heads,
               " query heads are no multiple of ", kv_heads, " KV heads");
-  TORCH_CHECK(num_heads / kv_heads * block_size <= 1024, check.op, ": ", num_heads / kv_heads,
-              " query heads a KV head times block_size ", block_size, " exceeds 1024");
+  TORCH_CHECK(num_heads / kv_heads * block_size <= kMaxQueryRows, check.op, ": ",
+              num_heads / kv_heads, " query heads a KV head times block_size ", block_size,
+              " exceeds ", kMaxQueryRows);
   const DeviceLimits limits{
       device_attribute(cudaDevAttrMultiProcessorCount, check.device),
       device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, check.device)};
@@ -121,7 +121,6 @@ at::Tensor block_attention(const at::Tensor& qkv, const at::Tensor& q_norm_weigh
   p.req_to_token_stride = req_to_token.stride(0);
   p.req_pool_indices = req_pool_indices.const_data_ptr<int64_t>();
   p.seq_lens = seq_lens.const_data_ptr();
-  p.batch_size = static_cast<int>(batch_size);
   p.block_size = static_cast<int>(block_size);
   p.num_heads = static_cast<int>(num_heads);
   p.kv_heads = static_cast<int>(kv_heads);

@@ -102,7 +102,7 @@ struct BlockAttentionParams {
   const int64_t* req_pool_indices;  // [batch_size]
   const void* seq_lens;             // [batch_size], int32 or int64
   bool seq_lens_64bit;
-  int batch_size, block_size, num_heads, kv_heads, head_dim, window;
+  int block_size, num_heads, kv_heads, head_dim, window;
   bool causal;
   float scale;
   AttentionPlan plan;

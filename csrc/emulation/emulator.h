@@ -29,7 +29,6 @@ struct dim3 {
 namespace dflare::emulation {
 
 struct Launch {
-  std::string name;
   dim3 grid, block;
   size_t shared_bytes = 0;
   bool overlap_prior = false;

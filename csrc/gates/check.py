@@ -1,8 +1,9 @@
 """Compiles every CUDA kernel for every architecture and holds it to a table.
 
 Exit status 1 if a kernel does not compile, spills registers to local memory, needs more registers
-than `budget.csv` grants it, or lacks the instructions that it is built on. Needs nvcc, not a GPU;
-without nvcc it says so and exits with 0, because the package then builds its CPU part alone.
+than `budget.csv` grants it, or lacks the instructions that it is built on. Needs nvcc and nvdisasm
+(of the CUDA toolkit or of triton), not a GPU; without nvcc it says so and exits with 0, because the
+package then builds its CPU part alone.
 
     python csrc/gates/check.py             # check and print the table
     python csrc/gates/check.py --update    # write the measured registers to budget.csv
@@ -45,8 +46,8 @@ class Kernel:
     name: str
     architecture: str
     registers: int
-    spilled_bytes: int
-    instructions: Counter[str] | None = None
+    spilled_bytes: int  # stack frame, spill stores and spill loads
+    instructions: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
     def check(self, budget: dict[tuple[str, str], int]) -> None:
@@ -57,8 +58,6 @@ class Kernel:
             self.faults.append(f"{self.registers} registers, budget {granted}")
         if self.spilled_bytes:
             self.faults.append(f"{self.spilled_bytes} bytes spilled")
-        if self.instructions is None:
-            return
         for prefix in REQUIRED.get(self.name.split("<")[0], ()):
             if not any(opcode.startswith(prefix) for opcode in self.instructions):
                 self.faults.append(f"no {prefix}")
@@ -103,9 +102,11 @@ def parse_report(report: str, architecture: str) -> list[Kernel]:
     for entry in report.split("Compiling entry function")[1:]:
         mangled = re.search(r"'(\w+)'", entry)
         registers = re.search(r"Used (\d+) registers", entry)
-        spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", entry)
+        spills = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry
+        )
         assert mangled and registers and spills, f"unexpected report of ptxas:\n{entry}"
-        spilled = int(spills[1]) + int(spills[2])
+        spilled = sum(int(size) for size in spills.groups())
         kernels.append(Kernel(readable(mangled[1]), architecture, int(registers[1]), spilled))
     return kernels
 
@@ -134,7 +135,7 @@ def kernel_sizes() -> dict[str, tuple[int, int]]:
     return {name: (int(threads), int(size)) for name, threads, size in fields}
 
 
-def compile_all(nvcc: str, nvdisasm: str | None, jobs: int) -> list[Kernel]:
+def compile_all(nvcc: str, nvdisasm: str, jobs: int) -> list[Kernel]:
     BUILD.mkdir(parents=True, exist_ok=True)
     sources = sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("instantiations/*.cu")])
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
@@ -148,10 +149,9 @@ def compile_all(nvcc: str, nvdisasm: str | None, jobs: int) -> list[Kernel]:
         source, architecture = task
         cubin, report = compile_one(nvcc, source, architecture, key)
         kernels = parse_report(report, architecture)
-        if nvdisasm:
-            counts = count_instructions(nvdisasm, cubin)
-            for kernel in kernels:
-                kernel.instructions = counts[kernel.name]
+        counts = count_instructions(nvdisasm, cubin)
+        for kernel in kernels:
+            kernel.instructions = counts[kernel.name]
         return kernels
 
     tasks = [(source, architecture) for architecture in ARCHITECTURES for source in sources]
@@ -201,6 +201,12 @@ def main() -> int:
     if nvcc is None:
         print("nvcc is not on the PATH: no CUDA kernel was compiled or checked")
         return 0
+    if nvdisasm is None:
+        print(
+            f"found {nvcc}, but no nvdisasm to read its machine code with: put the CUDA toolkit's "
+            "bin folder on the PATH, or pip install triton"
+        )
+        return 1
     kernels = compile_all(nvcc, nvdisasm, arguments.jobs)
     if arguments.update:
         write_budget(kernels)
@@ -208,8 +214,6 @@ def main() -> int:
     for kernel in kernels:
         kernel.check(budget)
     print_table(kernels, budget)
-    if nvdisasm is None:
-        print("nvdisasm was not found (CUDA toolkit or triton): instructions were not checked")
     faults = [f"{k.name} {k.architecture}: {fault}" for k in kernels for fault in k.faults]
     if missing := {name for name, _ in budget} - {k.name for k in kernels}:
         faults.append(f"budget.csv holds kernels that do not exist: {', '.join(sorted(missing))}")

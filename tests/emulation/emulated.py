@@ -140,7 +140,6 @@ class BlockAttentionParams(ctypes.Structure):
         ("req_pool_indices", c_void_p),
         ("seq_lens", c_void_p),
         ("seq_lens_64bit", c_bool),
-        ("batch_size", c_int),
         ("block_size", c_int),
         ("num_heads", c_int),
         ("kv_heads", c_int),

@@ -83,7 +83,6 @@ def _attend(
             req_pool_indices=x["req_pool_indices"].data_ptr(),
             seq_lens=x["seq_lens"].data_ptr(),
             seq_lens_64bit=case.lens_64bit,
-            batch_size=batch,
             block_size=case.block,
             num_heads=case.heads,
             kv_heads=case.kv_heads,

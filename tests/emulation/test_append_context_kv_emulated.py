@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import AppendCase
 
+from dflare.ops import append_context_kv_reference
+
 # Of a whole head, by element type: one rounding of the fused state, one of the result.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -36,6 +38,16 @@ def test_writes_the_context_of_every_valid_row_and_nothing_else(case: AppendCase
 @pytest.mark.parametrize("hidden", [2560, 2880, 4096, 5120, 8192])
 def test_hidden_sizes_of_published_targets(hidden: int) -> None:
     check(AppendCase(rows=2, hidden=hidden, layers=1, taps=2))
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused projection", "GEMM"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_is_not_less_accurate_than_pytorch(dtype: torch.dtype, fused: bool) -> None:
+    """At most 1.5 times the error of the op's plain PyTorch reference in the same type."""
+    case = AppendCase(commit_lens=(3, 0, 16), taps=9, hidden=576, kv_heads=2, dtype=dtype)
+    x = case.inputs()
+    append_context_kv_reference(*case.arguments(x))
+    assert append_error(case, fused=fused) <= 1.5 * case.error(x["k_pools"], x["v_pools"])
 
 
 @pytest.mark.slow

@@ -71,6 +71,14 @@ def test_a_batch_smaller_than_a_wave_fills_one_wave() -> None:
     assert len(lens) < len(items) <= plan.wave_items == 33
 
 
+def test_the_shared_memory_of_an_sm_says_how_many_blocks_a_wave_has() -> None:
+    """At head_dim 128 two on sm_90 and sm_100 (228 KiB), one on an A100 (docs/kernels.md)."""
+    emu, sm_count, kv_heads = emulator(torch.bfloat16, 128), 108, 8
+    for kilobytes, blocks in ((228, 2), (164, 1), (100, 1)):
+        plan = emu.plan_attention(1, 16, 32, kv_heads, sm_count, shared=kilobytes << 10)
+        assert plan.wave_items == blocks * sm_count // kv_heads
+
+
 def test_a_long_request_among_short_ones_is_cut() -> None:
     items, _, plan = schedule([32768] + [1024] * 63, 16, 32, 8, sm_count=132, window=-1)
     lengths = [tiles_of(32768, -1) / n for request, _, n, _ in items if request == 0]

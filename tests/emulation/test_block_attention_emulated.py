@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import AttentionCase
 
+from dflare.ops import block_attention_reference
+
 # Of a head of a token, by element type: probabilities and the result are rounded once each.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -42,6 +44,11 @@ def test_large_logits_neither_overflow_nor_lose_the_maximum() -> None:
     assert attention_error(AttentionCase((150,), logit_scale=100.0)) < 5e-2
 
 
+def test_parts_with_large_logits_are_merged_without_losing_the_maximum() -> None:
+    """Three parts whose maxima lie far apart, in the type with the narrow exponent."""
+    check(AttentionCase((600,), logit_scale=100.0, dtype=torch.float16), sm_count=32)
+
+
 def test_a_long_context_is_cut_into_parts_and_merged() -> None:
     check(AttentionCase((3000,), block=4, heads=4, kv_heads=1), sm_count=32)
 
@@ -65,6 +72,15 @@ def test_a_schedule_of_other_lengths_costs_no_correctness() -> None:
     """Parts come from the schedule, tiles from the lengths that the attention kernel sees."""
     case = AttentionCase((500, 20), layers=2)
     assert attention_error(case, sm_count=32, scheduled_lens=(20, 900)) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_is_not_less_accurate_than_pytorch(dtype: torch.dtype) -> None:
+    """At most 1.5 times the error of the op's plain PyTorch reference in the same type."""
+    case = AttentionCase((300, 50), dtype=dtype)
+    x = case.inputs()
+    reference = block_attention_reference(*case.arguments(x, x["qkv"][0]))
+    assert attention_error(case, sm_count=32) <= 1.5 * case.error(reference[None])
 
 
 @pytest.mark.slow

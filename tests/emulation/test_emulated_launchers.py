@@ -1,5 +1,6 @@
 """The Torch launchers on the emulator: from the op's arguments to the pools, without a GPU."""
 
+import mmap
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.slow
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
+MAP_NORESERVE = 0x4000  # of Linux; mmap has the name from Python 3.13 on
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,22 @@ def test_takes_strided_rows_and_pools(ops) -> None:
         wide[:, 1] = tensor
         strided[name] = wide[:, 1]
     assert case.error(attend(ops, case, **strided)[None]) < TOLERANCE[case.dtype]
+
+
+def test_pools_may_reach_beyond_32_bits(ops) -> None:
+    """Slots whose first element is beyond the pool's 2^31st: a product of ints would overflow."""
+    case = AttentionCase((40,))
+    x = case.inputs()
+    far = {name: spread(x[name]) for name in ("k_pool", "v_pool")}
+    assert case.error(attend(ops, case, **far)[None]) < TOLERANCE[case.dtype]
+    for append_case in (
+        AppendCase(commit_lens=(3, 9), layers=1),
+        AppendCase(rows=330, hidden=64, layers=1),  # GEMM path
+    ):
+        x = append_case.inputs()
+        far = {name: spread(x[name][0])[None] for name in ("k_pools", "v_pools")}
+        append(ops, append_case, **far)
+        assert append_case.error(far["k_pools"], far["v_pools"]) < TOLERANCE[append_case.dtype]
 
 
 def test_an_empty_batch_is_an_empty_result(ops) -> None:
@@ -148,6 +166,11 @@ def test_attention_names_the_argument_that_does_not_fit(
         attend(ops, case, **change(case.inputs()))
 
 
+def test_append_refuses_a_block_that_attention_would_not_take(ops) -> None:
+    with pytest.raises(RuntimeError, match="append_context_kv: block_size is 33, expected 1 to 32"):
+        append(ops, AppendCase(commit_lens=(3,), block=33))
+
+
 @pytest.mark.parametrize("major", [7, 12])
 def test_other_architectures_are_refused_by_name(
     ops, major: int, monkeypatch: pytest.MonkeyPatch
@@ -179,3 +202,19 @@ def shifted(x: Tensor) -> Tensor:
 def odd_rows(x: Tensor) -> Tensor:
     """The same rows, four elements further apart."""
     return torch.nn.functional.pad(x, (0, 4))[:, : x.shape[1]]
+
+
+def spread(pool: Tensor) -> Tensor:
+    """The same slots, so far apart that the last one ends about 2^32 elements from the first.
+
+    The memory in between is reserved and never touched: it costs addresses, not pages.
+    """
+    apart = 2**32 // pool.shape[0] // 8 * 8
+    memory = mmap.mmap(
+        -1,
+        pool.shape[0] * apart * pool.itemsize,
+        flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE,
+    )
+    memory.madvise(mmap.MADV_NOHUGEPAGE)  # else a slot would take 2 MiB
+    elements = torch.frombuffer(memory, dtype=pool.dtype)
+    return elements.as_strided(pool.shape, (apart, *pool.stride()[1:])).copy_(pool)

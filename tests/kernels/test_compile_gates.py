@@ -36,7 +36,7 @@ ptxas info    : Used 214 registers, used 1 barriers
 def test_reads_the_compiler_report(gates: ModuleType) -> None:
     (kernel,) = gates.parse_report(REPORT, "sm_90")
     assert kernel.name == "block_attention_kernel<Bf16,128,4>"
-    assert (kernel.registers, kernel.spilled_bytes) == (214, 12)
+    assert (kernel.registers, kernel.spilled_bytes) == (214, 8 + 4 + 12)
 
 
 def test_names_every_way_to_fail(gates: ModuleType) -> None:
@@ -44,8 +44,16 @@ def test_names_every_way_to_fail(gates: ModuleType) -> None:
     kernel.instructions = Counter({"HMMA.16816.F32.BF16": 4, "LDSM.16.M88.4": 1, "STL.64": 1})
     kernel.check({(kernel.name, "sm_90"): 208})
     text = " | ".join(kernel.faults)
-    for expected in ("214 registers, budget 208", "12 bytes spilled", "no LDGSTS", "STL in the"):
+    for expected in ("214 registers, budget 208", "24 bytes spilled", "no LDGSTS", "STL in the"):
         assert expected in text
+
+
+def test_spill_loads_alone_are_spills(gates: ModuleType) -> None:
+    report = REPORT.replace("8 bytes stack", "0 bytes stack").replace(
+        "4 bytes spill", "0 bytes spill"
+    )
+    (kernel,) = gates.parse_report(report, "sm_90")
+    assert kernel.spilled_bytes == 12
 
 
 def test_all_inline_ptx_is_in_one_header() -> None:
@@ -71,3 +79,14 @@ def test_without_nvcc_it_says_so_and_succeeds(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PATH", "")
     result = subprocess.run([sys.executable, str(CHECK)], capture_output=True, text=True)
     assert (result.returncode, "no CUDA kernel was compiled" in result.stdout) == (0, True)
+
+
+def test_with_nvcc_but_no_nvdisasm_it_fails(
+    gates: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the gates would be left out: that must not look like a pass."""
+    monkeypatch.setattr(sys, "argv", [str(CHECK)])
+    monkeypatch.setattr(gates.shutil, "which", lambda name: "/bin/nvcc" if name == "nvcc" else None)
+    monkeypatch.setattr(gates, "find_tool", lambda _: None)
+    assert gates.main() == 1
+    assert "found /bin/nvcc, but no nvdisasm" in capsys.readouterr().out

@@ -165,6 +165,15 @@ def test_an_append_graph_follows_the_committed_lengths_of_each_replay() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_is_not_less_accurate_than_pytorch(dtype: torch.dtype) -> None:
     """At most 1.5 times the error of the op's plain PyTorch reference in the same type."""
+    for context in (
+        AppendCase(commit_lens=(3, 16, 9), kv_heads=8, hidden=2560, taps=9, dtype=dtype),
+        AppendCase(rows=700, kv_heads=8, hidden=2560, taps=9, dtype=dtype),  # GEMM path
+    ):
+        x, expected = on_gpu(context.inputs()), on_gpu(context.inputs())
+        append(context, x)
+        ops.append_context_kv_reference(*context.arguments(expected))
+        allowed = 1.5 * context.error(expected["k_pools"].cpu(), expected["v_pools"].cpu())
+        assert context.error(x["k_pools"].cpu(), x["v_pools"].cpu()) <= allowed
     attention = AttentionCase((1000, 50), heads=32, kv_heads=8, dtype=dtype)
     x = on_gpu(attention.inputs())
     qkv = x["qkv"][0]

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,16 @@ import torch
 from op_cases import append_case, block_case, paged_case
 
 from dflare import _C
+from dflare.checkpoint.config import MAX_BLOCK_SIZE
 from dflare.errors import UnsupportedError
-from dflare.ops.library import OperatorLibraryError, check_support, load_library
+from dflare.ops import library
+from dflare.ops.library import (
+    DrafterSizes,
+    OperatorLibraryError,
+    check_sizes,
+    check_support,
+    load_library,
+)
 
 OPS = torch.ops.dflare
 NORM = {"x": torch.ones(3, 8), "residual": torch.ones(3, 8), "weight": torch.ones(8), "eps": 0.1}
@@ -125,7 +134,8 @@ def test_build_information_describes_this_build():
     assert info["torch"] == torch.__version__
     assert info["version"] and info["compiler"]
     assert info["cpu_isas"][0] == "baseline"
-    assert all(re.fullmatch(r"sm_\d+a?", arch) for arch in info["cuda_archs"])
+    assert all(re.fullmatch(r"sm_\d+", arch) for arch in info["cuda_archs"])
+    assert bool(info["cuda_archs"]) != bool(info["cuda_missing"])
 
 
 def test_a_missing_library_says_how_to_build_it(tmp_path):
@@ -159,6 +169,7 @@ def test_what_the_kernels_take_is_supported(dtype):
         (CPU, torch.float16, 64, "float16; on cpu .* float32 and bfloat16: pass --dtype float32"),
         (CUDA, torch.float32, 64, "float32; on cuda .* and float16: pass --dtype bfloat16"),
         (CUDA, torch.bfloat16, 96, "head_dim 96; the CUDA kernels take 64, 128 and 256"),
+        (CPU, torch.bfloat16, 72, "head_dim 72; the CPU kernels take multiples of 16"),
     ],
 )
 def test_what_no_kernel_takes_is_refused(device, dtype, head_dim, message, monkeypatch):
@@ -182,3 +193,43 @@ def test_gpus_without_kernels_are_refused(built, capability, message, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "T4")
     with pytest.raises(OperatorLibraryError, match=message):
         check_support(CUDA, torch.bfloat16, 128)
+
+
+LARGEST = DrafterSizes(layers=16, taps=32, hidden=8192, rotary=256, block=32, group=32)
+
+
+def test_the_largest_drafter_is_supported():
+    check_sizes(CUDA, LARGEST)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 17}, "has 17 layers, expected at most 16"),
+        ({"taps": 33}, "has 33 taps, expected at most 32"),
+        ({"hidden": 8200}, "has hidden size 8200, expected a multiple of 8 of at most 8192"),
+        ({"hidden": 4100}, "has hidden size 4100, expected a multiple of 8"),
+        ({"rotary": 40}, "has 40 rotated dimensions a head, expected a multiple of 16"),
+        ({"block": 33, "group": 1}, "has block size 33, expected at most 32"),
+        ({"group": 33}, "has 33 query heads a KV head in blocks of 32, .* at most 1024"),
+        ({"layers": 17, "taps": 33}, "17 layers, .*; it has 33 taps, .* Serve it on a CPU, or"),
+    ],
+)
+def test_a_drafter_beyond_the_kernels_limits_is_refused_on_cuda_alone(change, message):
+    sizes = replace(LARGEST, **change)
+    with pytest.raises(UnsupportedError, match=message):
+        check_sizes(CUDA, sizes)
+    check_sizes(CPU, sizes)
+
+
+def test_the_limits_are_those_of_the_cuda_sources():
+    source = (Path(__file__).parents[2] / "csrc/cuda/heuristics.h").read_text()
+    constants = dict(re.findall(r"constexpr int kMax(\w+) = (\d+);", source))
+    assert {name: int(value) for name, value in constants.items()} == {
+        "Layers": library.MAX_LAYERS,
+        "Taps": library.MAX_TAPS,
+        "Hidden": library.MAX_HIDDEN,
+        "Block": library.MAX_BLOCK,
+        "QueryRows": library.MAX_QUERY_ROWS,
+    }
+    assert library.MAX_BLOCK == MAX_BLOCK_SIZE

@@ -25,7 +25,7 @@ def diagnose() -> dict[str, Any]:
     facts |= {name: _version(name) for name in _PACKAGES}
     problems: list[str] = []
     _look_at_extension(facts, problems)
-    _look_at_device(facts)
+    _look_at_device(facts, problems)
     try:
         check_sglang_version()
     except DFlareError as error:
@@ -52,21 +52,47 @@ def _look_at_extension(facts: dict[str, str], problems: list[str]) -> None:
         problems.append(str(error))
         return
     info = _C.build_info()
-    cuda = " ".join(info["cuda_archs"]) or "not built (no nvcc when it was built)"
+    cuda = " ".join(info["cuda_archs"]) or f"not built ({info['cuda_missing']})"
     facts["extension"] = f"{info['version']} for torch {info['torch']}, {info['compiler']}"
     facts["CPU kernels"] = " ".join(info["cpu_isas"])
     facts["CUDA kernels"] = cuda
 
 
-def _look_at_device(facts: dict[str, str]) -> None:
+def _look_at_device(facts: dict[str, str], problems: list[str]) -> None:
     import torch
 
     if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        facts["device"] = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+        device = torch.device("cuda", torch.cuda.current_device())
+        major, minor = torch.cuda.get_device_capability(device)
+        facts["device"] = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+        _look_at_kernels_for(device, problems)
     else:
         facts["device"] = f"CPU, {os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()})"
     facts["nvcc"] = shutil.which("nvcc") or "not found; needed only to build the CUDA kernels"
+
+
+def _look_at_kernels_for(device: Any, problems: list[str]) -> None:
+    """What the worker would refuse at start on this GPU, whatever the drafter."""
+    import torch
+
+    try:
+        from dflare import _C, ops  # type: ignore[attr-defined]
+    except ImportError:
+        return  # reported with the extension
+    try:
+        ops.check_support(device, torch.bfloat16, head_dim=128)
+    except DFlareError as error:
+        problems.append(str(error))
+        return
+    # A toolkit that does not know an architecture leaves it out of the build.
+    built = _C.build_info()["cuda_archs"]
+    majors = {int(arch.removeprefix("sm_")) // 10 for arch in built}
+    if majors and torch.cuda.get_device_capability(device)[0] not in majors:
+        problems.append(
+            f"the CUDA kernels were built for {' '.join(built)}, none of which runs on {device} "
+            f"({torch.cuda.get_device_name(device)}); put a newer nvcc on the PATH and "
+            "install the package again: pip install -e . --no-build-isolation"
+        )
 
 
 def _look_at_plugin(facts: dict[str, str], problems: list[str]) -> None:

@@ -42,13 +42,24 @@ class DFlareWorker(AdaptiveWidths, DFlashWorkerV2):
             self._log_once()
 
     def _check_kernels(self) -> None:
-        """Refuse at start what the operators would refuse at the first request.
+        """Refuse at start a drafter that the operators would refuse at the first request.
 
         Raises:
-            DFlareError: there are no kernels for the device, the dtype, the head size or the cache.
+            DFlareError: there are no kernels for the device, the dtype, the sizes or the cache.
         """
-        dtype, pool = self.draft_model.context_kv_proj.dtype, self._k_pools[0]
+        model, pool = self.draft_model, self._k_pools[0]
+        dtype, attention = model.context_kv_proj.dtype, model.layers[0].self_attn
         ops.check_support(pool.device, dtype, pool.shape[-1])
+        layers, taps = model.fusion_probs.shape
+        sizes = ops.DrafterSizes(
+            layers=layers,
+            taps=taps,
+            hidden=model.context_kv_proj.shape[-1],
+            rotary=attention.rotary_emb.cos_sin_cache.shape[-1],
+            block=self.block_size,
+            group=attention.num_heads // attention.num_kv_heads,
+        )
+        ops.check_sizes(pool.device, sizes)
         if pool.dtype != dtype:
             raise UnsupportedError(
                 f"the drafter's K/V cache is {pool.dtype} and its weights are {dtype}; DFLARE "

@@ -4,7 +4,13 @@ One module an operator: its public function, its fake (meta) implementation and 
 reference. The C++ and CUDA implementations live in `libdflare_ops.so` (csrc/).
 """
 
-from dflare.ops.library import OperatorLibraryError, check_support, load_library
+from dflare.ops.library import (
+    DrafterSizes,
+    OperatorLibraryError,
+    check_sizes,
+    check_support,
+    load_library,
+)
 
 load_library()
 
@@ -22,6 +28,7 @@ from dflare.ops.paged_attention import paged_attention, paged_attention_referenc
 from dflare.ops.pointwise import add_rms_norm, rotate_heads, silu_and_mul  # noqa: E402
 
 __all__ = [
+    "DrafterSizes",
     "OperatorLibraryError",
     "add_rms_norm",
     "append_context_kv",
@@ -29,6 +36,7 @@ __all__ = [
     "block_attention",
     "block_attention_reference",
     "block_attention_schedule",
+    "check_sizes",
     "check_support",
     "linear",
     "paged_attention",

@@ -50,7 +50,9 @@ def append_context_kv(
         k_pools, v_pools: D tensors each, [slots, KV, hd], last two dimensions contiguous.
 
     Raises:
-        RuntimeError: a shape, dtype, device, stride, position or slot that does not fit.
+        RuntimeError: a shape, dtype, device or stride that does not fit; on the CPU also a value
+            outside of its table: a position, a slot, a length. CUDA checks no values, as that would
+            wait for the device.
     """
     torch.ops.dflare.append_context_kv.default(
         target_hidden,

@@ -52,7 +52,9 @@ def block_attention(
         [bs * B, HQ * hd] in qkv's dtype.
 
     Raises:
-        RuntimeError: a shape, dtype, device, stride, position or slot that does not fit.
+        RuntimeError: a shape, dtype, device or stride that does not fit; on the CPU also a value
+            outside of its table: a position, a slot, a length. CUDA checks no values, as that would
+            wait for the device.
     """
     return torch.ops.dflare.block_attention.default(
         qkv,

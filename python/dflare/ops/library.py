@@ -1,5 +1,6 @@
 """Loads libdflare_ops.so, which registers the operators under `torch.ops.dflare`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,6 +9,9 @@ from dflare.errors import DFlareError, UnsupportedError
 
 LIBRARY_PATH = Path(__file__).resolve().parent.parent / "libdflare_ops.so"
 _BUILD_COMMAND = "pip install -e . --no-build-isolation (in the root of the repository)"
+
+# What the CUDA operators take; the same numbers as in csrc/cuda/heuristics.h.
+MAX_LAYERS, MAX_TAPS, MAX_HIDDEN, MAX_BLOCK, MAX_QUERY_ROWS = 16, 32, 8192, 32, 1024
 
 
 class OperatorLibraryError(DFlareError, ImportError):
@@ -50,8 +54,9 @@ def check_support(device: torch.device, dtype: torch.dtype, head_dim: int) -> No
         "dflare::block_attention", "CUDA"
     ):
         raise OperatorLibraryError(
-            f"{LIBRARY_PATH.name} was built without CUDA kernels, but the drafter is on {device}; "
-            f"put nvcc on the PATH and rebuild it with: {_BUILD_COMMAND}"
+            f"{LIBRARY_PATH.name} was built without CUDA kernels, but the drafter's device is "
+            f"{device}; put nvcc on the PATH (`dflare doctor` says what was missing) and rebuild "
+            f"it with: {_BUILD_COMMAND}"
         )
     if cuda and not 8 <= torch.cuda.get_device_capability(device)[0] <= 10:
         raise OperatorLibraryError(
@@ -70,4 +75,61 @@ def check_support(device: torch.device, dtype: torch.dtype, head_dim: int) -> No
         raise UnsupportedError(
             f"the drafter has head_dim {head_dim}; the CUDA kernels take 64, 128 and 256. Serve "
             "this drafter on a CPU, or train one with another head_dim"
+        )
+    if not cuda and head_dim % 16 != 0:
+        raise UnsupportedError(
+            f"the drafter has head_dim {head_dim}; the CPU kernels take multiples of 16: train one "
+            "with another head_dim"
+        )
+
+
+@dataclass(frozen=True)
+class DrafterSizes:
+    """The sizes of a drafter that the CUDA kernels have limits for.
+
+    Attributes:
+        layers: D. taps: T. hidden: H. block: B.
+        rotary: columns of the RoPE table.
+        group: query heads of a KV head.
+    """
+
+    layers: int
+    taps: int
+    hidden: int
+    rotary: int
+    block: int
+    group: int
+
+
+def check_sizes(device: torch.device, sizes: DrafterSizes) -> None:
+    """Makes sure that the kernels take a drafter's sizes; on a CPU they take all of these.
+
+    Raises:
+        UnsupportedError: one message with every size beyond its limit.
+    """
+    if device.type != "cuda":
+        return
+    limits = (
+        (sizes.layers <= MAX_LAYERS, f"{sizes.layers} layers, expected at most {MAX_LAYERS}"),
+        (sizes.taps <= MAX_TAPS, f"{sizes.taps} taps, expected at most {MAX_TAPS}"),
+        (
+            sizes.hidden % 8 == 0 and sizes.hidden <= MAX_HIDDEN,
+            f"hidden size {sizes.hidden}, expected a multiple of 8 of at most {MAX_HIDDEN}",
+        ),
+        (
+            sizes.rotary % 16 == 0,
+            f"{sizes.rotary} rotated dimensions a head, expected a multiple of 16",
+        ),
+        (sizes.block <= MAX_BLOCK, f"block size {sizes.block}, expected at most {MAX_BLOCK}"),
+        (
+            sizes.group * sizes.block <= MAX_QUERY_ROWS,
+            f"{sizes.group} query heads a KV head in blocks of {sizes.block}, expected a product "
+            f"of at most {MAX_QUERY_ROWS}",
+        ),
+    )
+    if beyond := [text for fits, text in limits if not fits]:
+        raise UnsupportedError(
+            "the CUDA kernels do not take this drafter. It has "
+            + "; it has ".join(beyond)
+            + ". Serve it on a CPU, or train one within these limits"
         )

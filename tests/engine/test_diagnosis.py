@@ -1,0 +1,66 @@
+"""`dflare doctor` on a machine with a GPU: kernels that are missing or do not fit are a problem."""
+
+import pytest
+import torch
+
+from dflare import _C
+from dflare.engine import diagnosis
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that plays a GPU and a build of the library for it."""
+
+    def play(capability: tuple[int, int], archs: list[str], missing: str = "") -> None:
+        built = _C.build_info() | {"cuda_archs": archs, "cuda_missing": missing}
+        monkeypatch.setattr(_C, "build_info", lambda: built)
+        monkeypatch.setattr(
+            torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: bool(archs)
+        )
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "B200")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+
+    # Importing SGLang takes half a minute; the plug-in is not what is looked at here.
+    monkeypatch.setattr(diagnosis, "_look_at_plugin", lambda facts, problems: None)
+    return play
+
+
+def test_kernels_for_the_gpu_are_no_problem(gpu):
+    gpu((10, 3), ["sm_80", "sm_90", "sm_100"])
+    report = diagnosis.diagnose()
+    assert report["problems"] == []
+    assert report["facts"]["device"] == "B200 (sm_103)"
+    assert report["facts"]["CUDA kernels"] == "sm_80 sm_90 sm_100"
+
+
+def test_a_library_without_cuda_kernels_is_a_problem_and_says_why(gpu):
+    gpu((9, 0), [], missing="nvcc 12.4, torch 2.9 wants CUDA 13.x")
+    report = diagnosis.diagnose()
+    (problem,) = report["problems"]
+    assert "was built without CUDA kernels, but the drafter's device is cuda:0" in problem
+    built = report["facts"]["CUDA kernels"]
+    assert built == "not built (nvcc 12.4, torch 2.9 wants CUDA 13.x)"
+
+
+def test_a_gpu_that_no_kernel_is_made_for_is_a_problem(gpu):
+    gpu((7, 5), ["sm_80", "sm_90", "sm_100"])
+    (problem,) = diagnosis.diagnose()["problems"]
+    assert "has compute capability 7.5; the CUDA kernels are built for 8.x" in problem
+
+
+def test_an_architecture_that_the_toolkit_left_out_is_a_problem(gpu):
+    gpu((10, 0), ["sm_80", "sm_90"])
+    (problem,) = diagnosis.diagnose()["problems"]
+    assert "were built for sm_80 sm_90, none of which runs on cuda:0 (B200)" in problem
+
+
+def test_a_cpu_needs_no_cuda_kernels(monkeypatch):
+    built = _C.build_info() | {"cuda_archs": [], "cuda_missing": "nvcc is not on the PATH"}
+    monkeypatch.setattr(_C, "build_info", lambda: built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(diagnosis, "_look_at_plugin", lambda facts, problems: None)
+    report = diagnosis.diagnose()
+    assert report["problems"] == []
+    assert report["facts"]["CUDA kernels"] == "not built (nvcc is not on the PATH)"
