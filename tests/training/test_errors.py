@@ -1,6 +1,7 @@
 """What goes wrong ends in a message that says what to do, and loses nothing."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -137,6 +138,37 @@ def test_a_tap_cache_without_room_is_refused(folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(TrainingError, match="tap_cache needs"):
         Trainer(train_config(folder, data__tap_cache=str(folder / "taps")), target())
+
+
+def test_a_tap_cache_holds_its_room_on_the_disk_before_the_first_step(folder, monkeypatch):
+    """States are written through a mapping, where a full disk would be a bus error."""
+    config = train_config(folder, data__tap_cache=str(folder / "taps"), run__steps=1)
+    states = folder / "taps" / "states.bin"
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(os, "posix_fallocate", no_space)
+        with pytest.raises(TrainingError, match=r"tap_cache needs .*No space left.*make room"):
+            Trainer(config, target())
+    assert not states.exists(), "a refused cache takes no room"
+
+    trainer = Trainer(config, target())
+    assert 512 * states.stat().st_blocks >= states.stat().st_size > 0, "the file has holes"
+    trainer.run()
+    # A file with holes, as `cp --sparse` makes them, is filled up or refused when a run goes on.
+    content = states.read_bytes()
+    with states.open("r+b") as file:
+        file.truncate(0)
+        file.truncate(len(content))
+    resumed = train_config(folder, data__tap_cache=str(folder / "taps"))
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(os, "posix_fallocate", no_space)
+        with pytest.raises(TrainingError, match=r"tap_cache needs .*No space left"):
+            Trainer(resumed, target(), resume=True)
+    Trainer(resumed, target(), resume=True)
+    assert 512 * states.stat().st_blocks >= states.stat().st_size == len(content)
 
 
 def test_a_tap_cache_of_other_data_is_refused(folder):
