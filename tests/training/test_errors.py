@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from dflare.errors import CheckpointError, DFlareError, UnsupportedError
 from dflare.training import estimate
 from dflare.training.config import load_config, parse_config
 from dflare.training.errors import ConfigError, DataError, TrainingError
+from dflare.training.export import export_drafter
 from dflare.training.snapshot import FILE
 from dflare.training.target import Target, load_target
 from dflare.training.trainer import Trainer
@@ -178,6 +181,46 @@ def test_a_tap_cache_of_other_data_is_refused(folder):
     other = {"data__tap_cache": str(folder / "taps"), "run__output": str(folder / "other")}
     with pytest.raises(ConfigError, match="other data"):
         Trainer(train_config(folder, **other), target())
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may grow beyond 4 KiB: as a disk that runs full while it writes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    @contextmanager
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
+
+
+@pytest.mark.parametrize("architecture", ["dflare", "dflash"])
+def test_an_export_without_room_leaves_the_old_one(folder, small_files, architecture):
+    changes = {"drafter__architecture": architecture, "run__steps": 1}
+    trainer = Trainer(train_config(folder, **changes), target())
+    trainer.run()
+    out = folder / "run" / "drafter"
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    state = trainer.drafter.state_dict()
+    with (
+        pytest.raises(CheckpointError, match=r"cannot be written .*free some space"),
+        small_files(),
+    ):
+        export_drafter(trainer.drafter, state, out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert not list(out.parent.glob(".drafter*"))
+
+    (out / "config.json").unlink()
+    with pytest.raises(TrainingError, match=r"drafter: .*not a checkpoint.*--resume exports"):
+        Trainer(train_config(folder, **changes), target(), resume=True).run()
+    shutil.rmtree(out)
+    Trainer(train_config(folder, **changes), target(), resume=True).run()
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
 def test_unknown_and_missing_settings_are_all_named():

@@ -1,12 +1,12 @@
 """Write a trained drafter for serving."""
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dflare.checkpoint import load_tensors, read_config, save_checkpoint
+from dflare.checkpoint.save import write_checkpoint
 from dflare.training.errors import TrainingError
 from dflare.training.model import Drafter
 
@@ -37,25 +37,15 @@ def export_drafter(drafter: Drafter, state: dict[str, Tensor], folder: Path) -> 
     config = drafter.config
     tensors = {name: tensor.to(_DTYPES[config.dtype]) for name, tensor in state.items()}
     if drafter.architecture == "dflash":
-        return _export_dflash(drafter, tensors, folder)
+        # The same configuration under DFlash's name; ``fc`` in place of the fusion logits.
+        content = config.to_dict() | {"architectures": ["DFlashDraftModel"]}
+        return write_checkpoint(folder, content, tensors, force=True)
     for name in list(tensors):
         for projection in ("k_proj", "v_proj"):
             twin = name.replace(f".{projection}.", f".{projection}_target.")
             if twin not in tensors:
                 tensors[twin] = tensors[name].clone()
     return save_checkpoint(folder, config, tensors, force=True)
-
-
-def _export_dflash(drafter: Drafter, tensors: dict[str, Tensor], folder: Path) -> Path:
-    """Same configuration under DFlash's name; ``fc`` in place of the fusion logits."""
-    from safetensors.torch import save_file
-
-    content = drafter.config.to_dict() | {"architectures": ["DFlashDraftModel"]}
-    folder.mkdir(parents=True, exist_ok=True)
-    ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(ready, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return folder
 
 
 def load_drafter(path: str | Path) -> Drafter:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
+from dflare.errors import CheckpointError
 from dflare.training.acceptance import Acceptance, AcceptanceMeter
 from dflare.training.batches import Batch, epoch_batches, make_batch
 from dflare.training.block_loss import chunk_loss
@@ -385,7 +386,12 @@ class Trainer:
                 signal.signal(number, handler)
         state = full_weights(self.drafter)
         if self.ranks.leads:
-            folder = export_drafter(self.drafter, state, self._folder / "drafter")
+            try:
+                folder = export_drafter(self.drafter, state, self._folder / "drafter")
+            except CheckpointError as error:
+                raise TrainingError(
+                    f"{error}. The run is done and saved: once that is mended, --resume exports it"
+                ) from error
             monitor.say(f"exported to {folder}")
         return acceptance
 
