@@ -87,6 +87,27 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_snapshot(folder
     assert (folder / "run" / FILE).read_bytes() == before
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_and_is_never_saved(folder):
+    """The loss of that step is still finite; the weights after it are not."""
+    config = train_config(folder, run__save_minutes=1e-9, run__log_every=100)
+    trainer = Trainer(config, target())
+
+    def overflow(gradient):
+        return gradient * float("inf") if trainer.steps_done == 3 else gradient
+
+    trainer.drafter.norm.weight.register_hook(overflow)
+    with pytest.raises(
+        TrainingError, match=r"norm of the gradient is (inf|nan) after step 4; .*is from before"
+    ):
+        trainer.run()
+    snapshot = torch.load(folder / "run" / FILE, weights_only=True)
+    assert snapshot["step"] == 3
+    assert all(tensor.isfinite().all() for tensor in snapshot["model"].values())
+    resumed = Trainer(config, target(), resume=True)
+    resumed.run()
+    assert resumed.steps_done == 6
+
+
 def test_a_run_is_not_overwritten(folder):
     Trainer(train_config(folder, run__steps=1), target()).run()
     with pytest.raises(ConfigError, match="--resume"):

@@ -61,7 +61,7 @@ def test_all_stages_give_a_drafter_with_its_card_and_numbers(folder, monkeypatch
         trainer = real(config, resume=resume)
         trained.append(resume)
         if len(trained) == 1:
-            trainer._ask_to_stop(15, None)
+            trainer.ask_to_stop()
         return trainer
 
     monkeypatch.setattr(pipeline, "Trainer", interrupted_once)

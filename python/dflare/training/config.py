@@ -107,7 +107,8 @@ class OptimizerSection(_Section):
     Args:
         learning_rate: At the end of the warm-up.
         final_share: Share of it that is left at the end.
-        warmup: Share of the run that warms up.
+        warmup: Share of the run that warms up: of its steps or of its time, as it ends by the one
+            or the other; see :class:`dflare.training.clock.Clock`.
         betas: Of the moments.
         eps: Added to the root of the second moment.
         weight_decay: Of matrices; norms and fusion logits do not decay.
