@@ -152,6 +152,21 @@ def test_micro_batches_do_not_change_the_step(tmp_path):
             torch.testing.assert_close(tensor, other[name], atol=1e-6, rtol=0)
 
 
+def test_recomputed_activations_do_not_change_a_run(tmp_path):
+    write_data(tmp_path / "data.jsonl", 14)
+    results = []
+    for recompute in (False, True):
+        config = train_config(
+            tmp_path,
+            run__output=str(tmp_path / f"{recompute}"),
+            run__checkpoint_activations=recompute,
+        )
+        trainer = Trainer(config, target())
+        trainer.run()
+        results.append(weights(trainer))
+    assert_equal(*results)
+
+
 def test_the_tap_cache_gives_the_states_that_the_target_gives(tmp_path):
     write_data(tmp_path / "data.jsonl", 14)
     curves = []

@@ -230,7 +230,10 @@ class Trainer:
             return self.target.head, None
         rows = torch.from_numpy(self._vocabulary.rows(sequences, self.clock.steps))
         rows = rows.to(self.device)
-        return self.target.head[rows], rows
+        head = self.target.head[rows]
+        # How many they are differs from step to step; compiled for one size, each is compiled anew.
+        torch._dynamo.maybe_mark_dynamic(head, 0)
+        return head, rows
 
     def _synchronised(self, last: bool) -> AbstractContextManager:
         """Reduce gradients over ranks only with the last micro-batch."""
