@@ -12,10 +12,10 @@ from torch._dynamo.utils import counters
 from dflare.errors import CheckpointError
 from dflare.training.acceptance import Acceptance
 from dflare.training.errors import TrainingError
-from dflare.training.estimate import describe, estimate_run, free_memory
+from dflare.training.estimate import check_disk, describe, estimate_run, free_memory
 from dflare.training.export import export_drafter
 from dflare.training.monitor import Monitor
-from dflare.training.snapshot import full_weights
+from dflare.training.snapshot import FILE, full_weights
 
 if TYPE_CHECKING:
     from dflare.training.trainer import Trainer
@@ -68,7 +68,7 @@ class Loop:
         return acceptance
 
     def _forecast(self) -> str:
-        trainer = self.trainer
+        trainer, clock = self.trainer, self.trainer.clock
         estimate = estimate_run(
             trainer.config,
             trainer.drafter,
@@ -78,8 +78,12 @@ class Loop:
             trainer.device,
             trainer.ranks.world,
         )
-        steps = None if trainer.clock.max_minutes is not None else trainer.clock.total_steps
-        return describe(estimate, steps, free_memory(trainer.device))
+        if trainer.ranks.leads:
+            saved = (trainer.folder / FILE).exists()
+            check_disk(trainer.folder, estimate.snapshot_bytes, saved)
+        steps = max(0, clock.total_steps - clock.steps)
+        minutes = None if clock.max_minutes is None else max(0.0, clock.max_minutes - clock.minutes)
+        return describe(estimate, steps, free_memory(trainer.device), minutes)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
