@@ -83,6 +83,13 @@ def test_all_stages_give_a_drafter_with_its_card_and_numbers(folder, monkeypatch
     assert trained == [False, True]
 
 
+def test_a_drafter_too_large_to_ship_is_refused_before_anything_is_generated(folder, monkeypatch):
+    monkeypatch.setattr(pipeline, "MAX_BYTES", 4096)
+    with pytest.raises(ConfigError, match=r"MiB of weights.*lower drafter.intermediate_size"):
+        run(folder)
+    assert not (folder / "work/data.jsonl").exists()
+
+
 def test_generation_time_adds_up_over_interruptions(tmp_path):
     for _ in range(2):
         stages = Stages(tmp_path / "stages.json")

@@ -11,7 +11,7 @@ from tiny_models import tiny_causal_lm, train_config, write_data
 from dflare.checkpoint import check_tensors, read_config
 from dflare.training import loop
 from dflare.training.clock import Clock
-from dflare.training.export import load_drafter
+from dflare.training.export import export_size, load_drafter
 from dflare.training.generate import Generator, Sampling
 from dflare.training.loop import Interrupted
 from dflare.training.slot_cache import ATTENTION
@@ -198,6 +198,20 @@ def test_an_export_holds_what_was_trained(tmp_path):
             positions = torch.arange(7, 11)[None]
             drafts.append(drafter.draft(embeddings, positions, context, {-1: None}))
         assert torch.equal(drafts[0], drafts[1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"drafter__shared_kv": True}, {"drafter__architecture": "dflash"}]
+)
+def test_the_size_of_an_export_is_known_before(tmp_path, changes, dtype):
+    write_data(tmp_path / "data.jsonl", 14)
+    config = train_config(tmp_path, drafter__dtype=dtype, run__steps=1, **changes)
+    trainer = Trainer(config, target())
+    promised = export_size(trainer.drafter)
+    trainer.run()
+    size = (tmp_path / "run/drafter/model.safetensors").stat().st_size
+    assert size <= promised < size + 5000  # a header's length is estimated from above
 
 
 def test_a_dflash_export_carries_its_projection(tmp_path):

@@ -1,11 +1,12 @@
 """Write a trained drafter for serving."""
 
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dflare.checkpoint import load_tensors, read_config, save_checkpoint
+from dflare.checkpoint import expected_tensors, load_tensors, read_config, save_checkpoint
 from dflare.checkpoint.save import write_checkpoint
 from dflare.training.errors import TrainingError
 from dflare.training.model import Drafter
@@ -46,6 +47,19 @@ def export_drafter(drafter: Drafter, state: dict[str, Tensor], folder: Path) -> 
             if twin not in tensors:
                 tensors[twin] = tensors[name].clone()
     return save_checkpoint(folder, config, tensors, force=True)
+
+
+def export_size(drafter: Drafter) -> int:
+    """Return the bytes of a drafter's exported weights, rounded up; weights need not exist."""
+    config = drafter.config
+    if drafter.architecture == "dflash":
+        shapes = {name: tuple(tensor.shape) for name, tensor in drafter.state_dict().items()}
+    else:
+        shapes = expected_tensors(config)
+    values = sum(math.prod(shape) for shape in shapes.values())
+    entry = 128  # of a tensor in the file's header: name, dtype, shape and place as JSON
+    header = 128 + sum(len(name) + entry for name in shapes)
+    return values * _DTYPES[config.dtype].itemsize + header
 
 
 def load_drafter(path: str | Path) -> Drafter:
