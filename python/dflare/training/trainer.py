@@ -21,7 +21,6 @@ from dflare.training.data import Corpus, check_mask_token, load_corpus, split
 from dflare.training.errors import ConfigError, DataError, TrainingError
 from dflare.training.init import build_drafter, tap_ids
 from dflare.training.loop import Loop
-from dflare.training.objective import Objective
 from dflare.training.optimizer import learning_rate, make_optimizer
 from dflare.training.ranks import Ranks, start_ranks
 from dflare.training.snapshot import FILE, load_snapshot, save_snapshot
@@ -86,9 +85,6 @@ class Trainer:
             config.drafter, self.target, run.seed, run.checkpoint_activations
         ).to(self.device)
         check_mask_token(config.drafter.mask_token_id, everything, vocab_size)
-        self.objective = Objective(
-            **config.objective.model_dump(exclude={"frequent", "random", "chunk_tokens"})
-        )
         self._vocabulary = None
         if config.objective.frequent:
             self._vocabulary = LossVocabulary(
@@ -151,7 +147,7 @@ class Trainer:
         return BlockStep(
             self.target,
             self.drafter.config,
-            self.objective,
+            self.config.objective,
             self.config.objective.chunk_tokens,
             self._compile and self.device.type == "cuda",
             cache,
@@ -207,7 +203,7 @@ class Trainer:
         counts = torch.stack([batch.supervised.sum() for batch in batches])
         normaliser = self.ranks.sum(counts.sum()).clamp(min=1)
         progress = self.clock.schedule()
-        gamma = torch.tensor(self.objective.gamma_at(progress), device=self.device)
+        gamma = torch.tensor(self.config.objective.gamma_at(progress), device=self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optimizer, progress)
         for number, (batch, part) in enumerate(zip(batches, parts, strict=False)):
