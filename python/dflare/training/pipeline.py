@@ -28,6 +28,7 @@ from dflare.training.prompts import read_openers, read_prompts
 from dflare.training.snapshot import FILE
 from dflare.training.synth import SynthSettings
 from dflare.training.synth_run import open_synth
+from dflare.training.target import load_target
 from dflare.training.trainer import Trainer
 
 MAX_BYTES = 16 * 2**20  # of the shipped weights
@@ -183,7 +184,7 @@ def _generate(
 
 def _check_size(train: TrainConfig) -> None:
     """Refuse a drafter that is too large to ship, before hours are spent on it."""
-    target = Trainer.load_target(train)
+    target = load_target(train.target.name, attention=train.target.attention)
     section = train.drafter
     with torch.device("meta"):
         drafter = Drafter(draft_config(section, target), section.architecture, section.shared_kv)
