@@ -1,7 +1,10 @@
 """What goes wrong ends in a message that says what to do, and loses nothing."""
 
 import json
+import os
+import resource
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,9 +13,9 @@ from typer.testing import CliRunner
 
 from dflare.cli.app import app, main
 from dflare.errors import CheckpointError, DFlareError, UnsupportedError
-from dflare.training import estimate
 from dflare.training.config import load_config, parse_config
 from dflare.training.errors import ConfigError, DataError, TrainingError
+from dflare.training.export import export_drafter
 from dflare.training.snapshot import FILE
 from dflare.training.target import Target, load_target
 from dflare.training.trainer import Trainer
@@ -83,6 +86,27 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_snapshot(folder
     assert (folder / "run" / FILE).read_bytes() == before
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_and_is_never_saved(folder):
+    """The loss of that step is still finite; the weights after it are not."""
+    config = train_config(folder, run__save_minutes=1e-9, run__log_every=100)
+    trainer = Trainer(config, target())
+
+    def overflow(gradient):
+        return gradient * float("inf") if trainer.steps_done == 3 else gradient
+
+    trainer.drafter.norm.weight.register_hook(overflow)
+    with pytest.raises(
+        TrainingError, match=r"norm of the gradient is (inf|nan) after step 4; .*is from before"
+    ):
+        trainer.run()
+    snapshot = torch.load(folder / "run" / FILE, weights_only=True)
+    assert snapshot["step"] == 3
+    assert all(tensor.isfinite().all() for tensor in snapshot["model"].values())
+    resumed = Trainer(config, target(), resume=True)
+    resumed.run()
+    assert resumed.steps_done == 6
+
+
 def test_a_run_is_not_overwritten(folder):
     Trainer(train_config(folder, run__steps=1), target()).run()
     with pytest.raises(ConfigError, match="--resume"):
@@ -139,6 +163,37 @@ def test_a_tap_cache_without_room_is_refused(folder, monkeypatch):
         Trainer(train_config(folder, data__tap_cache=str(folder / "taps")), target())
 
 
+def test_a_tap_cache_holds_its_room_on_the_disk_before_the_first_step(folder, monkeypatch):
+    """States are written through a mapping, where a full disk would be a bus error."""
+    config = train_config(folder, data__tap_cache=str(folder / "taps"), run__steps=1)
+    states = folder / "taps" / "states.bin"
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(os, "posix_fallocate", no_space)
+        with pytest.raises(TrainingError, match=r"tap_cache needs .*No space left.*make room"):
+            Trainer(config, target())
+    assert not states.exists(), "a refused cache takes no room"
+
+    trainer = Trainer(config, target())
+    assert 512 * states.stat().st_blocks >= states.stat().st_size > 0, "the file has holes"
+    trainer.run()
+    # A file with holes, as `cp --sparse` makes them, is filled up or refused when a run goes on.
+    content = states.read_bytes()
+    with states.open("r+b") as file:
+        file.truncate(0)
+        file.truncate(len(content))
+    resumed = train_config(folder, data__tap_cache=str(folder / "taps"))
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(os, "posix_fallocate", no_space)
+        with pytest.raises(TrainingError, match=r"tap_cache needs .*No space left"):
+            Trainer(resumed, target(), resume=True)
+    Trainer(resumed, target(), resume=True)
+    assert 512 * states.stat().st_blocks >= states.stat().st_size == len(content)
+
+
 def test_a_tap_cache_of_other_data_is_refused(folder):
     config = train_config(folder, data__tap_cache=str(folder / "taps"), run__steps=1)
     Trainer(config, target()).run()
@@ -146,6 +201,46 @@ def test_a_tap_cache_of_other_data_is_refused(folder):
     other = {"data__tap_cache": str(folder / "taps"), "run__output": str(folder / "other")}
     with pytest.raises(ConfigError, match="other data"):
         Trainer(train_config(folder, **other), target())
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may grow beyond 4 KiB: as a disk that runs full while it writes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    @contextmanager
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
+
+
+@pytest.mark.parametrize("architecture", ["dflare", "dflash"])
+def test_an_export_without_room_leaves_the_old_one(folder, small_files, architecture):
+    changes = {"drafter__architecture": architecture, "run__steps": 1}
+    trainer = Trainer(train_config(folder, **changes), target())
+    trainer.run()
+    out = folder / "run" / "drafter"
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    state = trainer.drafter.state_dict()
+    with (
+        pytest.raises(CheckpointError, match=r"cannot be written .*free some space"),
+        small_files(),
+    ):
+        export_drafter(trainer.drafter, state, out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert not list(out.parent.glob(".drafter*"))
+
+    (out / "config.json").unlink()
+    with pytest.raises(TrainingError, match=r"drafter: .*not a checkpoint.*--resume exports"):
+        Trainer(train_config(folder, **changes), target(), resume=True).run()
+    shutil.rmtree(out)
+    Trainer(train_config(folder, **changes), target(), resume=True).run()
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
 def test_unknown_and_missing_settings_are_all_named():
@@ -198,10 +293,3 @@ def test_commands_without_prompts_say_which_options_give_them(tmp_path):
     ):
         result = CliRunner().invoke(app, arguments)
         assert isinstance(result.exception, DFlareError) and "--prompts" in str(result.exception)
-
-
-def test_the_forecast_advises_where_memory_is_short():
-    forecast = estimate.Estimate({"activations": 3 * 2**30}, 1e12, 0.5, 100)
-    text = estimate.describe(forecast, steps=120, free=2**30)
-    assert "3.00 GiB" in text and "1 min for 120 steps" in text and "run.accumulate" in text
-    assert "lower" not in estimate.describe(forecast, None, free=4 * 2**30)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from dflare.errors import UnsupportedError
 from dflare.training.block_loss import block_loss
 from dflare.training.objective import Objective, decay_weights, dpace_weights
 
@@ -55,16 +55,16 @@ def test_decay_by_hand():
 
 
 def test_gamma_grows_linearly():
-    objective = Objective("decay", gamma=4.5, gamma_end=10.5)
+    objective = Objective(name="decay", gamma=4.5, gamma_end=10.5)
     assert [objective.gamma_at(p) for p in (0.0, 0.5, 1.0)] == [4.5, 7.5, 10.5]
-    assert Objective("decay", gamma=7.0).gamma_at(0.9) == 7.0
+    assert Objective(name="decay", gamma=7.0).gamma_at(0.9) == 7.0
 
 
 @pytest.mark.parametrize(
     "bad", [{"name": "ce"}, {"alpha": 1.5}, {"gamma": 0.0}, {"gamma_end": -1.0}, {"soft_labels": 2}]
 )
 def test_a_bad_objective_is_refused_by_name(bad):
-    with pytest.raises(UnsupportedError, match=next(iter(bad))):
+    with pytest.raises(ValidationError, match=next(iter(bad))):
         Objective(**bad)
 
 
@@ -115,7 +115,7 @@ def test_loss_and_gradient_equal_those_of_the_definition(
     labels = torch.randint(11, (blocks, slots))
     supervised = torch.rand(blocks, slots) < 0.8
     teacher = None if soft is None else torch.randn(blocks, slots, 5, dtype=torch.float64)
-    objective = Objective(name, soft_labels=soft or 0.0)
+    objective = Objective(name=name, soft_labels=soft or 0.0)
     arguments = (head, labels, supervised, objective)
 
     expected = slow_loss(hidden, *arguments, 7.0, 13.0, teacher)

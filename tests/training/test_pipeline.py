@@ -61,7 +61,7 @@ def test_all_stages_give_a_drafter_with_its_card_and_numbers(folder, monkeypatch
         trainer = real(config, resume=resume)
         trained.append(resume)
         if len(trained) == 1:
-            trainer._ask_to_stop(15, None)
+            trainer.ask_to_stop()
         return trainer
 
     monkeypatch.setattr(pipeline, "Trainer", interrupted_once)
@@ -81,6 +81,13 @@ def test_all_stages_give_a_drafter_with_its_card_and_numbers(folder, monkeypatch
     # A third call has nothing left but to measure again.
     run(folder)
     assert trained == [False, True]
+
+
+def test_a_drafter_too_large_to_ship_is_refused_before_anything_is_generated(folder, monkeypatch):
+    monkeypatch.setattr(pipeline, "MAX_BYTES", 4096)
+    with pytest.raises(ConfigError, match=r"MiB of weights.*lower drafter.intermediate_size"):
+        run(folder)
+    assert not (folder / "work/data.jsonl").exists()
 
 
 def test_generation_time_adds_up_over_interruptions(tmp_path):

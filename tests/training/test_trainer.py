@@ -2,18 +2,22 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import tiny_causal_lm, train_config, write_data
 
 from dflare.checkpoint import check_tensors, read_config
-from dflare.training.export import load_drafter
+from dflare.training import loop
+from dflare.training.clock import Clock
+from dflare.training.export import export_size, load_drafter
 from dflare.training.generate import Generator, Sampling
+from dflare.training.loop import Interrupted
 from dflare.training.slot_cache import ATTENTION
 from dflare.training.speculate import decode
 from dflare.training.target import Target
-from dflare.training.trainer import Interrupted, Trainer
+from dflare.training.trainer import Trainer
 
 
 def target() -> Target:
@@ -39,31 +43,97 @@ VARIANTS = [
 ]
 
 
+def logged(folder: Path) -> list[dict]:
+    """The log without what a clock says."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    times = {"time", "minutes", "seconds_per_step"}
+    return [{k: v for k, v in line.items() if k not in times} for line in lines]
+
+
+def stop_after(trainer: Trainer, step: int) -> None:
+    """Let a signal come during a step."""
+    real = trainer.train_step
+
+    def train_step() -> None:
+        real()
+        if trainer.steps_done == step:
+            trainer.ask_to_stop()
+
+    trainer.train_step = train_step
+
+
 @pytest.mark.parametrize("changes", VARIANTS)
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path, changes):
+def test_a_resumed_run_ends_with_the_same_bits_and_the_same_log(tmp_path, changes):
     write_data(tmp_path / "data.jsonl", 14)
+    changes = {"run__steps": 7, "run__validate_every": 3, **changes}
     whole = Trainer(train_config(tmp_path, run__output=str(tmp_path / "a"), **changes), target())
     whole.run()
 
     config = train_config(tmp_path, run__output=str(tmp_path / "b"), **changes)
-    first = Trainer(config, target())
-    first._ask_to_stop(2, None)  # as a signal would: the run stops at its next report
-    with pytest.raises(Interrupted, match="--resume"):
-        first.run()
-    assert first.steps_done < 6
-    second = Trainer(config, target(), resume=True)
-    second.run()
+    for stop in (1, 3, 4):  # between two lines of the log, at a validation, with a line
+        trainer = Trainer(config, target(), resume=stop > 1)
+        stop_after(trainer, stop)
+        with pytest.raises(Interrupted, match="--resume"):
+            trainer.run()
+        assert trainer.steps_done == stop
+    last = Trainer(config, target(), resume=True)
+    last.run()
 
-    assert_equal(weights(whole), weights(second))
-    curves = [
-        [
-            (line["step"], line["loss"])
-            for line in map(json.loads, (tmp_path / run / "log.jsonl").read_text().splitlines())
-            if line["kind"] == "train" and line["step"] in (4, 6)
-        ]
-        for run in ("a", "b")
+    assert_equal(weights(whole), weights(last))
+    assert logged(tmp_path / "a") == logged(tmp_path / "b")
+    kinds = [(line["kind"], line["step"]) for line in logged(tmp_path / "a")]
+    assert kinds == [
+        *[("train", 2), ("validation", 3), ("train", 4), ("train", 6), ("validation", 6)],
+        *[("train", 7), ("validation", 7)],
     ]
-    assert curves[0] == curves[1] and len(curves[0]) == 2
+
+
+def test_a_time_budget_is_a_schedule_of_its_own(tmp_path, monkeypatch):
+    """Warm-up and end go by the clock of every step, and compiling is not training."""
+    write_data(tmp_path / "data.jsonl", 14)
+    config = train_config(
+        tmp_path,
+        optimizer__learning_rate=1.0e-3,
+        optimizer__warmup=0.1,
+        run__steps=None,
+        run__epochs=1000,
+        run__max_minutes=1.5,
+        run__log_every=25,
+    )
+    trainer = Trainer(config, target())
+    clock, rates, real = [0.0], [], trainer.train_step
+
+    def train_step() -> None:
+        real()
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        clock[0] += 30.0 if len(rates) == 1 else 1.0
+
+    trainer.train_step = train_step
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    trainer.run()
+    assert len(rates) == trainer.steps_done == 61
+    assert trainer.minutes == pytest.approx(1.5)
+    assert rates[0] > 0.0
+    rising = rates[1:8]  # 10 % of the 60 seconds that are left after the first step
+    assert rising == sorted(rising) and rates[4] == pytest.approx(0.5e-3, rel=0.01)
+    assert max(rates) == pytest.approx(1e-3, rel=0.01)
+    assert rates[7:] == sorted(rates[7:], reverse=True) and 0.0 < rates[-1] < 2e-6
+    resumed = Trainer(config, target(), resume=True).clock
+    assert resumed == trainer.clock and resumed.cold_minutes == pytest.approx(0.5)
+
+
+def test_a_clock_without_a_budget_counts_steps():
+    clock = Clock(total_steps=4, max_minutes=None, minutes=100.0)
+    assert (clock.progress(), clock.schedule()) == (0.0, 0.125)
+    clock.steps = 4
+    assert (clock.progress(), clock.schedule()) == (1.0, 1.0)
+
+
+def test_a_clock_whose_budget_goes_into_compiling_ends():
+    clock = Clock(total_steps=100, max_minutes=2.0, steps=1, minutes=1.9, cold_minutes=1.9)
+    assert clock.progress() == 0.01
+    clock.minutes = clock.cold_minutes = 2.1
+    assert clock.progress() == 1.0
 
 
 def test_micro_batches_do_not_change_the_step(tmp_path):
@@ -80,6 +150,21 @@ def test_micro_batches_do_not_change_the_step(tmp_path):
     for other in results[1:]:
         for name, tensor in results[0].items():
             torch.testing.assert_close(tensor, other[name], atol=1e-6, rtol=0)
+
+
+def test_recomputed_activations_do_not_change_a_run(tmp_path):
+    write_data(tmp_path / "data.jsonl", 14)
+    results = []
+    for recompute in (False, True):
+        config = train_config(
+            tmp_path,
+            run__output=str(tmp_path / f"{recompute}"),
+            run__checkpoint_activations=recompute,
+        )
+        trainer = Trainer(config, target())
+        trainer.run()
+        results.append(weights(trainer))
+    assert_equal(*results)
 
 
 def test_the_tap_cache_gives_the_states_that_the_target_gives(tmp_path):
@@ -113,6 +198,20 @@ def test_an_export_holds_what_was_trained(tmp_path):
             positions = torch.arange(7, 11)[None]
             drafts.append(drafter.draft(embeddings, positions, context, {-1: None}))
         assert torch.equal(drafts[0], drafts[1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"drafter__shared_kv": True}, {"drafter__architecture": "dflash"}]
+)
+def test_the_size_of_an_export_is_known_before(tmp_path, changes, dtype):
+    write_data(tmp_path / "data.jsonl", 14)
+    config = train_config(tmp_path, drafter__dtype=dtype, run__steps=1, **changes)
+    trainer = Trainer(config, target())
+    promised = export_size(trainer.drafter)
+    trainer.run()
+    size = (tmp_path / "run/drafter/model.safetensors").stat().st_size
+    assert size <= promised < size + 5000  # a header's length is estimated from above
 
 
 def test_a_dflash_export_carries_its_projection(tmp_path):

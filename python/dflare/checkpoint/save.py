@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dflare.checkpoint.config import DraftConfig
 from dflare.checkpoint.problems import name_some, raise_problems
@@ -42,10 +42,35 @@ def save_checkpoint(
         CheckpointError: Tensors that do not belong to the config; a destination that is in use; no
             space or no permission.
     """
-    from safetensors.torch import save_file
-
     destination = Path(folder).expanduser()
     _check(destination, config, tensors)
+    return write_checkpoint(destination, config.to_dict(), tensors, force=force)
+
+
+def write_checkpoint(
+    destination: Path,
+    content: dict[str, Any],
+    tensors: "dict[str, torch.Tensor]",
+    *,
+    force: bool = False,
+) -> Path:
+    """Write config.json and model.safetensors as they are given, in any dialect.
+
+    Args:
+        destination: Folder; see :func:`save_checkpoint`.
+        content: Of config.json.
+        tensors: On any device.
+        force: Replace a checkpoint that is there already.
+
+    Returns:
+        The destination.
+
+    Raises:
+        CheckpointError: A destination that is in use; no space or no permission.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     check_destination(destination, force=force)
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     staging = destination.with_name(f".{destination.name}.new-{os.getpid()}")
@@ -57,12 +82,14 @@ def save_checkpoint(
         raise CheckpointError(f"{destination}: cannot be written ({error})") from error
     try:
         save_file(ready, weights, metadata={"format": "pt"})
-        content = json.dumps(config.to_dict(), indent=2) + "\n"
-        config_file.write_text(content, encoding="utf-8")
+        config_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         # safetensors makes a file that only its owner can read; the user's umask knows better.
         weights.chmod(config_file.stat().st_mode)
         _take_place(staging, destination)
-    except OSError as error:
+    except (
+        OSError,
+        SafetensorError,
+    ) as error:  # a full disk is the latter while weights are written
         raise CheckpointError(
             f"{destination}: cannot be written ({error}); free some space or choose another folder"
         ) from error

@@ -65,6 +65,29 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     return [batches[i] for i in rng.permutation(count)]
 
 
+class Order:
+    """Which sequences each step of a run takes.
+
+    Args:
+        lengths: Tokens of each sequence.
+        batch_size: Sequences a step over all ranks.
+        seed: Of the run.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int) -> None:
+        self._lengths, self._batch_size, self._seed = lengths, batch_size, seed
+        self._epoch, self._batches = -1, [np.zeros(0, dtype=np.int64)]
+        self.steps_per_epoch = max(1, len(lengths) // min(batch_size, len(lengths)))
+
+    def step(self, number: int) -> tuple[int, np.ndarray]:
+        """Return the epoch and the sequence indices of a step, both counted from 0."""
+        epoch, position = divmod(number, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._batches = epoch_batches(self._lengths, self._batch_size, self._seed, epoch)
+            self._epoch = epoch
+        return epoch, self._batches[position]
+
+
 def draw_anchors(mask: np.ndarray, count: int, seed: list[int]) -> np.ndarray:
     """Draw anchors among the supervised tokens that a supervised token follows.
 

@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dflare.training.errors import ConfigError
+from dflare.training.objective import Objective
 
 
 class _Section(BaseModel):
@@ -77,25 +78,15 @@ class DataSection(_Section):
     tap_cache: str | None = None
 
 
-class ObjectiveSection(_Section):
-    """What is minimised; see :class:`dflare.training.objective.Objective`.
+class ObjectiveSection(Objective):
+    """What is minimised, see :class:`dflare.training.objective.Objective`, and at what cost.
 
     Args:
-        name: ``dpace`` or ``decay``.
-        alpha: D-PACE's smoothing.
-        gamma: Decay length in slots.
-        gamma_end: Decay length at the end of training, for a growing one.
-        soft_labels: Share of the target's own distribution in the labels.
         frequent: Reduced loss vocabulary: this many of the most frequent tokens ...
         random: ... and this many others, drawn anew each step; with neither, all tokens count.
         chunk_tokens: Slots whose logits exist at once.
     """
 
-    name: Literal["dpace", "decay"] = "dpace"
-    alpha: float = Field(default=0.5, ge=0, le=1)
-    gamma: float = Field(default=7.0, gt=0)
-    gamma_end: float | None = Field(default=None, gt=0)
-    soft_labels: float = Field(default=0.0, ge=0, le=1)
     frequent: int = Field(default=0, ge=0)
     random: int = Field(default=0, ge=0)
     chunk_tokens: int = Field(default=2048, gt=0)
@@ -107,7 +98,8 @@ class OptimizerSection(_Section):
     Args:
         learning_rate: At the end of the warm-up.
         final_share: Share of it that is left at the end.
-        warmup: Share of the run that warms up.
+        warmup: Share of the run that warms up: of its steps or of its time, as it ends by the one
+            or the other; see :class:`dflare.training.clock.Clock`.
         betas: Of the moments.
         eps: Added to the root of the second moment.
         weight_decay: Of matrices; norms and fusion logits do not decay.

@@ -1,12 +1,15 @@
 """What a run will take, before it starts: memory by part, time from a measured matrix product."""
 
+import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from dflare.checkpoint import DraftConfig
 from dflare.training.config import TrainConfig
+from dflare.training.errors import TrainingError
 from dflare.training.model import Drafter
 
 _EFFICIENCY = 0.35  # of the measured product rate that a training step reaches; a rough figure
@@ -20,7 +23,7 @@ class Estimate:
         memory: Bytes by part.
         flops_per_step: Floating-point operations of one step.
         seconds_per_step: They, at a share of the product rate that this device showed.
-        snapshot_bytes: Size of a snapshot on disk.
+        snapshot_bytes: Size of a snapshot on disk: weights and the two moments, float32.
     """
 
     memory: dict[str, int]
@@ -103,9 +106,12 @@ def estimate_run(
         "logits of a chunk": chunk * loss_vocab * 4 * 4,
     }
     cached = config.data.tap_cache is not None
-    per_layer = parameters / draft.num_hidden_layers
-    flops = 6.0 * slots * per_layer * draft.num_hidden_layers
-    flops += 4.0 * slots * hidden * loss_vocab
+    # Forward and backward pass; recomputing is another forward pass.
+    passes = 8.0 if config.run.checkpoint_activations else 6.0
+    of_slots, of_tokens = parameters_by_use(drafter)
+    flops = passes * (slots * of_slots + context * of_tokens)
+    products = 3 if config.objective.soft_labels else 2
+    flops += 2.0 * products * slots * hidden * loss_vocab
     flops += 0.0 if cached else 2.0 * context * target_parameters
     flops *= config.run.accumulate
     return Estimate(
@@ -114,6 +120,18 @@ def estimate_run(
         flops / (_EFFICIENCY * product_rate(device, dtype)),
         3 * 4 * parameters,
     )
+
+
+def parameters_by_use(drafter: Drafter) -> tuple[int, int]:
+    """Return how many parameters a slot of a block goes through, and how many a context token."""
+    of_slots, of_tokens = 0, 0
+    separate = drafter.layer(0).self_attn.separate_context
+    for name, parameter in drafter.named_parameters():
+        context_only = "_target." in name or name.startswith("fc.")
+        shared = not separate and (".k_proj." in name or ".v_proj." in name)
+        of_slots += 0 if context_only else parameter.numel()
+        of_tokens += parameter.numel() if context_only or shared else 0
+    return of_slots, of_tokens
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -128,14 +146,47 @@ def free_memory(device: torch.device) -> int | None:
         return None
 
 
-def describe(estimate: Estimate, steps: int | None, free: int | None) -> str:
-    """Put a forecast into words, with advice where memory is short."""
+def check_disk(folder: Path, snapshot_bytes: int, has_snapshot: bool) -> None:
+    """Refuse to start a run whose snapshots would not fit on the disk.
+
+    Args:
+        folder: Output folder; it exists.
+        snapshot_bytes: Of one snapshot.
+        has_snapshot: One is there already. The next is written beside it before it takes its
+            place; the export, which comes last, needs less.
+
+    Raises:
+        TrainingError: There is less room than that.
+    """
+    needed = snapshot_bytes * (1 if has_snapshot else 2)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise TrainingError(
+            f"run.output {folder}: snapshots and export need {needed / 2**30:.2f} GiB, "
+            f"{free / 2**30:.2f} GiB are free there; make room, or name another folder"
+        )
+
+
+def describe(
+    estimate: Estimate, steps: int, free: int | None, max_minutes: float | None = None
+) -> str:
+    """Put a forecast into words, with advice where memory is short.
+
+    Args:
+        estimate: Of the run.
+        steps: Steps that are left.
+        free: Bytes of free memory, none where that is not known.
+        max_minutes: Minutes that are left, none for no limit.
+    """
     gib = 2.0**30
     parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in estimate.memory.items())
     text = f"Estimate: {estimate.total / gib:.2f} GiB ({parts})"
-    text += f"; {estimate.seconds_per_step:.2f} s a step"
-    if steps is not None:
-        text += f", {steps * estimate.seconds_per_step / 60:.0f} min for {steps} steps"
+    minutes = steps * estimate.seconds_per_step / 60
+    text += f"; {estimate.seconds_per_step:.2f} s a step, {minutes:.0f} min for {steps} steps"
+    if max_minutes is not None and max_minutes < minutes:
+        within = 60 * max_minutes / estimate.seconds_per_step
+        text += f", of which {max_minutes:.0f} min are allowed: about {within:.0f} steps"
+    text += f"; {estimate.snapshot_bytes / gib:.2f} GiB a snapshot"
     if free is not None and estimate.total > free:
         text += (
             f"\nThat is more than the {free / gib:.1f} GiB that are free: lower data.batch_size or "

@@ -1,12 +1,13 @@
 """Write a trained drafter for serving."""
 
-import json
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dflare.checkpoint import load_tensors, read_config, save_checkpoint
+from dflare.checkpoint import expected_tensors, load_tensors, read_config, save_checkpoint
+from dflare.checkpoint.save import write_checkpoint
 from dflare.training.errors import TrainingError
 from dflare.training.model import Drafter
 
@@ -37,7 +38,9 @@ def export_drafter(drafter: Drafter, state: dict[str, Tensor], folder: Path) -> 
     config = drafter.config
     tensors = {name: tensor.to(_DTYPES[config.dtype]) for name, tensor in state.items()}
     if drafter.architecture == "dflash":
-        return _export_dflash(drafter, tensors, folder)
+        # The same configuration under DFlash's name; ``fc`` in place of the fusion logits.
+        content = config.to_dict() | {"architectures": ["DFlashDraftModel"]}
+        return write_checkpoint(folder, content, tensors, force=True)
     for name in list(tensors):
         for projection in ("k_proj", "v_proj"):
             twin = name.replace(f".{projection}.", f".{projection}_target.")
@@ -46,16 +49,17 @@ def export_drafter(drafter: Drafter, state: dict[str, Tensor], folder: Path) -> 
     return save_checkpoint(folder, config, tensors, force=True)
 
 
-def _export_dflash(drafter: Drafter, tensors: dict[str, Tensor], folder: Path) -> Path:
-    """Same configuration under DFlash's name; ``fc`` in place of the fusion logits."""
-    from safetensors.torch import save_file
-
-    content = drafter.config.to_dict() | {"architectures": ["DFlashDraftModel"]}
-    folder.mkdir(parents=True, exist_ok=True)
-    ready = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(ready, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return folder
+def export_size(drafter: Drafter) -> int:
+    """Return the bytes of a drafter's exported weights, rounded up; weights need not exist."""
+    config = drafter.config
+    if drafter.architecture == "dflash":
+        shapes = {name: tuple(tensor.shape) for name, tensor in drafter.state_dict().items()}
+    else:
+        shapes = expected_tensors(config)
+    values = sum(math.prod(shape) for shape in shapes.values())
+    entry = 128  # of a tensor in the file's header: name, dtype, shape and place as JSON
+    header = 128 + sum(len(name) + entry for name in shapes)
+    return values * _DTYPES[config.dtype].itemsize + header
 
 
 def load_drafter(path: str | Path) -> Drafter:

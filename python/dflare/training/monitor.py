@@ -42,7 +42,9 @@ class Monitor:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at)
+            # Purges from this step on; the line of the step that was saved last stays.
+            purge = resumed_at + 1 if resumed_at else 0
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
         except ImportError:
             pass  # an optional dependency; the JSONL log holds everything
 

@@ -4,12 +4,11 @@ Slots are counted as in the block: slot 0 is the anchor, slots 1 .. B-1 are pred
 dimension of every tensor here has B-1 entries and entry k belongs to slot j = k + 1.
 """
 
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-
-from dflare.errors import UnsupportedError
 
 
 def dpace_weights(probability: Tensor, supervised: Tensor, alpha: float) -> Tensor:
@@ -46,9 +45,8 @@ def decay_weights(supervised: Tensor, gamma: float | Tensor) -> Tensor:
     return torch.exp(-slot / gamma) * supervised
 
 
-@dataclass(frozen=True)
-class Objective:
-    """Which weights the loss uses.
+class Objective(BaseModel):
+    """Which weights and labels the loss uses; the section of a configuration builds on it.
 
     Args:
         name: ``dpace`` or ``decay``.
@@ -58,26 +56,16 @@ class Objective:
         soft_labels: Share of the target's own distribution in the label, 0 (its token) to 1.
 
     Raises:
-        UnsupportedError: A value out of range.
+        pydantic.ValidationError: A value out of range, or a name that is none of these.
     """
 
-    name: str = "dpace"
-    alpha: float = 0.5
-    gamma: float = 7.0
-    gamma_end: float | None = None
-    soft_labels: float = 0.0
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def __post_init__(self) -> None:
-        if self.name not in ("dpace", "decay"):
-            raise UnsupportedError(f"objective.name is {self.name!r}; use 'dpace' or 'decay'")
-        for field in ("alpha", "soft_labels"):
-            value = getattr(self, field)
-            if not 0.0 <= value <= 1.0:
-                raise UnsupportedError(f"objective.{field} is {value}; it must be within 0..1")
-        for field in ("gamma", "gamma_end"):
-            value = getattr(self, field)
-            if value is not None and value <= 0.0:
-                raise UnsupportedError(f"objective.{field} is {value}; it must be positive")
+    name: Literal["dpace", "decay"] = "dpace"
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    gamma: float = Field(default=7.0, gt=0)
+    gamma_end: float | None = Field(default=None, gt=0)
+    soft_labels: float = Field(default=0.0, ge=0, le=1)
 
     def gamma_at(self, progress: float) -> float:
         """Decay length at a point of training, ``progress`` running from 0 to 1."""

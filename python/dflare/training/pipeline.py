@@ -13,17 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dflare.training.config import TrainConfig, load_config
-from dflare.training.errors import ConfigError, TrainingError
+from dflare.training.errors import ConfigError
 from dflare.training.evaluate import run_evaluation
+from dflare.training.export import export_size
+from dflare.training.init import draft_config
+from dflare.training.model import Drafter
 from dflare.training.model_card import model_card
 from dflare.training.prompts import read_openers, read_prompts
 from dflare.training.snapshot import FILE
 from dflare.training.synth import SynthSettings
 from dflare.training.synth_run import open_synth
+from dflare.training.target import load_target
 from dflare.training.trainer import Trainer
 
 MAX_BYTES = 16 * 2**20  # of the shipped weights
@@ -177,6 +182,21 @@ def _generate(
     stages.save()
 
 
+def _check_size(train: TrainConfig) -> None:
+    """Refuse a drafter that is too large to ship, before hours are spent on it."""
+    target = load_target(train.target.name, attention=train.target.attention)
+    section = train.drafter
+    with torch.device("meta"):
+        drafter = Drafter(draft_config(section, target), section.architecture, section.shared_kv)
+    size = export_size(drafter)
+    if size > MAX_BYTES:
+        raise ConfigError(
+            f"the drafter would have {size / 2**20:.1f} MiB of weights, more than the "
+            f"{MAX_BYTES / 2**20:.1f} that may be shipped; lower drafter.intermediate_size or "
+            "drafter.layers"
+        )
+
+
 def run_pipeline(config_file: Path, work: Path, output: Path, overrides: list[str]) -> Path:
     """Run all stages that are not done yet.
 
@@ -201,18 +221,14 @@ def run_pipeline(config_file: Path, work: Path, output: Path, overrides: list[st
         train = load_config(
             folder / config.train, [*places, f"data.tap_cache={work / 'taps'}", *overrides]
         )
+    if not (trained / "drafter" / "config.json").exists():
+        _check_size(train)
     stages = Stages(work / "stages.json")
     if not stages.state["synth_done"]:
         _generate(config, folder, data, train, stages)
 
     if not (trained / "drafter" / "config.json").exists():
         Trainer(train, resume=(trained / FILE).exists()).run()
-    size = (trained / "drafter" / "model.safetensors").stat().st_size
-    if size > MAX_BYTES:
-        raise TrainingError(
-            f"{trained}/drafter: {size} bytes are more than the {MAX_BYTES} that may be shipped; "
-            "lower drafter.intermediate_size or drafter.layers and train again"
-        )
     train_file = work / "train.yaml"
     train_file.write_text(yaml.safe_dump(train.model_dump(mode="json"), sort_keys=False))
     report = run_evaluation(

@@ -36,13 +36,13 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def agree(self, value: float) -> float:
-        """Return rank 0's value on every rank."""
+    def largest(self, values: list[float]) -> list[float]:
+        """Return the largest of each value over all ranks, without waiting for a GPU."""
         if self.world == 1:
-            return value
-        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.broadcast(tensor, 0)
-        return float(tensor)
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
 
     def wrap(self, drafter: Drafter, shard: bool) -> nn.Module:
         """Make a drafter train on all ranks.
@@ -89,5 +89,6 @@ def start_ranks(device: str) -> Ranks:
     if device == "cuda":
         torch.cuda.set_device(where)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        # Tensors on the CPU go over gloo, so that agreeing on a number does not wait for a GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     return Ranks(dist.get_rank() if world > 1 else 0, world, where)

@@ -20,9 +20,11 @@ from dflare.training.errors import ConfigError, TrainingError
 from dflare.training.ranks import Ranks
 
 FILE = "snapshot.pt"
-# What may change between the parts of a run without changing what it computes.
-_FREE = {"output", "max_minutes", "epochs", "steps", "device", "compile", "threads"}
-_FREE |= {"checkpoint_activations", "shard", "log_every", "validate_every", "save_minutes"}
+# What may change between the parts of a run: these three move its end, and with it the schedule ...
+_FREE = {"max_minutes", "epochs", "steps"}
+# ... and these do not change what is computed, but for rounding (other code, other kernels).
+_FREE |= {"output", "device", "compile", "threads", "checkpoint_activations", "shard"}
+_FREE |= {"log_every", "validate_every", "save_minutes"}
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -61,7 +63,7 @@ def save_snapshot(
         folder: Output folder.
         drafter: The module that trains, unwrapped; sharded weights are gathered.
         optimizer: Its optimizer.
-        progress: Step, minutes, configuration and data fingerprint.
+        progress: Steps, minutes, the open window of the log, configuration, data fingerprint.
         ranks: All of them must call this; rank 0 writes.
 
     Raises:

@@ -4,7 +4,9 @@ One array of bfloat16, a row a token, and one flag a sequence. Sequences are add
 them; a run that is resumed, or another run over the same data, finds them there.
 """
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -43,17 +45,16 @@ class TapCache:
                 )
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            needed, free = 2 * tokens * width, shutil.disk_usage(folder).free
-            if needed > free:
-                raise TrainingError(
-                    f"data.tap_cache needs {needed / 2**30:.1f} GiB in {folder}, which has "
-                    f"{free / 2**30:.1f} GiB left; name another folder, or leave it out to run the "
-                    "target in every step"
-                )
-            for name, size in (("states.bin", needed), ("known.bin", len(corpus))):
-                with (folder / name).open("wb") as array:
-                    array.truncate(size)
-            file.write_text(json.dumps(description))
+            (folder / "known.bin").write_bytes(
+                b""
+            )  # an older cache's flags say nothing of this one
+        _reserve(folder / "states.bin", 2 * tokens * width)
+        _reserve(folder / "known.bin", len(corpus))
+        if not file.exists():
+            # Other ranks look for this file: it must be whole when they find it.
+            partial = folder / f"taps.json.{os.getpid()}"
+            partial.write_text(json.dumps(description))
+            partial.replace(file)
         self._states = np.memmap(folder / "states.bin", np.int16, "r+", shape=(tokens, width))
         self._known = np.memmap(folder / "known.bin", np.uint8, "r+", shape=(len(corpus),))
 
@@ -77,3 +78,33 @@ class TapCache:
             part = torch.from_numpy(np.asarray(self._states[start:end]))
             states[row, : end - start] = part.view(torch.bfloat16)
         return states
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Give a file its whole size on the disk, keeping what is in it.
+
+    Into a file with holes the states would be written through a mapping, and a mapping that finds
+    the disk full ends the process by a bus error, with no message and no snapshot.
+
+    Raises:
+        TrainingError: The disk has no room; a file that was not there before is not left behind.
+    """
+    there = file.exists()
+    missing = max(0, size - (512 * file.stat().st_blocks if there else 0))
+    free = shutil.disk_usage(file.parent).free
+    try:
+        if missing > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not there:
+            file.unlink(missing_ok=True)
+        raise TrainingError(
+            f"data.tap_cache needs {missing / 2**30:.1f} GiB in {file.parent}, which has "
+            f"{free / 2**30:.1f} GiB left ({error.strerror}); make room, name another folder, or "
+            "leave it out to run the target in every step"
+        ) from error

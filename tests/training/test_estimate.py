@@ -1,0 +1,73 @@
+"""What a run will take is told, and refused where it does not fit, before the first step."""
+
+import shutil
+
+import pytest
+from tiny_models import tiny_causal_lm, train_config, write_data
+
+from dflare.training import estimate
+from dflare.training.errors import TrainingError
+from dflare.training.snapshot import FILE
+from dflare.training.target import Target
+from dflare.training.trainer import Trainer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_data(tmp_path / "data.jsonl", 14)
+    return tmp_path
+
+
+def target() -> Target:
+    return Target(tiny_causal_lm(), (0, 1, 2))
+
+
+def test_the_forecast_advises_where_memory_is_short():
+    forecast = estimate.Estimate({"activations": 3 * 2**30}, 1e12, 0.5, 2**30)
+    text = estimate.describe(forecast, steps=120, free=2**30)
+    assert "3.00 GiB" in text and "1 min for 120 steps" in text and "run.accumulate" in text
+    assert "1.00 GiB a snapshot" in text and "allowed" not in text
+    assert "lower" not in estimate.describe(forecast, steps=120, free=4 * 2**30)
+
+
+def test_the_forecast_of_a_time_budget_tells_both_times():
+    forecast = estimate.Estimate({}, 1e12, 0.5, 100)
+    text = estimate.describe(forecast, steps=2400, free=None, max_minutes=15.0)
+    assert "20 min for 2400 steps, of which 15 min are allowed: about 1800 steps" in text
+    assert "allowed" not in estimate.describe(forecast, 2400, None, max_minutes=25.0)
+
+
+def test_snapshots_that_will_not_fit_are_refused_before_the_first_step(folder, monkeypatch):
+    trainer = Trainer(train_config(folder), target())
+    size = 12 * sum(parameter.numel() for parameter in trainer.drafter.parameters())
+
+    def with_room(room):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, room))
+
+    with_room(2 * size - 1)
+    with pytest.raises(TrainingError, match=r"run.output .*snapshots.*GiB are free.*make room"):
+        trainer.run()
+    assert trainer.steps_done == 0
+    with_room(2 * size)
+    trainer.run()
+    saved = (folder / "run" / FILE).stat().st_size
+    assert size < saved < 1.2 * size + 10_000
+    with_room(size)  # beside the snapshot that is there, one more
+    Trainer(train_config(folder, run__steps=7), target(), resume=True).run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "of_slots", "of_tokens"),
+    [
+        # H = 32, feed-forward 48, q 32 wide, k and v 16, 3 taps, 2 layers, head size 8.
+        ({}, 0, 2 * 2 * 16 * 32),
+        ({"drafter__shared_kv": True}, 0, 2 * 2 * 16 * 32),
+        ({"drafter__architecture": "dflash"}, -6, 2 * 2 * 16 * 32 + 3 * 32 * 32),
+    ],
+)
+def test_the_forecast_counts_context_projections_by_token(folder, changes, of_slots, of_tokens):
+    drafter = Trainer(train_config(folder, **changes), target()).drafter
+    layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32 + 2 * 8
+    fusion = 2 * 3  # logits, which DFlash has none of
+    expected = (2 * layer + 2 * 32 + fusion + of_slots, of_tokens)
+    assert estimate.parameters_by_use(drafter) == expected
