@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from dflare.checkpoint import check_pair
 from dflare.training.config import load_config
 from dflare.training.data import Corpus, load_corpus, split
 from dflare.training.errors import ConfigError
@@ -190,9 +191,10 @@ def run_evaluation(
     if not prompt_files and held_out is None:
         raise ConfigError("nothing to decode: give --prompts FILE, --held-out CONFIG.yaml, or both")
     drafter = load_drafter(draft)
+    path = target_path(target_name)
+    check_pair(drafter.config, path, draft)
     where = start_ranks(device).device
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    path = target_path(target_name)
     target = load_target(path, drafter.config.target_layer_ids, where, dtype)
     tokenizer = AutoTokenizer.from_pretrained(path)
     sets = {
