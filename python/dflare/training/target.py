@@ -38,7 +38,7 @@ class Target:
         taps: Ids of the tapped layers, none where only text is wanted.
 
     Raises:
-        ConfigError: A tap that the target has no layer for.
+        ConfigError: A tap that the target has no layer for, or layers that cannot be found.
         UnsupportedError: Logits that are more than a product with the head.
     """
 
@@ -47,7 +47,13 @@ class Target:
         self.config = model.config.get_text_config()
         self.decoder = model.get_decoder()
         self.taps = taps
-        layers = self.decoder.layers
+        layers = getattr(self.decoder, "layers", ())
+        if taps and not len(layers):
+            raise ConfigError(
+                f"the target's {type(self.decoder).__name__} does not keep its layers in `layers` "
+                f"but in one of {', '.join(name for name, _ in self.decoder.named_children())}, so "
+                "they cannot be tapped; choose a target of the Llama or Qwen kind"
+            )
         if taps and not 0 <= min(taps) <= max(taps) < len(layers):
             raise ConfigError(
                 f"drafter.taps is {list(taps)}, but the target has layers 0 to {len(layers) - 1}; "
