@@ -23,7 +23,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from ablation_report import table, write_report
-from transformers import AutoTokenizer
 
 from dflare.errors import DFlareError
 from dflare.training.config import TrainConfig, load_config
@@ -34,7 +33,7 @@ from dflare.training.init import draft_config
 from dflare.training.model import Drafter
 from dflare.training.model_card import hardware
 from dflare.training.prompts import stop_tokens
-from dflare.training.target import Target, target_path
+from dflare.training.target import Target, load_tokenizer, target_path
 from dflare.training.trainer import Trainer
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -116,8 +115,7 @@ def run_variant(
     resume = (folder / name / "snapshot.pt").exists()
     trainer = Trainer(own, target, resume=resume)
     teacher_forced = trainer.run()
-    path = target_path(config.target.name)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(target_path(config.target.name))
     stops = stop_tokens(tokenizer, target.model.generation_config)
     prompts = held_out_prompts(trainer.held_out)
     device = target.device.type

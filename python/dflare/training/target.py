@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dflare.errors import UnsupportedError
 from dflare.training.errors import ConfigError
@@ -121,6 +126,24 @@ def target_path(name: str) -> str:
     from dflare.demo import demo_target
 
     return str(demo_target())
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load a target's tokenizer.
+
+    Args:
+        path: Folder or hub id, from :func:`target_path`.
+
+    Raises:
+        ConfigError: There is none, or none that transformers can read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the tokenizer of target {path!r} cannot be loaded ({error}); save it beside the "
+            "weights"
+        ) from error
 
 
 def load_target(
