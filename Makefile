@@ -3,11 +3,13 @@ VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# Training needs no SGLang: a full installation serves, else a smaller one is made.
+TRAIN_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(VENV)/.installed-train)
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 # Several processes with spinning OpenMP teams on few cores take many times as long as one.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-fast test-emulation kernels demo-drafter bench \
+.PHONY: help install install-train demo test test-fast test-emulation kernels demo-drafter bench \
   bench-quick soak lint format
 .DEFAULT_GOAL := help
 
@@ -16,15 +18,30 @@ help:  ## list the targets
 
 install: $(STAMP)  ## make .venv: SGLang, the package and its extension
 
-$(STAMP): pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+install-train: $(TRAIN_STAMP)  ## make .venv for training alone, without SGLang
+
+define MAKE_VENV
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 	  { $(PYTHON) --version; echo "expected Python 3.11 to 3.13: make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	test -x $(VENV)/bin/uv || $(PY) -m pip install --quiet --disable-pip-version-check uv
+endef
+BUILD_TOOLS := "setuptools>=77" "cmake>=3.25" "ninja>=1.11" "pybind11>=2.13"
+
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+	$(MAKE_VENV)
 	@echo "installing SGLang and the build tools (about 11 GB the first time)"
-	$(VENV)/bin/uv pip install --compile-bytecode --python $(PY) "setuptools>=77" "cmake>=3.25" "ninja>=1.11" "pybind11>=2.13" "sglang==0.5.23"
+	$(VENV)/bin/uv pip install --compile-bytecode --python $(PY) $(BUILD_TOOLS) "sglang==0.5.23"
 	@echo "building the extension"
 	$(VENV)/bin/uv pip install --python $(PY) --compile-bytecode --no-build-isolation -e ".[sglang,train,demo,dev]"
+	touch $@
+
+$(VENV)/.installed-train: pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+	$(MAKE_VENV)
+	@echo "installing PyTorch and the build tools"
+	$(VENV)/bin/uv pip install --compile-bytecode --python $(PY) $(BUILD_TOOLS) "torch>=2.11,<2.15"
+	@echo "building the extension"
+	$(VENV)/bin/uv pip install --python $(PY) --compile-bytecode --no-build-isolation -e ".[train,demo]"
 	touch $@
 
 demo: $(STAMP)  ## serve the demo pair with and without DFLARE, chat, print a table
@@ -43,7 +60,7 @@ kernels: $(STAMP)  ## compile every CUDA kernel; table of registers, spills, sha
 	$(PY) csrc/gates/check.py
 
 CONFIG ?= configs/demo/cpu.yaml
-demo-drafter: $(STAMP)  ## train the demo drafter (CONFIG=configs/demo/gpu.yaml on a GPU)
+demo-drafter: $(TRAIN_STAMP)  ## train the demo drafter (CONFIG=configs/demo/gpu.yaml on a GPU)
 	$(PY) scripts/demo_drafter.py $(CONFIG)
 
 bench: $(STAMP)  ## serving sweep of the demo pair

@@ -4,14 +4,17 @@
     python bench/training/ablation.py CONFIG.yaml --report docs   # from the runs there are
 
 All runs see the same data in the same order for the same number of steps, and their feed-forward is
-sized so that they have the same number of parameters. Runs are kept in OUTPUT/results.jsonl; the
-same command goes on with those that are missing. --report rewrites the part of DOCS/results.md
-between the ablation markers.
+sized so that they have the same number of parameters. Runs are kept in OUTPUT/results.jsonl, each
+with the conditions under which it was made; the same command goes on with those that are missing,
+and a command with other conditions is refused. --report rewrites the part of DOCS/results.md
+between the ablation markers from what the runs say of themselves.
 """
 
+import hashlib
 import itertools
 import json
-import statistics
+import shlex
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +22,18 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoTokenizer
+from ablation_report import table, write_report
 
+from dflare.errors import DFlareError
 from dflare.training.config import TrainConfig, load_config
+from dflare.training.data import load_corpus, read_lines
+from dflare.training.errors import ConfigError
 from dflare.training.evaluate import evaluate, held_out_prompts
 from dflare.training.init import draft_config
 from dflare.training.model import Drafter
 from dflare.training.model_card import hardware
 from dflare.training.prompts import stop_tokens
-from dflare.training.target import Target, target_path
+from dflare.training.target import Target, load_tokenizer, target_path
 from dflare.training.trainer import Trainer
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -39,7 +45,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "decay": {"name": "decay", "gamma": 7.0, "gamma_end": None},
     "D-PACE": {"name": "dpace", "alpha": 0.5},
 }
-START, END = "<!-- ablation -->", "<!-- /ablation -->"
 _WIDTH_STEP = 16  # feed-forward widths are multiples of this
 
 
@@ -79,11 +84,30 @@ def sized(config: TrainConfig, architecture: str, target: Target) -> Any:
 
 
 def run_variant(
-    config: TrainConfig, variant: Variant, target: Target, folder: Path, new_tokens: int, rows: int
+    config: TrainConfig,
+    variant: Variant,
+    target: Target,
+    folder: Path,
+    made: dict[str, Any],
+    rows: int,
 ) -> dict[str, Any]:
-    """Train one variant and measure it on the held-out prompts."""
+    """Train one variant and measure it on the held-out prompts.
+
+    Args:
+        config: What all runs share.
+        variant: Which run.
+        target: Tapped as the configuration says.
+        folder: Of the runs.
+        made: The :func:`conditions`; kept in the result.
+        rows: Prompts decoded side by side.
+
+    Returns:
+        A line of results.jsonl.
+    """
     section = sized(config, variant.architecture, target)
+    new_tokens = made["new_tokens"]
     name = "-".join(map(str, variant.key())).replace(" ", "").replace("/", "").replace(",", "-")
+    name += f"-{digest(made)}"  # a run that was interrupted goes on only under its own conditions
     run = config.run.model_copy(update={"output": str(folder / name), "seed": variant.seed})
     objective = config.objective.model_copy(update=OBJECTIVES[variant.objective])
     own = config.model_copy(update={"drafter": section, "run": run, "objective": objective})
@@ -91,8 +115,7 @@ def run_variant(
     resume = (folder / name / "snapshot.pt").exists()
     trainer = Trainer(own, target, resume=resume)
     teacher_forced = trainer.run()
-    path = target_path(config.target.name)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(target_path(config.target.name))
     stops = stop_tokens(tokenizer, target.model.generation_config)
     prompts = held_out_prompts(trainer.held_out)
     device = target.device.type
@@ -102,91 +125,131 @@ def run_variant(
         "variant": variant.key(),
         "parameters": sum(p.numel() for p in trainer.drafter.parameters()),
         "intermediate_size": section.intermediate_size,
-        "steps": trainer.steps_done,
         "accept_length": decoded["drafter"]["accept_length"],
         "reached": decoded["drafter"]["reached"],
         "prompt_lookup": decoded["prompt_lookup"]["accept_length"],
         "teacher_forced": teacher_forced.accept_length if teacher_forced else None,
         "prompts": len(prompts),
-        "new_tokens": new_tokens,
         "train_minutes": round(trainer.minutes, 2),
         "minutes": round((time.monotonic() - started) / 60, 2),
         "sequences": len(trainer.corpus),
         "tokens": int(trainer.corpus.offsets[-1]),
-        "batch": [config.data.batch_size, config.data.anchors],
-        "block_size": section.block_size,
         "hardware": hardware(device),
         "torch": torch.__version__,
+        "conditions": made,
+        "command": shlex.join(["python", *sys.argv]),
     }
 
 
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Return the runs that are done."""
+def conditions(config: TrainConfig, device: str, corpus: str, new_tokens: int) -> dict[str, Any]:
+    """Return everything that decides what the runs of the grid compute, but for their seed.
+
+    Args:
+        config: What all runs share.
+        device: ``cpu`` or ``cuda``, which compute in different precision.
+        corpus: Fingerprint of the data.
+        new_tokens: Tokens of an answer that is decoded.
+    """
+    content = config.model_dump(mode="json")
+    for place in ("files", "tap_cache"):
+        del content["data"][place]
+    return {
+        **content,
+        "run": {"steps": config.run.steps, "device": device},
+        "corpus": corpus,
+        "new_tokens": new_tokens,
+        "architectures": ARCHITECTURES,
+        "objectives": OBJECTIVES,
+    }
+
+
+def digest(content: dict[str, Any]) -> str:
+    """Identify a set of conditions."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _flat(content: dict[str, Any], before: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in content.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{before}{name}.") if nested else {before + name: value}
+    return flat
+
+
+def read_results(folder: Path, wanted: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Return the runs that are done.
+
+    Args:
+        folder: Of results.jsonl.
+        wanted: Conditions under which they must have been made; none for those of the first run.
+
+    Raises:
+        ConfigError: A run was made under other conditions, so that it cannot be compared.
+    """
     file = folder / "results.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not file.exists():
+        return []
+    results = list(read_lines(file))
+    for number, result in results:
+        found = result.get("conditions")
+        if found is None:
+            raise ConfigError(f"{file}:{number}: does not say how it was made; remove the line")
+        wanted = wanted or found
+        if found != wanted:
+            old, new = _flat(found), _flat(wanted)
+            changes = ", ".join(
+                f"{key} (was {old.get(key)!r}, is {new.get(key)!r})"
+                for key in sorted(old.keys() | new.keys())
+                if old.get(key) != new.get(key)
+            )
+            raise ConfigError(
+                f"{file}:{number}: was made under other conditions: {changes}. Put them back, or "
+                "name another --output"
+            )
+    return [result for _, result in results]
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """One row an architecture and objective: mean over seeds, with the range."""
-    lines = [
-        "| architecture | objective | parameters | seeds | accept length, mean (min .. max) | "
-        "teacher-forced | share accepted to slot 1, 2, 3 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for architecture, objective in itertools.product(ARCHITECTURES, OBJECTIVES):
-        runs = [r for r in results if r["variant"][:2] == [architecture, objective]]
-        if not runs:
+def run_grid(
+    config: TrainConfig,
+    grid: list[Variant],
+    output: Path,
+    minutes: float | None,
+    new_tokens: int,
+    rows: int,
+) -> None:
+    """Run the variants that results.jsonl lacks, then print the table.
+
+    Args:
+        config: What all runs share; ``run.steps`` says how long each is.
+        grid: Which runs there are.
+        output: Folder of runs and results.
+        minutes: Start no run after this.
+        new_tokens: Tokens of an answer that is decoded.
+        rows: Prompts decoded side by side.
+
+    Raises:
+        ConfigError: The results there are were made under other conditions, or no sequence is held
+            out to measure on.
+        DFlareError: What stopped a run; repeat the call to go on.
+    """
+    started = time.monotonic()
+    if not config.data.held_out:
+        raise ConfigError("data.held_out is 0; the variants are measured on held-out prompts")
+    target = Trainer.load_target(config)
+    files = [Path(name) for name in config.data.files]
+    corpus = load_corpus(files, target.config.vocab_size, config.data.max_length).fingerprint()
+    made = conditions(config, target.device.type, corpus, new_tokens)
+    output.mkdir(parents=True, exist_ok=True)
+    done = [result["variant"] for result in read_results(output, made)]
+    for variant in grid:
+        if variant.key() in done:
             continue
-        lengths = [run["accept_length"] for run in runs]
-        forced = statistics.mean(run["teacher_forced"] for run in runs)
-        reached = [statistics.mean(run["reached"][slot] for run in runs) for slot in range(3)]
-        lines.append(
-            f"| {architecture} | {objective} | {runs[0]['parameters'] / 1e6:.2f}M | {len(runs)} | "
-            f"**{statistics.mean(lengths):.3f}** ({min(lengths):.3f} .. {max(lengths):.3f}) | "
-            f"{forced:.3f} | {', '.join(f'{share:.3f}' for share in reached)} |"
-        )
-    return "\n".join(lines)
-
-
-def plot(results: list[dict[str, Any]], file: Path) -> None:
-    """Accept length by architecture and objective, every seed a dot."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for offset, objective in enumerate(OBJECTIVES):
-        places, heights = [], []
-        for place, architecture in enumerate(ARCHITECTURES):
-            runs = [r for r in results if r["variant"][:2] == [architecture, objective]]
-            places += [place + 0.3 * offset - 0.15] * len(runs)
-            heights += [run["accept_length"] for run in runs]
-        axis.scatter(places, heights, label=objective, alpha=0.8)
-    axis.axhline(results[0]["prompt_lookup"], color="grey", linestyle=":", label="prompt lookup")
-    axis.set_xticks(range(len(ARCHITECTURES)), list(ARCHITECTURES))
-    axis.set_ylabel("accept length, held-out prompts")
-    axis.legend()
-    figure.savefig(file, dpi=110)
-
-
-def write_report(results: list[dict[str, Any]], arguments: str, docs: Path) -> None:
-    """Put table, plot and conditions between the markers of results.md."""
-    one = results[0]
-    seeds = 1 + max(result["variant"][2] for result in results)
-    command = f"python bench/training/ablation.py {arguments} --steps {one['steps']} "
-    command += f"--seeds {seeds} --new-tokens {one['new_tokens']}"
-    plot(results, docs / "ablation.png")
-    text = (
-        f"{START}\n{table(results)}\n\n![accept length of every run](ablation.png)\n\n"
-        f"{len(results)} runs of {one['steps']} steps, {one['batch'][0]} sequences x "
-        f"{one['batch'][1]} anchors, block {one['block_size']}, on {one['sequences']} sequences "
-        f"({one['tokens']} tokens); {sum(r['minutes'] for r in results):.0f} minutes on "
-        f"{one['hardware']}, torch {one['torch']}. Accept length: true speculative decoding, "
-        f"greedy, of {one['prompts']} held-out prompts, {one['new_tokens']} tokens; prompt lookup "
-        f"reaches {one['prompt_lookup']:.3f} on them. Command: `{command}`\n{END}"
-    )
-    file = docs / "results.md"
-    before, _, rest = file.read_text().partition(START)
-    file.write_text(before + text + rest.partition(END)[2])
+        if minutes is not None and time.monotonic() - started > 60 * minutes:
+            break
+        result = run_variant(config, variant, target, output, made, rows)
+        with (output / "results.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+    print(table(read_results(output, made)))
 
 
 def main(
@@ -201,31 +264,26 @@ def main(
     report: Annotated[Path | None, typer.Option(help="Only write the report, into here.")] = None,
 ) -> None:
     """Run what is missing, then print the table."""
-    output.mkdir(parents=True, exist_ok=True)
-    if report is not None:
-        given = " ".join([str(config), *(overrides or [])])
-        write_report(read_results(output), given, report)
-        return
-    fixed = [f"run.steps={steps}", "run.max_minutes=null", f"run.output={output}"]
-    parsed = load_config(config, [*(overrides or []), *fixed])
-    started = time.monotonic()
-    # Seeds outermost: whatever the time allows is a complete comparison.
-    grid = [
-        Variant(a, o, s) for s, a, o in itertools.product(range(seeds), ARCHITECTURES, OBJECTIVES)
-    ]
-    done = [result["variant"] for result in read_results(output)]
-    target: Target | None = None
-    for variant in grid:
-        if variant.key() in done:
-            continue
-        if minutes is not None and time.monotonic() - started > 60 * minutes:
-            break
-        if target is None:
-            target = Trainer.load_target(parsed)
-        result = run_variant(parsed, variant, target, output, new_tokens, rows)
-        with (output / "results.jsonl").open("a") as file:
-            file.write(json.dumps(result) + "\n")
-    print(table(read_results(output)))
+    try:
+        if report is not None:
+            results = read_results(output)
+            if not results:
+                raise ConfigError(f"{output}/results.jsonl: no runs to report; make them first")
+            write_report(results, report)
+            return
+        fixed = [f"run.steps={steps}", "run.max_minutes=null", f"run.output={output}"]
+        parsed = load_config(config, [*(overrides or []), *fixed])
+        # Seeds outermost: whatever the time allows is a complete comparison.
+        grid = [
+            Variant(architecture, objective, seed)
+            for seed, architecture, objective in itertools.product(
+                range(seeds), ARCHITECTURES, OBJECTIVES
+            )
+        ]
+        run_grid(parsed, grid, output, minutes, new_tokens, rows)
+    except DFlareError as error:
+        print(f"ablation: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

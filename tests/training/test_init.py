@@ -5,8 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny_causal_lm
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+)
 
 from dflare.training.config import DrafterSection, load_config
+from dflare.training.errors import ConfigError
 from dflare.training.init import build_drafter, draft_config
 from dflare.training.pipeline import load_pipeline
 from dflare.training.target import Target
@@ -80,6 +88,50 @@ def test_dflash_starts_at_the_mean_of_the_taps(target):
     taps = torch.randn(5, 96)
     expected = taps.unflatten(-1, (3, 32)).mean(1)
     torch.testing.assert_close(drafter.fc(taps), expected, atol=1e-6, rtol=1e-5)
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+GEMMA = GemmaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=8)
+NEOX = GPTNeoXConfig(**SMALL, intermediate_size=48, bos_token_id=1, eos_token_id=2)
+GPT2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=4, n_head=4, bos_token_id=1, eos_token_id=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "hint"),
+    [
+        (GPT2, "GPT2Model does not keep its layers in `layers`"),
+        (NEOX, "gpt_neox.* has no num_key_value_heads, rms_norm_eps"),
+        (GEMMA, r"layers\.2\.input_layernorm .GemmaRMSNorm.*drafter\.init=random"),
+    ],
+)
+def test_a_target_of_another_kind_is_refused_with_what_it_lacks(config, hint):
+    with pytest.raises(ConfigError, match=hint):
+        build_drafter(section(), Target(AutoModelForCausalLM.from_config(config), (0, 1, 2)), 0)
+
+
+def test_a_feed_forward_with_another_activation_is_not_copied():
+    gelu = Target(tiny_causal_lm(hidden_act="gelu"), (0, 1, 2))
+    with pytest.raises(ConfigError, match=r"GELUActivation.*drafter\.init=random"):
+        build_drafter(section(), gelu, 0)
+    assert build_drafter(section(init="random"), gelu, 0).config.hidden_size == 32
+
+
+def test_a_target_with_other_norms_may_be_started_randomly():
+    gemma = Target(AutoModelForCausalLM.from_config(GEMMA), (0, 1, 2))
+    config = build_drafter(section(init="random"), gemma, 0).config
+    assert (config.num_key_value_heads, config.intermediate_size) == (2, 48)
+
+
+def test_rope_comes_from_the_layers_of_the_drafters_kind():
+    kinds = {
+        kind: {"rope_type": "default", "rope_theta": theta}
+        for kind, theta in (("full_attention", 1e6), ("sliding_attention", 1e4))
+    }
+    shared = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
+    config = Gemma3TextConfig(**SMALL, **shared, rope_parameters=kinds)
+    gemma = Target(AutoModelForCausalLM.from_config(config), (0, 1, 2))
+    for window, theta in ((None, 1e6), (16, 1e4)):
+        assert draft_config(section(sliding_window=window), gemma).rope.theta == theta
 
 
 def test_random_starts_depend_on_the_seed_alone(target):

@@ -1,9 +1,12 @@
 """Data generation: what is written, resumed, left out, and who is asked."""
 
 import json
+import shutil
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import psutil
 import pytest
 from checkpoints import EOS, TURN, byte_tokenizer, write_random_target
 from transformers import AutoTokenizer
@@ -15,7 +18,7 @@ from dflare.training.data import load_corpus
 from dflare.training.errors import ConfigError, DataError
 from dflare.training.generate import Sampling
 from dflare.training.prompts import encode, key, read_prompts
-from dflare.training.server_generator import ServerGenerator
+from dflare.training.server_generator import ServerGenerator, own_server
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,8 @@ def test_answers_follow_their_prompts_and_alone_are_supervised(target, tmp_path)
     prompts.write_text("hello there\nwhat is up\n\nhello  THERE\n")
     header, *records = synth(target, tmp_path / "data.jsonl", "--prompts", str(prompts))
     assert header["vocab_size"] == 512 and header["generation"]["temperature"] == 0.0
+    made_by = header["generation"]["generator"], header["generation"]["dtype"]
+    assert made_by == ("transformers", "float32")
     assert len(records) == 2  # the third differs from the first in case and spacing alone
     tokenizer = AutoTokenizer.from_pretrained(target)
     expected = {tuple(encode(tokenizer, messages)) for messages in read_prompts(prompts)[:2]}
@@ -100,6 +105,34 @@ def test_excluded_prompts_stay_out(target, tmp_path):
     assert len(synth(target, tmp_path / "data.jsonl", *arguments)) == 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "hint"),
+    [
+        ({"--device": "gpu"}, ConfigError, "device is 'gpu', expected cpu, cuda or auto"),
+        ({"--device": "cuda"}, ConfigError, "PyTorch sees no GPU"),
+        ({"--target": "./no-such-target"}, DFlareError, "no-such-target: no such folder"),
+        ({"output": "data.jsonl.gz"}, ConfigError, "name it data.jsonl and compress it"),
+        ({"--generator": "vllm"}, ConfigError, "expected sglang, transformers or auto"),
+        ({"--server": "http://127.0.0.1:9"}, DFlareError, "no SGLang server answers"),
+    ],
+)
+def test_what_cannot_generate_is_refused(target, tmp_path, monkeypatch, changes, error, hint):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "p.txt").write_text("one fish\n")
+    output = tmp_path / changes.pop("output", "data.jsonl")
+    options = {"--target": str(target), "--prompts": str(tmp_path / "p.txt"), **changes}
+    arguments = [part for option in options.items() for part in option]
+    with pytest.raises(error, match=hint):
+        CliRunner().invoke(app, ["synth", str(output), *arguments], catch_exceptions=False)
+    assert not output.exists()
+
+
+def test_a_target_without_a_tokenizer_is_named(target, tmp_path):
+    shutil.copytree(target, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ConfigError, match=r"the tokenizer of target .*bare"):
+        synth(tmp_path / "bare", tmp_path / "data.jsonl", "--self-written", "1")
+
+
 def test_what_is_written_can_be_trained_on(target, tmp_path):
     (tmp_path / "p.txt").write_text("one fish\ntwo fish\n")
     synth(target, tmp_path / "data.jsonl", "--prompts", str(tmp_path / "p.txt"))
@@ -144,6 +177,11 @@ def test_a_base_model_gets_plain_text():
 class EchoServer(BaseHTTPRequestHandler):
     """Speaks the part of SGLang's native HTTP interface that is used; answers in reverse."""
 
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"dtype": "bfloat16"}).encode())
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         ids, stop = body["input_ids"], body["sampling_params"]["stop_token_ids"][0]
@@ -181,3 +219,47 @@ def test_a_server_that_fails_is_named(url):
     generator = ServerGenerator(url, 1, 10, Sampling(stop_ids=(7,)))
     with pytest.raises(DFlareError, match=r"127\.0\.0\.1.*500"):
         list(generator.run([[13, 1]]))
+
+
+def test_data_from_a_server_says_so(target, tmp_path, url):
+    (tmp_path / "p.txt").write_text("one fish\n")
+    arguments = ["--prompts", str(tmp_path / "p.txt"), "--server", url]
+    header, _ = synth(target, tmp_path / "data.jsonl", *arguments)
+    made_by = header["generation"]["generator"], header["generation"]["dtype"]
+    assert made_by == ("sglang", "bfloat16")
+
+
+FAKE_SERVER = """
+import http.server, subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open({pid!r}, "w").write(str(worker.pid))
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *arguments):
+        pass
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def test_a_server_of_our_own_ends_with_its_workers(tmp_path, monkeypatch):
+    pid = tmp_path / "pid"
+    code = FAKE_SERVER.format(pid=str(pid))
+    command = (sys.executable, "-c", code)
+    monkeypatch.setattr("dflare.engine.server_process.ServerProcess.COMMAND", command)
+    with own_server("target", [], tmp_path / "log") as address:
+        assert address.startswith("http://127.0.0.1:")
+        worker = psutil.Process(int(pid.read_text()))
+        assert worker.is_running()
+    gone, _ = psutil.wait_procs([worker], timeout=10)
+    assert gone == [worker]
+
+
+def test_a_server_that_does_not_start_is_described(tmp_path, monkeypatch):
+    command = (sys.executable, "-c", "raise SystemExit('no such model')")
+    monkeypatch.setattr("dflare.engine.server_process.ServerProcess.COMMAND", command)
+    hint = r"(?s)no such model.*--generator transformers"
+    with pytest.raises(DFlareError, match=hint), own_server("target", [], tmp_path / "log"):
+        pass

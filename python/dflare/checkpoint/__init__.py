@@ -2,6 +2,7 @@
 
 from dflare.checkpoint.config import DraftConfig, Rope, make_config, spread_taps
 from dflare.checkpoint.convert import convert
+from dflare.checkpoint.dflash import load_dflash_tensors, read_dflash_config
 from dflare.checkpoint.folder import find_folder
 from dflare.checkpoint.headers import TensorHeader, read_headers
 from dflare.checkpoint.inspection import Inspection, inspect_draft
@@ -26,10 +27,12 @@ __all__ = [
     "expected_tensors",
     "find_folder",
     "inspect_draft",
+    "load_dflash_tensors",
     "load_tensors",
     "make_config",
     "pair_checks",
     "read_config",
+    "read_dflash_config",
     "read_headers",
     "read_target_config",
     "save_checkpoint",

@@ -26,6 +26,13 @@ _DFLASH_ARCHITECTURES = {"DFlashDraftModel", "QwenDFlashDraftModel"}
 _NORM_NAMES = {"context_norm.weight": "hidden_norm.weight", "final_norm.weight": "norm.weight"}
 
 
+def is_dflash(content: dict[str, Any]) -> bool:
+    """Tell whether a parsed config.json is a DFlash drafter's, not a DFlare one's."""
+    names = content.get("architectures")
+    known = isinstance(names, list) and not _DFLASH_ARCHITECTURES.isdisjoint(names)
+    return known and content.get("model_arch", "dflash") == "dflash"
+
+
 def detect_dialect(content: dict[str, Any], source: object) -> Dialect:
     """Tell the dialect of a parsed config.json.
 
@@ -44,12 +51,12 @@ def detect_dialect(content: dict[str, Any], source: object) -> Dialect:
             "vllm-project/speculators, which has a context norm for each layer where DFlare has "
             "one; use a drafter trained by AngelSlim, AngelSpec or `dflare train`"
         )
+    if is_dflash(content):
+        raise CheckpointError(f"{source}: {DFLASH_ADVICE}")
     if _DFLASH_ARCHITECTURES.intersection(names):
-        model_arch = content.get("model_arch", "dflash")
+        model_arch = content["model_arch"]
         if model_arch == "dflare":
             return "angelspec"
-        if model_arch == "dflash":
-            raise CheckpointError(f"{source}: {DFLASH_ADVICE}")
         raise CheckpointError(
             f'{source}: `model_arch` is {model_arch!r}, expected "dflare"; this package serves '
             "DFlare drafters only"

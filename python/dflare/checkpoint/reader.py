@@ -75,7 +75,13 @@ def read_config(path: str | Path, *, block_size: int | None = None) -> DraftConf
     """
     file = find_folder(path) / "config.json"
     content = read_json(file)
-    dialect = detect_dialect(content, file)
+    return parse_config(content, file, detect_dialect(content, file), block_size)
+
+
+def parse_config(
+    content: dict[str, Any], file: Path, dialect: Dialect, block_size: int | None = None
+) -> DraftConfig:
+    """Understand a parsed config.json; arguments and errors as of `read_config`."""
     problems: list[str] = []
     values: dict[str, Any] = {key: content[key] for key in _PLAIN_KEYS if key in content}
     values["dialect"] = dialect

@@ -49,16 +49,17 @@ class ServerProcess:
             env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | (environment or {}),
         )
 
-    def wait_until_healthy(self, on_tick=lambda: None) -> None:
+    def wait_until_healthy(self, on_tick=lambda: None, seconds: float = START_SECONDS) -> None:
         """Return once the server answers.
 
         Args:
             on_tick: called about once a second meanwhile, to show that something goes on.
+            seconds: how long it may take.
 
         Raises:
-            DFlareError: it ended, or took longer than `START_SECONDS`; with the end of its log.
+            DFlareError: it ended, or took longer; with the end of its log.
         """
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             self.check()
             try:
@@ -69,7 +70,7 @@ class ServerProcess:
             on_tick()
             time.sleep(1)
         raise DFlareError(
-            f"the server was not healthy after {START_SECONDS} s; the end of {self.log}:\n"
+            f"the server was not healthy after {seconds:.0f} s; the end of {self.log}:\n"
             f"{self._log_end()}"
         )
 

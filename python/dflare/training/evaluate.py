@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
+from dflare.checkpoint import check_pair
 from dflare.training.config import load_config
 from dflare.training.data import Corpus, load_corpus, split
 from dflare.training.errors import ConfigError
@@ -19,7 +19,7 @@ from dflare.training.prompt_lookup import simulate
 from dflare.training.prompts import encode, read_prompts, stop_tokens
 from dflare.training.ranks import start_ranks
 from dflare.training.speculate import decode
-from dflare.training.target import Target, load_target, target_path
+from dflare.training.target import Target, load_target, load_tokenizer, target_path
 
 
 @dataclass(frozen=True)
@@ -190,11 +190,12 @@ def run_evaluation(
     if not prompt_files and held_out is None:
         raise ConfigError("nothing to decode: give --prompts FILE, --held-out CONFIG.yaml, or both")
     drafter = load_drafter(draft)
+    path = target_path(target_name)
+    check_pair(drafter.config, path, draft)
     where = start_ranks(device).device
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    path = target_path(target_name)
     target = load_target(path, drafter.config.target_layer_ids, where, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     sets = {
         file.stem: [encode(tokenizer, messages) for messages in read_prompts(file)]
         for file in prompt_files

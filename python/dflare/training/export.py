@@ -6,7 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dflare.checkpoint import expected_tensors, load_tensors, read_config, save_checkpoint
+from dflare.checkpoint import (
+    expected_tensors,
+    load_dflash_tensors,
+    load_tensors,
+    read_config,
+    read_dflash_config,
+    save_checkpoint,
+)
 from dflare.checkpoint.save import write_checkpoint
 from dflare.training.errors import TrainingError
 from dflare.training.model import Drafter
@@ -63,16 +70,21 @@ def export_size(drafter: Drafter) -> int:
 
 
 def load_drafter(path: str | Path) -> Drafter:
-    """Load a DFlare checkpoint of any dialect, in float32 on the CPU.
+    """Load a drafter in float32 on the CPU: DFlare of any dialect, or DFlash.
 
     Args:
         path: Folder or hub id.
 
     Raises:
-        CheckpointError: Not a DFlare drafter, or not a whole one.
+        CheckpointError: Neither a DFlare nor a DFlash drafter, or not a whole one.
     """
-    config = read_config(path)
-    drafter = Drafter(config)
-    state = {name: tensor.float() for name, tensor in load_tensors(path, config).items()}
-    drafter.load_state_dict(state)
+    config = read_dflash_config(path)
+    if config is not None:
+        drafter = Drafter(config, "dflash")
+        tensors = load_dflash_tensors(path, config)
+    else:
+        config = read_config(path)
+        drafter = Drafter(config)
+        tensors = load_tensors(path, config)
+    drafter.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return drafter.eval()

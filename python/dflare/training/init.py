@@ -4,16 +4,28 @@ A layer copied from near the target's head already turns its residual stream int
 training then only has to teach it to look ahead from context K/V and mask tokens.
 """
 
+import copy
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dflare.checkpoint import DraftConfig, make_config, spread_taps
 from dflare.training.config import DrafterSection
 from dflare.training.errors import ConfigError
-from dflare.training.model import Drafter
+from dflare.training.model import Drafter, RMSNorm
 from dflare.training.target import Target
 
 _NORM_START = 2.0  # of q_norm and k_norm where the target has none: keeps attention peaked
+# What a drafter takes over from its target's configuration.
+_SIZES = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "vocab_size",
+    "num_hidden_layers",
+)
 
 
 def tap_ids(section: DrafterSection, num_target_layers: int) -> tuple[int, ...]:
@@ -28,18 +40,27 @@ def draft_config(section: DrafterSection, target: Target) -> DraftConfig:
 
     Raises:
         CheckpointError: Settings that contradict each other or the target.
-        ConfigError: A mask token that the target does not have.
+        ConfigError: A mask token that the target does not have, or a target whose configuration
+            lacks a size that the drafter takes over.
     """
     config = target.config
+    needed = _SIZES if section.intermediate_size else (*_SIZES, "intermediate_size")
+    missing = [name for name in needed if getattr(config, name, None) is None]
+    if missing:
+        raise ConfigError(
+            f"the target's configuration ({config.model_type}) has no {', '.join(missing)}, which "
+            "the drafter takes over; choose a target of the Llama or Qwen kind"
+        )
     if section.mask_token_id >= config.vocab_size:
         raise ConfigError(
             f"drafter.mask_token_id is {section.mask_token_id}, but the target's vocabulary ends "
             f"at {config.vocab_size - 1}; choose a token that text never holds, such as a reserved "
             "one"
         )
-    rope = dict(getattr(config, "rope_parameters", None) or {})
     window = section.sliding_window
     kind = "full_attention" if window is None else "sliding_attention"
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    rope = dict(rope.get(kind, rope))  # some targets have one for each type of layer
     head_dim = getattr(config, "head_dim", None)
     values = {
         "hidden_size": config.hidden_size,
@@ -97,6 +118,36 @@ def _strongest(gate: Tensor, up: Tensor, down: Tensor, count: int) -> Tensor:
     return strength.topk(count).indices.sort().values
 
 
+def _check_norm(norm: nn.Module, name: str, eps: float) -> None:
+    """Refuse a norm that is not the drafter's: one that adds 1 to its weight, or LayerNorm."""
+    weight = norm.get_parameter("weight")
+    own = RMSNorm(len(weight), eps)
+    own.weight.copy_(weight)
+    states = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))
+    theirs = copy.deepcopy(norm).float().cpu()(states)
+    if not torch.allclose(own(states), theirs, atol=1e-4, rtol=1e-4):
+        raise ConfigError(
+            f"the target's {name} ({type(norm).__name__}) is not the norm that a drafter has, an "
+            "RMSNorm times its weight, so a copy would compute something else; set "
+            "drafter.init=random"
+        )
+
+
+def _check_layer(layer: nn.Module, layer_id: int, eps: float) -> None:
+    """Refuse a layer that computes something else from weights of the same names."""
+    for name, module in layer.named_modules():
+        if name.endswith("norm"):
+            _check_norm(module, f"layers.{layer_id}.{name}", eps)
+    values = torch.linspace(-4.0, 4.0, 17)
+    activation = layer.get_submodule("mlp.act_fn")
+    if not torch.allclose(nn.functional.silu(values), activation(values), atol=1e-4):
+        raise ConfigError(
+            f"the feed-forward of the target's layer {layer_id} has {type(activation).__name__} "
+            "where a drafter has SiLU, so a copy would compute something else; set "
+            "drafter.init=random"
+        )
+
+
 @torch.no_grad()
 def copy_target_layers(drafter: Drafter, target: Target, layers: tuple[int, ...]) -> None:
     """Start draft layer d from target layer ``layers[d]``.
@@ -111,7 +162,8 @@ def copy_target_layers(drafter: Drafter, target: Target, layers: tuple[int, ...]
         layers: Target layer for each draft layer.
 
     Raises:
-        ConfigError: Layers that are not there or of another kind.
+        ConfigError: Layers that are not there or of another kind, by their weights' names, norms
+            or activation.
     """
     source = target.decoder.layers
     if not 0 <= min(layers) <= max(layers) < len(source):
@@ -123,6 +175,7 @@ def copy_target_layers(drafter: Drafter, target: Target, layers: tuple[int, ...]
         old = {name: p.detach().float().cpu() for name, p in source[layer_id].named_parameters()}
         new = drafter.layer(d)
         try:
+            _check_layer(source[layer_id], layer_id, drafter.config.rms_norm_eps)
             norm = old["input_layernorm.weight"]
             for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
                 new.get_parameter(name).copy_(old[name])
@@ -145,12 +198,14 @@ def copy_target_layers(drafter: Drafter, target: Target, layers: tuple[int, ...]
             new.mlp.gate_proj.weight.copy_(mlp[0][keep])
             new.mlp.up_proj.weight.copy_(mlp[1][keep])
             new.mlp.down_proj.weight.copy_(mlp[2][:, keep])
-        except (KeyError, RuntimeError) as error:
+        except (AttributeError, KeyError, RuntimeError) as error:
             raise ConfigError(
                 f"layer {layer_id} of the target is not of the Llama or Qwen kind ({error}); "
                 "set drafter.init=random"
             ) from error
-    drafter.norm.weight.copy_(target.decoder.norm.weight.float().cpu())
+    final = target.decoder.norm
+    _check_norm(final, "final norm", drafter.config.rms_norm_eps)
+    drafter.norm.weight.copy_(final.weight.float().cpu())
     if not drafter.layer(0).self_attn.separate_context:
         # One projection serves context and block, so no norm can be folded into it.
         norms: list[torch.Tensor] = [

@@ -70,6 +70,30 @@ class Ranks:
         return DistributedDataParallel(drafter, device_ids=ids, gradient_as_bucket_view=True)
 
 
+def choose_device(device: str) -> str:
+    """Settle what computes.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``auto``.
+
+    Returns:
+        ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: Another name, or CUDA is asked for and there is none.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"the device is {device!r}, expected cpu, cuda or auto")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "the device is cuda, but PyTorch sees no GPU; choose cpu (--device cpu, or "
+            "run.device=cpu in a training configuration)"
+        )
+    return device
+
+
 def start_ranks(device: str) -> Ranks:
     """Join the process group that torchrun describes in the environment, if it does.
 
@@ -77,12 +101,9 @@ def start_ranks(device: str) -> Ranks:
         device: ``cpu``, ``cuda`` or ``auto``.
 
     Raises:
-        ConfigError: CUDA is asked for and there is none.
+        ConfigError: A device that is not there.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("run.device is cuda, but PyTorch sees no GPU; set run.device=cpu")
+    device = choose_device(device)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     where = torch.device(device, local) if device == "cuda" else torch.device("cpu")

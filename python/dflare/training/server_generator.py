@@ -1,9 +1,6 @@
 """Generation by an SGLang server, over HTTP: the fastest way to much data on a GPU."""
 
 import json
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -11,12 +8,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from pathlib import Path
 
 from dflare.errors import DFlareError
 from dflare.training.generate import Answer, Sampling
 
-_START_MINUTES = 20.0
+_START_SECONDS = 1200.0  # the target may have to be downloaded
 _REQUEST_SECONDS = 600.0
 
 
@@ -94,13 +91,29 @@ class ServerGenerator:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def served_dtype(url: str) -> str:
+    """Ask a server what it computes in; ``auto`` where it leaves that to the model.
+
+    Raises:
+        DFlareError: No SGLang server answers there.
+    """
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/server_info", timeout=30) as response:
+            return str(json.loads(response.read())["dtype"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DFlareError(
+            f"no SGLang server answers at {url} ({error!r}); check --server, or start one"
+        ) from error
+
+
 @contextmanager
-def own_server(target: str, arguments: list[str]) -> Iterator[str]:
-    """Start an SGLang server for as long as it is needed.
+def own_server(target: str, arguments: list[str], log: Path) -> Iterator[str]:
+    """Start an SGLang server for as long as it is needed; all of its processes end with it.
 
     Args:
         target: Folder or hub id.
         arguments: More command-line arguments for the server.
+        log: File for what it prints.
 
     Returns:
         Its URL.
@@ -108,38 +121,11 @@ def own_server(target: str, arguments: list[str]) -> Iterator[str]:
     Raises:
         DFlareError: It ends, or is not ready in time.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", target]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning", *arguments]
-    process = subprocess.Popen(command)
-    try:
-        _wait_until_ready(process, url, " ".join(command))
-        yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+    from dflare.engine.server_process import ServerProcess
 
-
-def _wait_until_ready(process: "subprocess.Popen[Any]", url: str, command: str) -> None:
-    deadline = time.monotonic() + 60 * _START_MINUTES
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise DFlareError(
-                f"the SGLang server ended with status {process.returncode}; run it alone to see "
-                f"why ({command}), or generate with --generator transformers"
-            )
+    with ServerProcess(["--model-path", target, "--log-level", "warning", *arguments], log) as own:
         try:
-            with urllib.request.urlopen(f"{url}/health_generate", timeout=30):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1.0)
-    raise DFlareError(
-        f"the SGLang server was not ready after {_START_MINUTES:.0f} minutes; run it alone to see "
-        f"why ({command}), or generate with --generator transformers"
-    )
+            own.wait_until_healthy(seconds=_START_SECONDS)
+        except DFlareError as error:
+            raise DFlareError(f"{error}\nOr generate with --generator transformers") from error
+        yield own.url

@@ -129,6 +129,7 @@ class Synth:
         tokenizer: The target's.
         make_generator: Makes the generator.
         settings: How to generate.
+        made_by: Generator and dtype, noted in the file beside the settings.
         target_name: Noted in the file.
         vocab_size: The target's, noted in the file.
         stop_ids: Tokens that end an answer.
@@ -142,6 +143,7 @@ class Synth:
         tokenizer: PreTrainedTokenizerBase,
         make_generator: MakeGenerator,
         settings: SynthSettings,
+        made_by: dict[str, str],
         target_name: str,
         vocab_size: int,
         stop_ids: tuple[int, ...],
@@ -155,7 +157,7 @@ class Synth:
             "dflare_data": FORMAT,
             "target": target_name,
             "vocab_size": vocab_size,
-            "generation": json.loads(json.dumps(asdict(settings))),
+            "generation": json.loads(json.dumps(asdict(settings))) | made_by,
         }
         self._console = Console(stderr=True)
 

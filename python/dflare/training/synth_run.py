@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
+from dflare.checkpoint import read_target_config
 from dflare.training.errors import ConfigError
 from dflare.training.generate import Generator, Sampling
 from dflare.training.prompts import Message, stop_tokens
-from dflare.training.server_generator import ServerGenerator, own_server
+from dflare.training.ranks import choose_device
+from dflare.training.server_generator import ServerGenerator, own_server, served_dtype
 from dflare.training.synth import (
     AnswersPrompts,
     MakeGenerator,
@@ -19,7 +21,7 @@ from dflare.training.synth import (
     SynthSettings,
     prompts_file,
 )
-from dflare.training.target import load_target, target_path
+from dflare.training.target import load_target, load_tokenizer, target_path
 
 _ROWS_CPU, _ROWS_GPU = 16, 256
 
@@ -51,21 +53,30 @@ def open_synth(
         device: For transformers: ``cpu``, ``cuda`` or ``auto``.
 
     Raises:
-        ConfigError: An unknown generator, or SGLang where it is not installed.
+        ConfigError: An unknown generator or device, SGLang where it is not installed, or an output
+            that would be compressed.
+        DFlareError: A target or a server that cannot be used.
     """
-    has_gpu = torch.cuda.is_available()
+    if output.suffix == ".gz":
+        raise ConfigError(
+            f"{output}: data is written plainly, so that an interrupted file can be continued; "
+            f"name it {output.with_suffix('').name} and compress it when it is complete"
+        )
     has_sglang = importlib.util.find_spec("sglang") is not None
-    if generator == "auto":
-        generator = "sglang" if has_sglang and has_gpu and device != "cpu" else "transformers"
-    if generator not in ("sglang", "transformers"):
+    if generator not in ("sglang", "transformers", "auto"):
         raise ConfigError(f"--generator is {generator!r}, expected sglang, transformers or auto")
+    if server is not None:
+        generator = "sglang"
+    elif generator == "auto":
+        fast = has_sglang and choose_device(device) == "cuda"
+        generator = "sglang" if fast else "transformers"
     if generator == "sglang" and server is None and not has_sglang:
         raise ConfigError(
             "--generator sglang needs SGLang: install it, name a --server, or use transformers"
         )
     path = target_path(target)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    config = AutoConfig.from_pretrained(path).get_text_config()
+    config = read_target_config(path).get_text_config()
+    tokenizer = load_tokenizer(path)
     try:
         generation_config = GenerationConfig.from_pretrained(path)
     except OSError:
@@ -75,12 +86,13 @@ def open_synth(
     seed = settings.seed + sum(file.stat().st_size for file in files)
     torch.manual_seed(seed)
 
-    def synth(make_generator: MakeGenerator) -> Synth:
+    def synth(make_generator: MakeGenerator, dtype: str) -> Synth:
         return Synth(
             output,
             tokenizer,
             make_generator,
             settings,
+            {"generator": generator, "dtype": dtype},
             target,
             config.vocab_size,
             stop_tokens(tokenizer, generation_config),
@@ -88,22 +100,26 @@ def open_synth(
             deadline,
         )
 
-    if server is not None or generator == "sglang":
+    if generator == "sglang":
         count = rows or _ROWS_GPU
 
-        def over_http(url: str) -> MakeGenerator:
+        def over_http(url: str) -> Synth:
             def make(sampling: Sampling, length: int) -> AnswersPrompts:
                 return ServerGenerator(url, count, length, sampling)
 
-            return make
+            dtype = served_dtype(url)
+            own = getattr(config, "dtype", None) if dtype == "auto" else None
+            return synth(make, dtype if own is None else str(own).removeprefix("torch."))
 
         if server is not None:
-            yield synth(over_http(server))
+            yield over_http(server)
         else:
-            with own_server(path, ["--random-seed", str(seed)]) as url:
-                yield synth(over_http(url))
+            log = output.with_suffix(".server.log")
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with own_server(path, ["--random-seed", str(seed)], log) as url:
+                yield over_http(url)
         return
-    where = "cuda" if device == "cuda" or (device == "auto" and has_gpu) else "cpu"
+    where = choose_device(device)
     dtype = torch.bfloat16 if where == "cuda" else torch.float32
     model = load_target(path, (), where, dtype)
     count = rows or (_ROWS_GPU if where == "cuda" else _ROWS_CPU)
@@ -111,4 +127,4 @@ def open_synth(
     def make(sampling: Sampling, length: int) -> AnswersPrompts:
         return Generator(model, count, length, sampling)
 
-    yield synth(make)
+    yield synth(make, str(dtype).removeprefix("torch."))

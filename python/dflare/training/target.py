@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dflare.errors import UnsupportedError
 from dflare.training.errors import ConfigError
@@ -38,7 +43,7 @@ class Target:
         taps: Ids of the tapped layers, none where only text is wanted.
 
     Raises:
-        ConfigError: A tap that the target has no layer for.
+        ConfigError: A tap that the target has no layer for, or layers that cannot be found.
         UnsupportedError: Logits that are more than a product with the head.
     """
 
@@ -47,7 +52,13 @@ class Target:
         self.config = model.config.get_text_config()
         self.decoder = model.get_decoder()
         self.taps = taps
-        layers = self.decoder.layers
+        layers = getattr(self.decoder, "layers", ())
+        if taps and not len(layers):
+            raise ConfigError(
+                f"the target's {type(self.decoder).__name__} does not keep its layers in `layers` "
+                f"but in one of {', '.join(name for name, _ in self.decoder.named_children())}, so "
+                "they cannot be tapped; choose a target of the Llama or Qwen kind"
+            )
         if taps and not 0 <= min(taps) <= max(taps) < len(layers):
             raise ConfigError(
                 f"drafter.taps is {list(taps)}, but the target has layers 0 to {len(layers) - 1}; "
@@ -115,6 +126,24 @@ def target_path(name: str) -> str:
     from dflare.demo import demo_target
 
     return str(demo_target())
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load a target's tokenizer.
+
+    Args:
+        path: Folder or hub id, from :func:`target_path`.
+
+    Raises:
+        ConfigError: There is none, or none that transformers can read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the tokenizer of target {path!r} cannot be loaded ({error}); save it beside the "
+            "weights"
+        ) from error
 
 
 def load_target(

@@ -1,0 +1,73 @@
+"""`dflare evaluate` from files: which drafters it takes, and which pairs it refuses."""
+
+import json
+
+import pytest
+import torch
+from checkpoints import random_draft_config, write_random_draft, write_random_target
+from safetensors.torch import load_file, save_file
+from tiny_models import random_drafter
+
+from dflare.errors import CheckpointError
+from dflare.training.evaluate import run_evaluation
+from dflare.training.export import export_drafter, load_drafter
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return write_random_target(tmp_path_factory.mktemp("target"))
+
+
+def evaluate(draft, target, folder):
+    (folder / "questions.txt").write_text("what is a fish\nwho are you\n")
+    return run_evaluation(
+        str(draft),
+        str(target),
+        [folder / "questions.txt"],
+        None,
+        folder,
+        max_new_tokens=6,
+        temperature=0.0,
+        limit=None,
+        rows=2,
+        device="cpu",
+    )
+
+
+def write_dflash(folder):
+    drafter = random_drafter(random_draft_config(), architecture="dflash")
+    return export_drafter(drafter, drafter.state_dict(), folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"vocab_size": 300}, "vocabulary: the drafter's is 300 and the target's is 512"),
+        ({"hidden_size": 32}, "hidden size: the drafter's is 32 and the target's is 64"),
+        ({"num_target_layers": 6}, "target layers: the drafter's is 6 and the target's is 8"),
+    ],
+)
+def test_a_drafter_of_another_target_is_refused(target, tmp_path, changes, named):
+    draft = write_random_draft(tmp_path / "draft", **changes)
+    with pytest.raises(CheckpointError, match=named):
+        evaluate(draft, target, tmp_path)
+
+
+@pytest.mark.parametrize("write", [write_random_draft, write_dflash])
+def test_drafters_of_both_architectures_are_measured(target, tmp_path, write):
+    report = evaluate(write(tmp_path / "draft"), target, tmp_path)
+    score = report["questions"]["drafter"]
+    assert score["tokens"] >= score["steps"] > 0
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == report
+
+
+def test_a_broken_dflash_drafter_is_described(tmp_path):
+    folder = write_dflash(tmp_path / "draft")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["norm.weight"]
+    tensors |= {"fc.weight": torch.zeros(64, 64), "bias": torch.zeros(1)}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        load_drafter(folder)
+    for part in ("missing tensors: norm.weight", "unknown tensors: bias", "[64, 192]"):
+        assert part in str(error.value)
