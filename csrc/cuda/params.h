@@ -91,8 +91,7 @@ struct BlockAttentionParams {
   const void* q_norm_weight;  // [head_dim]
   const void* k_norm_weight;  // [head_dim]
   float eps;
-  const float* cos_sin;  // [max_pos, rotary]
-  int rotary;
+  const float* cos_sin;      // [max_pos, rotary]
   const int64_t* positions;  // [batch_size * block_size]
   const void* k_pool;        // [slots, kv_heads, head_dim], slots *_stride elements apart
   const void* v_pool;
@@ -102,7 +101,7 @@ struct BlockAttentionParams {
   const int64_t* req_pool_indices;  // [batch_size]
   const void* seq_lens;             // [batch_size], int32 or int64
   bool seq_lens_64bit;
-  int block_size, num_heads, kv_heads, head_dim, window;
+  int rotary, block_size, num_heads, kv_heads, head_dim, window;
   bool causal;
   float scale;
   AttentionPlan plan;
