@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import environment
+from device import environment
 
 BACKEND = "speculative_draft_attention_backend"
 ARMS: dict[str, dict[str, Any] | None] = {

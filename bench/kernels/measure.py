@@ -1,138 +1,232 @@
-"""Timing of kernel benchmarks: arms that take turns, cold caches, CUDA graphs, JSON lines.
+"""Timing of kernel benchmarks: arms that take turns, cold caches, CUDA graphs.
 
 An arm is one implementation. It is called on several sets of buffers in rotation, together larger
 than the L2 cache, so that a call finds its weights and pools in memory, as it does between two
 steps of a model. On a GPU one CUDA graph per arm runs all its sets; arms alternate within a round,
-so that clocks and temperature move all of them alike. Numbers are medians over the rounds.
+so that clocks and temperature move all of them alike. An arm that fails is left out and says why.
 """
 
-import datetime
-import importlib.metadata
-import json
-import platform
-import statistics
-import subprocess
+import contextlib
+import functools
+import gc
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+REPLAY_US = 1000.0  # a replay is to take at least this long
+MOST_PASSES = 20  # over the sets, in one graph
+
 
 @dataclass
 class Arm:
-    """One implementation: `run(i)` calls it on buffer set i."""
+    """One implementation: `run(i)` calls it on buffer set i.
+
+    work: least bytes and operations of what this arm does; None where no such number means
+    anything. capturable: False for one that waits for the device, which no graph can hold; its time
+    then includes the launches.
+    """
 
     name: str
     run: Callable[[int], object]
+    work: tuple[float, float] | None = None
     note: str = ""  # what the time includes or leaves out, if it is not the whole operator
+    capturable: bool = True
+    plan_us: float | None = None  # host time of what it has to do once a step
     us: list[float] = field(default_factory=list)
     graph: bool = False
     error: float | None = None
+    failure: str = ""
 
 
-@dataclass(frozen=True)
-class Peaks:
-    """What this device was measured to do, decimal units."""
-
-    gb_s: float
-    tflop_s: float
-
-    def floor_us(self, work_bytes: float, flops: float) -> float:
-        return max(work_bytes / self.gb_s / 1e3, flops / self.tflop_s / 1e6)
+class DeviceLostError(RuntimeError):
+    """A kernel has left the device unusable for this process."""
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+@contextlib.contextmanager
+def kept_going(arm: Arm) -> Iterator[None]:
+    """Turns an exception into the arm's failure, on stderr too.
 
-
-def measure_peaks(device: str, dtype: torch.dtype) -> Peaks:
-    """Bandwidth of a large copy (bytes read and written) and rate of a large matrix product."""
-    copy_elements, size = (2**29, 8192) if device == "cuda" else (2**25, 1024)
-    source = torch.randn(copy_elements, device=device, dtype=torch.float32).to(dtype)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-
-    def best(run: Callable[[], object]) -> float:
-        seconds = []
-        for _ in range(12):
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds[2:])
-
-    copied = 2 * source.numel() * source.element_size()
-    return Peaks(
-        gb_s=copied / best(lambda: target.copy_(source)) / 1e9,
-        tflop_s=2 * size**3 / best(lambda: a @ b) / 1e12,
-    )
-
-
-def buffer_sets(device: str, bytes_per_set: int) -> int:
-    """Sets that together exceed three times the last-level cache, within half of free memory."""
-    if device == "cpu":
-        return 2
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    free, _ = torch.cuda.mem_get_info()
-    wanted = max(2, -(-3 * cache // bytes_per_set))
-    return max(1, min(wanted, 64, free // 2 // bytes_per_set))
-
-
-def capture(arm: Arm, sets: int) -> Callable[[], None]:
-    """A replay of all sets; plain calls where the arm cannot be captured."""
-    for i in range(sets):
-        arm.run(i)  # warm-up: module load, workspaces, autotuning
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    Raises:
+        DeviceLostError: after it not even waiting for the device works.
+    """
     try:
-        with torch.cuda.graph(graph):
+        yield
+    except Exception as error:
+        said = str(error).strip().splitlines() or [""]
+        arm.failure = f"{type(error).__name__}: {said[0]}"
+        print(f"{arm.name} left out: {arm.failure}", file=sys.stderr, flush=True)
+    if arm.failure and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise DeviceLostError(f"after {arm.name}: {arm.failure}") from error
+
+
+def free_memory() -> None:
+    """What arms or shapes that are gone held goes back to the device."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def build(makers: dict[str, Callable[[], Arm]], names: Sequence[str]) -> list[Arm]:
+    """The arms of these names; one that cannot be made is there too, with its failure."""
+    arms = []
+    for name in names:
+        arm = Arm(name, lambda i: None)
+        with kept_going(arm):
+            arm = makers[name]()
+        arms.append(arm)
+    return arms
+
+
+@dataclass
+class Replay:
+    """What is timed at once: `calls` calls, behind a kernel that spins for `spin_us` (0: none)."""
+
+    run: Callable[[], object]
+    calls: int
+    spin_us: float = 0.0
+
+
+def passes_for(pass_us: float) -> int:
+    """How often a graph goes over the sets, so that what it costs to start it weighs nothing."""
+    return max(1, min(MOST_PASSES, -int(-REPLAY_US // max(pass_us, 1.0))))
+
+
+@functools.cache
+def cycles_per_us() -> float:
+    """Of `torch.cuda._sleep`."""
+    cycles = 2_000_000
+    torch.cuda._sleep(cycles)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    end.synchronize()
+    return cycles / (begin.elapsed_time(end) * 1e3)
+
+
+def time_replay(replay: Replay) -> float:
+    """Microseconds of the device for one replay.
+
+    The stream spins while the host queues both events and the graph, so that the first event passes
+    when all of it has been queued. Where the host was too slow for that, it is tried again with
+    longer spinning.
+    """
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(4):
+        if replay.spin_us:
+            torch.cuda._sleep(int(replay.spin_us * cycles_per_us()))
+        begin.record()
+        replay.run()
+        end.record()
+        in_time = not begin.query()
+        end.synchronize()
+        if in_time or not replay.spin_us:
+            break
+        replay.spin_us *= 2
+    return begin.elapsed_time(end) * 1e3
+
+
+def capture(run: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+    """The calls as a graph in a memory pool that other arms' graphs may share.
+
+    Sharing is safe because arms never run at the same time and nobody reads what a replay leaves.
+    Where capturing fails, torch leaves its stream current and its allocator in the pool
+    (CUDAGraph.capture_end raises before it gets to either), and nothing could be captured or freed
+    any more: both are put right here.
+    """
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            run()
+    except Exception:
+        torch.cuda.set_stream(stream)
+        device = torch.cuda.current_device()
+        try:
+            torch._C._cuda_endAllocateToPool(device, pool)
+        except RuntimeError:  # it had ended: a call failed, the capture did not
+            graph.reset()
+        else:
+            torch._C._cuda_releasePool(device, pool)
+            _failed_captures.append(graph)  # the allocator's callbacks point at it
+        raise
+    return graph
+
+
+_failed_captures: list[torch.cuda.CUDAGraph] = []
+
+
+def prepare(arm: Arm, sets: int, pool: Any) -> Replay:
+    """Warms the arm up and makes what is timed: a graph of several passes, or plain calls."""
+
+    def go(passes: int) -> None:
+        for _ in range(passes):
             for i in range(sets):
                 arm.run(i)
-    except RuntimeError as error:
-        print(f"{arm.name}: not in a CUDA graph ({str(error).splitlines()[0]})", file=sys.stderr)
-        torch.cuda.synchronize()
-        return lambda: [arm.run(i) for i in range(sets)] and None
+
+    go(1)  # module load, workspaces, autotuning
+    torch.cuda.synchronize()
+    if not arm.capturable:
+        return Replay(lambda: go(1), sets)
+    passes = passes_for(time_replay(Replay(lambda: go(1), sets)))
+    graph = capture(lambda: go(passes), pool)
     arm.graph = True
-    return graph.replay
+    graph.replay()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    graph.replay()
+    host_us = (time.perf_counter() - start) * 1e6
+    torch.cuda.synchronize()
+    return Replay(graph.replay, passes * sets, spin_us=50 + 2 * host_us)
 
 
 def time_on_gpu(arms: list[Arm], sets: int, rounds: int) -> None:
-    replays = [capture(arm, sets) for arm in arms]
+    pool = torch.cuda.graph_pool_handle()
+    ready: list[tuple[Arm, Replay]] = []
+    for arm in arms:
+        if not arm.failure:
+            with kept_going(arm):
+                ready.append((arm, prepare(arm, sets, pool)))
+        if arm.failure:
+            free_memory()
+            pool = torch.cuda.graph_pool_handle()
     for turn in range(rounds):
-        for k in range(len(arms)):
-            arm, replay = list(zip(arms, replays, strict=True))[(turn + k) % len(arms)]
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            replay()
-            end.record()
-            end.synchronize()
-            arm.us.append(begin.elapsed_time(end) * 1e3 / sets)
+        for k in range(len(ready)):
+            arm, replay = ready[(turn + k) % len(ready)]
+            if not arm.failure:
+                with kept_going(arm):
+                    arm.us.append(time_replay(replay) / replay.calls)
 
 
 def time_on_cpu(arms: list[Arm], sets: int, rounds: int) -> None:
-    for arm in arms:
-        for i in range(sets):
-            arm.run(i)
-    for turn in range(rounds):
+    for turn in range(-1, rounds):  # the first is to warm up
         for k in range(len(arms)):
             arm = arms[(turn + k) % len(arms)]
-            start = time.perf_counter()
-            for i in range(sets):
-                arm.run(i)
-            arm.us.append((time.perf_counter() - start) * 1e6 / sets)
+            if arm.failure:
+                continue
+            with kept_going(arm):
+                start = time.perf_counter()
+                for i in range(sets):
+                    arm.run(i)
+                taken = (time.perf_counter() - start) * 1e6 / sets
+                if turn >= 0:
+                    arm.us.append(taken)
 
 
 def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest |got - expected| / |expected| of the tensors; NaN stays NaN."""
-    pairs = zip(got, expected, strict=True)
-    return max(((g.double() - e).norm() / e.norm()).item() for g, e in pairs)
+    """Largest |got - expected| / |expected| of the tensors; NaN where one of them has a NaN."""
+    errors = [
+        ((g.double() - e).norm() / e.norm()).item() for g, e in zip(got, expected, strict=True)
+    ]
+    return max(errors) if all(error == error for error in errors) else float("nan")
 
 
 def profile(arm: Arm) -> None:
@@ -143,100 +237,3 @@ def profile(arm: Arm) -> None:
     arm.run(0)
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Hardware and versions that a number needs beside it."""
-    packages = ("torch", "triton", "sglang", "flashinfer-python", "sglang-kernel", "sgl-kernel")
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    info: dict[str, Any] = {"versions": found, "python": platform.python_version()}
-    info["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    info["command"] = " ".join(["python", *sys.argv])
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    info["revision"] = revision.stdout.strip() or "unknown"
-    if device == "cpu":
-        cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        return info | {"cpu": (names or [platform.processor()])[0], "threads": num_threads()}
-    query = "name,driver_version,clocks.sm,clocks.mem,power.limit"
-    smi = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-    )
-    fields = [value.strip() for value in smi.stdout.splitlines()[0].split(",")]
-    names = ("gpu", "driver", "sm_clock", "memory_clock", "power_limit")
-    return info | dict(zip(names, fields, strict=True)) | {"cuda": torch.version.cuda}
-
-
-def num_threads() -> int:
-    return torch.get_num_threads()
-
-
-def quantile(values: list[float], q: float) -> float:
-    return torch.tensor(values).quantile(q).item()
-
-
-def report(
-    op: str,
-    shape: dict[str, Any],
-    arms: list[Arm],
-    work: tuple[float, float],
-    peaks: Peaks,
-    setting: dict[str, Any],
-    per_arm: dict[str, dict[str, float]] | None = None,
-) -> None:
-    """A JSON line per arm on stdout and a table row each on stderr.
-
-    per_arm: further fields, each with its value by the name of the arms that have it.
-    """
-    work_bytes, flops = work
-    floor = peaks.floor_us(work_bytes, flops)
-    title = " ".join(f"{name}={value}" for name, value in shape.items())
-    print(f"\n{op}  {title}  floor {floor:.1f} us", file=sys.stderr)
-    for arm in arms:
-        median = quantile(arm.us, 0.5)
-        gb_s, tflop_s = work_bytes / median / 1e3, flops / median / 1e6
-        line = {
-            "op": op,
-            "arm": arm.name,
-            "note": arm.note,
-            **shape,
-            "us": round(median, 2),
-            "us_p20": round(quantile(arm.us, 0.2), 2),
-            "us_p80": round(quantile(arm.us, 0.8), 2),
-            "rounds": len(arm.us),
-            "cuda_graph": arm.graph,
-            "bytes": work_bytes,
-            "flops": flops,
-            "gb_s": round(gb_s, 1),
-            "tflop_s": round(tflop_s, 2),
-            "peak_gb_s": round(peaks.gb_s, 1),
-            "peak_tflop_s": round(peaks.tflop_s, 2),
-            "percent_of_bandwidth": round(100 * gb_s / peaks.gb_s, 1),
-            "percent_of_compute": round(100 * tflop_s / peaks.tflop_s, 1),
-            "floor_us": round(floor, 2),
-            "times_floor": round(median / floor, 2),
-            "relative_error": arm.error,
-            **{key: by_arm.get(arm.name) for key, by_arm in (per_arm or {}).items()},
-            **setting,
-        }
-        print(json.dumps(line), flush=True)
-        error = "" if arm.error is None else f"  error {arm.error:.1e}"
-        print(
-            f"  {arm.name:24} {median:10.1f} us  ({line['us_p20']}-{line['us_p80']})"
-            f"  {line['times_floor']:6.2f} x floor  {line['percent_of_bandwidth']:5.1f} % bw{error}"
-            f"  {arm.note}",
-            file=sys.stderr,
-        )

@@ -149,6 +149,7 @@ def build(seconds: Seconds, block_size: int, max_batch: int, steps: int) -> list
             context=lambda progress: 5 * progress,
         ),
         replace(base, name="seed measured badly", seed_noise=0.4, level=constant(middle)),
+        replace(base, name="first drafts take long", slow_start=20, level=constant(hard)),
         replace(
             base,
             name="everything shifts",

@@ -27,6 +27,7 @@ class Scenario:
     stall: tuple[float, float] = (0.01, 4.0)  # (probability, factor)
     seed_noise: float = 0.05  # error of the start-up measurements
     slowdown: Callable[[float], float] = field(default=lambda progress: 1.0)
+    slow_start: int = 0  # so many steps with drafts take half as long again at first
     context: Callable[[float], float] = field(default=lambda progress: 0.0)  # in plain steps
 
     def step_seconds(self, batch: int, width: int, progress: float) -> float:
@@ -50,6 +51,7 @@ class World:
         self._requests = np.random.default_rng([seed, 0])
         self._luck = np.random.default_rng([seed, 1])
         self._served = 0
+        self._drafted = 0  # steps
         self.batch: list[Request] = []
         self.finished: list[int] = []
 
@@ -83,6 +85,9 @@ class World:
         commit = 1 + (draw[:, None] < survival[:, 1:width]).sum(axis=1)
         seconds = scenario.step_seconds(len(self.batch), width, progress)
         seconds *= float(np.exp(scenario.time_noise * self._luck.standard_normal()))
+        self._drafted += width > 1
+        if width > 1 and self._drafted <= scenario.slow_start:
+            seconds *= 1.5
         if self._luck.random() < scenario.stall[0]:
             seconds *= scenario.stall[1]
         self.finished = []

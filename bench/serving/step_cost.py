@@ -1,13 +1,16 @@
 """What a speculative step costs beside the verification forward in it.
 
-The drafter is random: about one token is accepted a step, nothing hides the overhead. Prints a
-table of medians and, as the last line a batch size, `step / verify = R`.
+The drafter is random: about one token is accepted a step, nothing hides the overhead. Prints the
+table of `DFLARE_STEP_TRACE` (docs/serving.md), with rows also for the batches on the way to those
+that were asked for.
 
     python bench/serving/step_cost.py [--tokens 200] [--batches 1 4 8]
+
+Every step has the full width; with `DFLARE_ADAPTIVE=on` the widths that the policy takes, which
+soon is 1 with such a drafter.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -20,7 +23,7 @@ from random_drafter import write_random_drafter
 from dflare.adaptive.config import VARIABLE
 from dflare.checkpoint import read_config
 from dflare.demo import demo_draft, demo_target
-from dflare.engine.step_timing import PARTS, TRACE_ENV
+from dflare.engine.step_timing import TRACE_ENV
 
 
 def generate(target: Path, draft: Path, tokens: int, batches: list[int]) -> None:
@@ -41,16 +44,9 @@ def generate(target: Path, draft: Path, tokens: int, batches: list[int]) -> None
     engine.shutdown()
 
 
-def print_report(folder: Path, batches: list[int]) -> None:
-    """Print the medians that the worker wrote."""
-    table = json.loads(next(folder.glob("steps-*.json")).read_text())["by_batch"]
-    columns = ("steps", *PARTS, "other", "step")
-    print("batch " + " ".join(f"{name:>9}" for name in columns) + "   (ms, medians)")
-    for batch in map(str, batches):
-        print(f"{batch:>5} " + " ".join(f"{table[batch][name]:>9}" for name in columns))
-    for batch in map(str, batches):
-        ratio = table[batch]["step"] / table[batch]["verify"]
-        print(f"batch {batch}: step / verify = {ratio:.2f}")
+def print_report(folder: Path) -> None:
+    """Print the table that the worker wrote."""
+    print(next(folder.glob("steps-*.md")).read_text(), end="")
 
 
 def main() -> None:
@@ -59,13 +55,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="tokens a request")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8], help="in flight")
     options = parser.parse_args()
-    os.environ[VARIABLE] = "off"  # adapting, the worker would not draft with such a drafter
+    os.environ.setdefault(VARIABLE, "off")
     with tempfile.TemporaryDirectory() as folder:
         os.environ[TRACE_ENV] = folder
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         draft = write_random_drafter(Path(folder) / "draft", read_config(demo_draft()))
         generate(demo_target(), draft, options.tokens, options.batches)
-        print_report(Path(folder), options.batches)
+        print_report(Path(folder))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,10 @@ def test_steps_are_counted_and_averaged(value, monkeypatch):
     metrics.record(4, [3, 2], exploring=True, predicted=0.02, actual=0.022)
     metrics.record(4, [4])
     line = publish_after_a_second(metrics, [0.8, 0.6, 0.5], monkeypatch)
-    assert line == "verify width 2.80, accept length 2.20, step 17.00 ms (predicted 15.00)"
+    assert line == (
+        "verify width 2.80, accept length 2.20, step 17.00 ms (predicted 15.00), "
+        "acceptance by position 1.00 0.67 0.50"
+    )
     assert value("verify_width") == pytest.approx(14 / 5)
     assert value("accept_length") == pytest.approx(11 / 5)
     assert value("verify_steps_total", width="4") == 2
@@ -48,6 +51,32 @@ def test_steps_are_counted_and_averaged(value, monkeypatch):
     assert value("committed_tokens_total") == 11
     assert value("step_seconds_actual") == pytest.approx(0.017)
     assert value("accept_rate_position", position="3") == 0.5
+
+
+def test_positions_are_counted_without_a_policy(value, monkeypatch):
+    """Of a block of w, w - 1 tokens are drafted; behind a rejected one none is reached."""
+    metrics = SpecMetrics(LABELS)
+    for commits in ([4, 1], [2], [3, 3, 1]):
+        metrics.record(4, commits)
+    metrics.record(2, [2])
+    metrics.record(1, [1, 1])
+    line = publish_after_a_second(metrics, (), monkeypatch)
+    assert line.endswith(", acceptance by position 0.71 0.75 0.33")
+    counts = {
+        name: [value(f"drafts_{name}_total", position=str(i)) for i in (1, 2, 3)]
+        for name in ("reached", "accepted")
+    }
+    assert counts == {"reached": [7, 4, 3], "accepted": [5, 3, 1]}
+    assert value("drafts_reached_total", position="4") is None
+    assert value("accept_rate_position", position="1") is None, "that is the policy's estimate"
+
+
+def test_plain_steps_say_nothing_about_positions(value, monkeypatch):
+    metrics = SpecMetrics(LABELS)
+    metrics.record(1, [1, 1])
+    line = publish_after_a_second(metrics, (), monkeypatch)
+    assert line == "verify width 1.00, accept length 1.00"
+    assert value("drafts_reached_total", position="1") is None
 
 
 def test_counters_go_on_and_gauges_start_over(value, monkeypatch):
@@ -64,7 +93,7 @@ def test_without_labels_there_is_a_line_for_the_log_and_nothing_else(value, monk
     metrics = SpecMetrics(None)
     metrics.record(2, [2, 1])
     line = publish_after_a_second(metrics, [0.9], monkeypatch)
-    assert line == "verify width 2.00, accept length 1.50"
+    assert line == "verify width 2.00, accept length 1.50, acceptance by position 0.50"
     assert value("committed_tokens_total") is None
 
 
@@ -83,7 +112,7 @@ def test_an_idle_server_has_counted_everything_and_writes_no_more_lines_for_it(v
     assert value("committed_tokens_total") == 3
     metrics.record(4, [4])
     line = publish_after_a_second(metrics, [0.9], monkeypatch)
-    assert line == "verify width 4.00, accept length 4.00"
+    assert line == "verify width 4.00, accept length 4.00, acceptance by position 1.00 1.00 1.00"
     assert value("committed_tokens_total") == 7
     metrics.record(1, [1])
     assert metrics.publish(lambda: [0.9], idle=True) is None

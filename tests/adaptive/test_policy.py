@@ -141,6 +141,17 @@ def test_recovered_acceptance_is_noticed_within_a_memory(batch, slope, accept):
     assert settled_width(serve(policy, 0.95, seconds, policy.config.memory, batch, seed=1)) >= 6
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_drafts_that_were_dear_for_a_while_are_tried_again(seed):
+    seconds = sloped(0.1)
+    policy = make_policy(seconds)
+    for width in policy.config.widths * 100:
+        policy.cost.observe(1, width, seconds(1, width) * (1.6 if width > 1 else 1))
+    assert settled_width(serve(policy, 0.5, seconds, 40, seed=seed)) == 1
+    later = serve(policy, 0.5, seconds, 3000, seed=seed)[2000:]
+    assert sum(d.width > 1 for d in later) > 0.9 * len(later)
+
+
 def test_without_exploration_nothing_but_the_estimate_decides():
     seconds = sloped(0.2)
     policy = make_policy(seconds, explore=0.0)

@@ -1,4 +1,5 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "serving"))
+for folder in ("serving", "kernels"):
+    sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / folder))

@@ -20,7 +20,7 @@ import dflare.engine.models.qwen_dflare
 import dflare.engine.sampling  # noqa: F401
 from dflare.adaptive import AdaptiveConfig, StepTime, WidthPolicy
 from dflare.adaptive.config import VARIABLE
-from dflare.engine import plain_step, widths
+from dflare.engine import widths
 from dflare.engine.worker import DFlareWorker
 
 ModelRegistry.get_supported_archs()
@@ -28,7 +28,7 @@ ModelRegistry.get_supported_archs()
 
 def _trace_proposals(path: str) -> None:
     step, accept = DFlareWorker.forward_batch_generation, DFlareWorker._accept_block
-    next_tokens = plain_step._next_tokens
+    accept_anchors = DFlareWorker._accept_anchors
 
     def write(worker, candidates, prefix_lens):
         # Every tensor-parallel rank gets here with the same proposals.
@@ -47,13 +47,13 @@ def _trace_proposals(path: str) -> None:
             write(self, candidates, prefix_lens)
         return accept(self, candidates=candidates, prefix_lens=prefix_lens, **kwargs)
 
-    def _next_tokens(worker, sampling_info, draft_input, candidates, output, lens, predicted):
-        write(worker, candidates, lens)
-        return next_tokens(worker, sampling_info, draft_input, candidates, output, lens, predicted)
+    def _accept_anchors(self, *, candidates, prefix_lens, **kwargs):
+        write(self, candidates, prefix_lens)
+        return accept_anchors(self, candidates=candidates, prefix_lens=prefix_lens, **kwargs)
 
     DFlareWorker.forward_batch_generation = forward_batch_generation
     DFlareWorker._accept_block = _accept_block
-    plain_step._next_tokens = _next_tokens
+    DFlareWorker._accept_anchors = _accept_anchors
 
 
 def _script_widths(path: Path) -> None:

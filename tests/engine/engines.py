@@ -17,6 +17,8 @@ _TRACE = Path(tempfile.gettempdir()) / f"dflare-test-trace-{os.getpid()}.jsonl"
 _WIDTHS = Path(tempfile.gettempdir()) / f"dflare-test-widths-{os.getpid()}.json"
 # Widths take turns like this unless a test says otherwise: every change in the middle of requests.
 TURNS = (3, 1, 8, 2, 1, 1, 5, 8, 8, 4)
+# Context waits for its append most of the time, and the most that may wait is reached.
+MOSTLY_PLAIN = (1,) * 20 + (4,)
 _ready = False
 
 

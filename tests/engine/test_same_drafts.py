@@ -4,10 +4,11 @@ This is the test that catches a drafter fed wrong context: such a drafter only a
 """
 
 import random
+from typing import Any
 
 import pytest
 from checkpoints import write_random_draft, write_random_target
-from engines import proposals, running_engine
+from engines import MOSTLY_PLAIN, TURNS, proposals, running_engine
 from reference_drafter import ReferencePair
 from same_drafts import assert_same_drafts
 
@@ -23,29 +24,78 @@ def random_prompts(count: int, low: int, high: int, seed: int = 0) -> list[list[
     ]
 
 
+def generate(engine, prompts, new_tokens: int, name: str) -> list[dict[str, Any]]:
+    """Generate all prompts at once."""
+    return engine.generate(
+        input_ids=prompts,
+        sampling_params=GREEDY | {"max_new_tokens": new_tokens},
+        rid=[f"{name}-{i}" for i in range(len(prompts))],
+    )
+
+
 def check(engine, pair: ReferencePair, prompts, new_tokens: int, name: str, window=None) -> int:
     """Generate all prompts at once and check every step of each; returns accepted draft tokens."""
-    rids = [f"{name}-{i}" for i in range(len(prompts))]
-    answers = engine.generate(
-        input_ids=prompts, sampling_params=GREEDY | {"max_new_tokens": new_tokens}, rid=rids
-    )
+    answers = generate(engine, prompts, new_tokens, name)
+    return check_answers(pair, prompts, answers, name, window)
+
+
+def check_answers(pair: ReferencePair, prompts, answers, name: str, window=None) -> int:
     return sum(
-        assert_same_drafts(pair, prompt, answer["output_ids"], proposals(rid), window)
-        for prompt, answer, rid in zip(prompts, answers, rids, strict=True)
+        assert_same_drafts(pair, prompt, answer["output_ids"], proposals(f"{name}-{i}"), window)
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     )
 
 
+WIDTHS = pytest.mark.parametrize(
+    "widths", [TURNS, MOSTLY_PLAIN], ids=["all-widths", "mostly-plain"]
+)
+
+
+@WIDTHS
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("radix", [True, False])
-def test_pages_and_radix_hits(random_pair, random_reference, page_size, radix):
+def test_pages_and_radix_hits(random_pair, random_reference, page_size, radix, widths):
     prompts = random_prompts(6, 1, 150)
     shared = [prompts[0][:70] + tail for tail in random_prompts(3, 1, 60, seed=1)]
-    name = f"pages-{page_size}-{radix}"
-    with running_engine(*random_pair, page_size=page_size, disable_radix_cache=not radix) as engine:
+    name = f"pages-{page_size}-{radix}-{len(widths)}"
+    with running_engine(
+        *random_pair, widths, page_size=page_size, disable_radix_cache=not radix
+    ) as engine:
         check(engine, random_reference, prompts, 70, name)
         # The same prompts again, and others that begin alike: from the cache if there is one.
         check(engine, random_reference, prompts[:3], 20, name + "-again")
         check(engine, random_reference, shared, 20, name + "-shared")
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_radix_hits_in_answers(random_pair, random_reference, page_size):
+    """An answer ends, or is cut short by its client, while context of its tokens still waits."""
+    prompts, tails = random_prompts(4, 5, 60), random_prompts(4, 5, 30, seed=1)
+    name = f"answers-{page_size}"
+
+    async def abort(engine, prompt):
+        stream = await engine.async_generate(
+            input_ids=prompt,
+            sampling_params=GREEDY | {"max_new_tokens": 2000},
+            rid=f"{name}-doomed",
+            stream=True,
+        )
+        async for chunk in stream:
+            if chunk["meta_info"]["completion_tokens"] >= 30:
+                engine.tokenizer_manager.abort_request(f"{name}-doomed")
+        assert chunk["meta_info"]["finish_reason"]["type"] == "abort"
+        return chunk["output_ids"]
+
+    with running_engine(*random_pair, MOSTLY_PLAIN, page_size=page_size) as engine:
+        # Fifty tokens end some plain steps behind a draft.
+        outputs = [answer["output_ids"] for answer in generate(engine, prompts[:3], 50, name)]
+        outputs.append(engine.loop.run_until_complete(abort(engine, prompts[3])))
+        turns = [[*p, *o, *t] for p, o, t in zip(prompts, outputs, tails, strict=True)]
+        answers = generate(engine, turns, 60, name + "-next")
+        check_answers(random_reference, turns, answers, name + "-next")
+        for prompt, output, answer in zip(prompts, outputs, answers, strict=True):
+            cached = answer["meta_info"]["cached_tokens"]
+            assert cached > len(prompt) + len(output) - 2 * page_size, "no hit in the answer"
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -54,17 +104,20 @@ def test_chunked_prefill(random_pair, random_reference, page_size):
         check(engine, random_reference, random_prompts(5, 100, 300), 30, f"chunked-{page_size}")
 
 
+@WIDTHS
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_retraction(random_pair, random_reference, page_size, capfd):
+def test_retraction(random_pair, random_reference, page_size, widths, capfd):
+    name = f"retract-{page_size}-{len(widths)}"
     # Eight requests of about 200 tokens at the end do not fit into 640 slots, though each begins.
     with running_engine(
         *random_pair,
+        widths,
         page_size=page_size,
         max_total_tokens=640,
         schedule_conservativeness=0.01,
         log_level="info",
     ) as engine:
-        check(engine, random_reference, random_prompts(8, 40, 60), 150, f"retract-{page_size}")
+        check(engine, random_reference, random_prompts(8, 40, 60), 150, name)
     assert "retract" in capfd.readouterr().err.lower(), "the pool was large enough after all"
 
 

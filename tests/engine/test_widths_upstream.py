@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 from sglang.srt.layers import logprob_processor
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components import batch_result_processor
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.observability.metrics_collector import SchedulerMetricsCollector
 from sglang.srt.speculative import dflash_utils, dflash_worker_v2, spec_utils
-from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker, HiCacheDraftPlan
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.spec_sampling_mask import SpeculativeSamplingMaskCapture
 
@@ -50,6 +52,8 @@ def test_the_worker_has_the_attribute(name):
         (ModelRunner._get_attention_backend, "init_new_workspace"),
         (BaseSpecWorker.on_verify_complete_cpu, "num_correct_drafts_per_req batch_size"),
         (BaseSpecWorker.note_request_finished, "rid natural_stop"),
+        (LogitsProcessor.deferred_argmax, "logits"),
+        (LogitsProcessor.finish_deferred_gather, "logits"),
         (DFlashVerifyInput.prepare_for_verify, "batch target_worker"),
         (logprob_processor.compute_spec_logprobs, "batch logits_output predict chain_stride"),
         (spec_utils.build_grammar_vocab_mask, "reqs tree sampling_info device barrier"),
@@ -95,3 +99,12 @@ def test_metrics_carry_the_labels_by_which_servers_and_ranks_are_told_apart(monk
         **{"tp_rank": "1", "pp_rank": "0", "dp_rank": "3"},
     }
     assert {a or b for a, b in theirs} - ours.keys() == {"moe_ep_rank", "priority"}
+
+
+def test_who_else_copies_the_drafters_pool_is_known_when_context_may_wait():
+    """`AdaptiveWidths` asks at `init_cuda_graphs`."""
+    assert isinstance(BaseSpecWorker.hicache_draft_plan, property)
+    assert HiCacheDraftPlan().device_pools == ()
+    assert "init_hicache_draft_plan()" in inspect.getsource(Scheduler.init_memory_pools)
+    start = inspect.getsource(Scheduler.init_model_worker)
+    assert start.index("self.init_memory_pools()") < start.index("self.init_all_cuda_graphs()")

@@ -5,13 +5,15 @@ Seeded with step times measured when the engine starts, refined by every step it
     log seconds(batch, width) = log seed(batch, width) + drift + correction[batch, width]
 
 ``drift`` is what all steps share now (a slower machine, longer contexts) and follows fast, so
-that widths that are not in use do not look cheap; ``correction`` is a cell's own and follows
-slowly. A scalar Kalman filter splits each residual between the two. Residuals beyond a few times
-their usual size are clipped: one stalled step teaches next to nothing, a lasting change is
-followed within some tens of steps.
+that widths that are not in use do not look cheap; ``correction`` is a cell's own, follows slowly
+and fades while the cell is not served: a width that was dear for a while is tried again. A scalar
+Kalman filter splits each residual between the two. Residuals beyond a few times their usual size
+are clipped: one stalled step teaches next to nothing, a lasting change is followed within some tens
+of steps.
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,8 +25,9 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 _DRIFT_NOISE = 0.01**2  # variance that one step adds to the drift
-_CELL_VAR = 0.1**2  # of a start-up measurement, and the most that forgetting restores
-_CELL_MEMORY = 2000  # steps after which a cell is as uncertain as at the start
+_CELL_VAR = 0.1**2  # of a start-up measurement, and what forgetting leads back to
+_CELL_MEMORY = 2000  # steps in which a correction fades to a third of what was learned
+_KEPT = math.exp(-1 / _CELL_MEMORY)
 _GUESS_VAR = 0.3**2  # the same of a cell beyond the measured batch sizes
 _CLIP = 2.5  # in units of the usual residual
 _SCALE_GAIN = 0.05
@@ -114,8 +117,8 @@ class CostTable:
         limit = _CLIP * self._scale
         residual = min(max(residual, -limit), limit)
         self._drift_var += _DRIFT_NOISE
-        aged = self._cell_var + self._prior_var / _CELL_MEMORY
-        np.minimum(aged, self._prior_var, out=self._cell_var)
+        self._correction *= _KEPT
+        self._cell_var += (1 - _KEPT**2) * (self._prior_var - self._cell_var)
         cell_var = float(self._cell_var[cell])
         total = self._drift_var + cell_var + self._scale**2
         self._drift += self._drift_var / total * residual

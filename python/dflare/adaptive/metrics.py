@@ -7,7 +7,7 @@ there (sglang/srt/observability/metrics_collector.py).
 """
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 _INTERVAL = 1.0  # seconds between writes; steps in between only count in Python
@@ -28,6 +28,9 @@ class SpecMetrics:
     dflare_request_steps_total      counter   requests summed over decode steps
     dflare_verified_tokens_total    counter   tokens verified by decode steps: anchors and drafts
     dflare_committed_tokens_total   counter   tokens committed by decode steps
+    dflare_drafts_reached_total     counter   drafted tokens whose predecessors in the block were
+                                              all accepted, label ``position`` from 1
+    dflare_drafts_accepted_total    counter   of these, accepted
     =============================== ========= ====================================================
     """
 
@@ -63,6 +66,7 @@ class SpecMetrics:
         self._verified += width * len(commit_lens)
         self._committed += sum(commit_lens)
         self._explored += exploring
+        self._commits[width].update(commit_lens)
         if predicted is not None and actual is not None:
             self._timed += 1
             self._predicted_sum += predicted
@@ -93,8 +97,13 @@ class SpecMetrics:
         if self._timed:
             times = self._predicted_sum / self._timed, self._actual_sum / self._timed
             line += f", step {1e3 * times[1]:.2f} ms (predicted {1e3 * times[0]:.2f})"
+        reached, accepted = _positions(self._commits)
+        if reached:
+            rates = (accepted[position] / drafts for position, drafts in sorted(reached.items()))
+            line += ", acceptance by position " + " ".join(f"{rate:.2f}" for rate in rates)
         if self._gauges:
             self._gauges.write(width, accept, accept_rates(), times)
+            self._gauges.count_positions(reached, accepted)
             self._gauges.count(
                 self._by_width,
                 self._explored,
@@ -110,8 +119,23 @@ class SpecMetrics:
 
     def _clear(self) -> None:
         self._by_width: Counter[int] = Counter()
+        # Of each width, requests by the tokens that they committed.
+        self._commits: defaultdict[int, Counter[int]] = defaultdict(Counter)
         self._request_steps = self._verified = self._committed = self._explored = self._timed = 0
         self._predicted_sum = self._actual_sum = 0.0
+
+
+def _positions(commits: Mapping[int, Mapping[int, int]]) -> tuple[Counter[int], Counter[int]]:
+    """Drafted tokens that were reached and accepted, by position from 1, of all widths together."""
+    reached: Counter[int] = Counter()
+    accepted: Counter[int] = Counter()
+    for width, lengths in commits.items():
+        for committed, requests in lengths.items():
+            # The last committed token is the target's own; a draft in its place was rejected.
+            for position in range(1, min(committed, width - 1) + 1):
+                reached[position] += requests
+                accepted[position] += requests * (position < committed)
+    return reached, accepted
 
 
 class _Gauges:
@@ -143,6 +167,8 @@ class _Gauges:
         self._requests = counter("request_steps", "Requests summed over steps.").labels(**bound)
         self._verified = counter("verified_tokens", "Tokens verified by steps.").labels(**bound)
         self._tokens = counter("committed_tokens", "Tokens committed by steps.").labels(**bound)
+        self._reached = counter("drafts_reached", "Drafts behind accepted ones.", "position")
+        self._accepted = counter("drafts_accepted", "Drafts accepted.", "position")
 
     def write(
         self,
@@ -173,3 +199,8 @@ class _Gauges:
         self._requests.inc(requests)
         self._verified.inc(verified)
         self._tokens.inc(committed)
+
+    def count_positions(self, reached: Mapping[int, int], accepted: Mapping[int, int]) -> None:
+        for counter, counts in ((self._reached, reached), (self._accepted, accepted)):
+            for position, drafts in counts.items():
+                counter.labels(**self._labels, position=str(position)).inc(drafts)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-_MOST_STEPS = 16  # whose states are kept
+# Whose states are kept. The policy times every 8th plain step; appends must not always fall on one.
+_MOST_STEPS = 15
 
 
 class DeferredContext:
@@ -19,12 +20,15 @@ class DeferredContext:
     requests.
     """
 
-    def __init__(self, append: Callable[..., None]) -> None:
+    def __init__(self, append: Callable[..., None], *, at_once: bool) -> None:
         """
         Args:
             append: `DFlareWorker._append_target_hidden_to_draft_kv_by_loc`.
+            at_once: Whether no row may wait: something but the worker's batches reads or writes
+                the drafter's pool.
         """
         self._append = append
+        self._at_once = at_once
         self._requests: Sequence[str] = ()  # of the batch that runs now
         self._rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
@@ -53,7 +57,7 @@ class DeferredContext:
             slots: [bs] where their context K/V belong.
             positions: [bs] absolute positions.
         """
-        if not hidden.is_cpu:
+        if self._at_once or not hidden.is_cpu:
             self._append(target_hidden=hidden, cache_loc=slots, positions=positions)
             return
         # The scheduler may write over its tensors before they are read; the states are ours.

@@ -12,7 +12,6 @@ from sglang.srt.managers.scheduler import GenerationBatchResult
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.dflash_utils import apply_dflash_verify_logits_adjustments
 from sglang.srt.speculative.spec_sampling_mask import SpeculativeSamplingMaskCapture
-from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 
 
@@ -61,7 +60,14 @@ def plain_step(
     if grammar_tree is not None and mask is not None:
         mask.apply(output.next_token_logits)
 
-    tokens = _next_tokens(worker, sampling_info, draft_input, candidates, output, lens, predicted)
+    tokens = worker._accept_anchors(
+        candidates=candidates,
+        next_token_logits=output.next_token_logits,
+        sampling_info=sampling_info,
+        draft_input=draft_input,
+        prefix_lens=lens,
+        target_predict=predicted,
+    )
     commit_lens = torch.ones(len(lens), dtype=torch.int32, device=lens.device)
     new_lens = lens + 1
     _add_outputs(batch, output, draft_input, tokens, commit_lens)
@@ -132,33 +138,6 @@ def _gather_logits(worker: Any, batch: Any, output: Any) -> torch.Tensor | None:
         return predicted
     output.next_token_logits = processor.finish_deferred_gather(output.next_token_logits)
     return None
-
-
-def _next_tokens(
-    worker: Any,
-    sampling_info: Any,
-    draft_input: Any,
-    candidates: torch.Tensor,
-    output: Any,
-    lens: torch.Tensor,
-    predicted: torch.Tensor | None,
-) -> torch.Tensor:
-    """The target's tokens, [bs] int64, the same on all ranks."""
-    greedy = sampling_info is None or sampling_info.is_all_greedy
-    if predicted is None and greedy:
-        predicted = torch.argmax(output.next_token_logits, dim=-1)
-    if predicted is not None:
-        worker._tp_sync.sync(SpecTpSyncSite.DFLASH_ACCEPT_GREEDY, predicted)
-        return predicted
-    _, _, _, tokens, _ = worker._accept_block(
-        candidates=candidates,
-        next_token_logits=output.next_token_logits,
-        sampling_info=sampling_info,
-        draft_input=draft_input,
-        prefix_lens=lens,
-        bs=len(lens),
-    )
-    return tokens.view(-1)
 
 
 def _add_outputs(

@@ -4,128 +4,207 @@ Each part is fenced by a device synchronisation while tracing, so that its time 
 server is therefore slower than an untraced one where work would overlap.
 """
 
-import atexit
 import json
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
 
+from dflare.errors import DFlareError
+
 TRACE_ENV = "DFLARE_STEP_TRACE"
-PARTS = ("draft", "verify", "accept", "append", "schedule")
+PARTS = ("draft", "verify", "sampling", "append", "schedule")
+_COLUMNS = ("batch", "width", "steps", *PARTS, "other", "step", "step / verify")
+_KEPT_STEPS = 256  # the latest of each (batch, width); the table is made of them
+_TABLE_SECONDS = 1.0  # between two writings of the table
 
 
 class StepTimer:
     """Collects how long each part of each decode step took.
 
-    Attributes:
-        folder: where `steps-<pid>.json` (medians) and `trace-<pid>.json` (Chrome trace) go.
+    Two files follow the steps, because a server may end by a kill: `steps-<pid>.md`, the table,
+    about once a second, and `trace-<pid>.json`, the Chrome trace, at every step. The time that
+    writing takes belongs to no step.
     """
 
-    def __init__(self, folder: Path, device: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, device: torch.device | str) -> None:
+        """
+        Args:
+            folder: Where the files go; made if it does not exist.
+            device: Waited for at both ends of every part.
+
+        Raises:
+            DFlareError: the files cannot be made there.
+        """
         self._device = torch.device(device)
-        self._events: list[tuple[str, float, float]] = []
-        self._steps: list[dict[str, float]] = []
-        self._current: dict[str, float] = defaultdict(float)
-        self._step_end: float | None = None
-        folder.mkdir(parents=True, exist_ok=True)
-        atexit.register(self.write)
+        self._cells: dict[tuple[int, int], deque[dict[str, float]]] = defaultdict(
+            lambda: deque(maxlen=_KEPT_STEPS)
+        )
+        self._parts: dict[str, float] | None = None  # of the decode step that runs now
+        self._inside = False  # whether one of them runs now
+        self._step_end: float | None = None  # of the step just before, if that was a decode step
+        self._table_written = float("-inf")
+        self._table_path = folder / f"steps-{os.getpid()}.md"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._trace = _TraceFile(folder / f"trace-{os.getpid()}.json")
+        except OSError as error:
+            raise DFlareError(
+                f"{TRACE_ENV}={folder}: {error.strerror}; expected a folder that can be written to"
+            ) from error
 
     def wrap(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `function`, timed as `part` of the step in which it runs."""
+        """Return `function`, timed as `part` of the decode step in which it runs.
+
+        Prefills and dummy steps at start-up call the same functions; they are not timed. A part
+        that runs inside another one counts with that one.
+        """
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            self._synchronise()
-            start = time.perf_counter()
+            if self._parts is None or self._inside:
+                return function(*args, **kwargs)
+            self._inside = True
+            start = self._now()
             result = function(*args, **kwargs)
-            self._synchronise()
-            self._record(part, start, time.perf_counter())
+            end = self._now()
+            self._inside = False
+            self._parts[part] += end - start
+            self._trace.add(part, start, end)
             return result
 
         return timed
 
     def step(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the worker's `forward_batch_generation`, closing a step a decode batch."""
+        """Return the worker's `forward_batch_generation`, which times every decode step."""
 
         def timed(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            decode = not (batch.forward_mode.is_extend() or batch.is_extend_in_batch)
-            width = len(batch.reqs)
-            start = time.perf_counter()
-            self._current.clear()
+            previous_end, self._step_end = self._step_end, None
+            mode = batch.forward_mode
+            if mode.is_extend() or batch.is_extend_in_batch or mode.is_idle():
+                return function(batch, *args, **kwargs)
+            requests = len(batch.reqs)
+            start = self._now()
+            parts = self._parts = dict.fromkeys(PARTS, 0.0)
             result = function(batch, *args, **kwargs)
-            self._synchronise()
-            end = time.perf_counter()
-            if decode:
-                self._close_step(start, end, width)
-            self._step_end = end if decode else None
+            end = self._now()
+            self._parts = None
+            cell = requests, int(result.speculative_num_draft_tokens)
+            self._close_step(cell, parts, previous_end, start, end)
+            self._step_end = time.perf_counter()
             return result
 
         return timed
 
-    def _close_step(self, start: float, end: float, batch: int) -> None:
-        if self._step_end is not None:
-            self._record("schedule", self._step_end, start)
-        parts = {part: self._current[part] for part in PARTS}
-        parts["other"] = end - start - sum(parts[p] for p in PARTS if p != "schedule")
-        parts["step"] = end - start + parts["schedule"]
-        parts["batch"] = batch
-        self._steps.append(parts)
-        # A server may be killed, and long files take long to write.
-        if len(self._steps) % (100 if len(self._steps) < 1000 else 1000) == 0:
-            self.write()
+    def _close_step(
+        self,
+        cell: tuple[int, int],
+        parts: dict[str, float],
+        previous_end: float | None,
+        start: float,
+        end: float,
+    ) -> None:
+        self._trace.add("step", start, end, batch=cell[0], width=cell[1])
+        if previous_end is not None:
+            self._trace.add("schedule", previous_end, start)
+            # Behind a prefill nobody knows what scheduling this step took: it is in the trace only.
+            parts["other"] = end - start - sum(parts.values())
+            parts["schedule"] = start - previous_end
+            parts["step"] = end - previous_end
+            self._cells[cell].append(parts)
+        self._trace.flush()
+        if self._cells and end - self._table_written > _TABLE_SECONDS:
+            self._table_written = end
+            _replace(self._table_path, self.table())
 
-    def _record(self, part: str, start: float, end: float) -> None:
-        self._events.append((part, start, end))
-        self._current[part] += end - start
-
-    def _synchronise(self) -> None:
+    def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
-    def table(self) -> dict[str, Any]:
-        """Median milliseconds of each part, by batch size, over all steps so far."""
-        by_batch: dict[int, list[dict[str, float]]] = defaultdict(list)
-        for step in self._steps:
-            by_batch[int(step["batch"])].append(step)
-        return {
-            str(batch): {"steps": len(steps)}
-            | {
-                name: round(1000 * median(step[name] for step in steps), 3)
-                for name in (*PARTS, "other", "step")
-            }
-            for batch, steps in sorted(by_batch.items())
-        }
+    def table(self) -> str:
+        """The latest 256 steps of each batch size and width as a Markdown table, milliseconds.
 
-    def write(self) -> None:
-        """Write both files; called every 100 steps, later every 1000, and at exit."""
-        table = {"unit": "ms, medians", "by_batch": self.table()}
-        (self.folder / f"steps-{os.getpid()}.json").write_text(json.dumps(table, indent=2) + "\n")
-        events = [
-            {"name": part, "ph": "X", "pid": os.getpid(), "tid": 0}
-            | {"ts": start * 1e6, "dur": (end - start) * 1e6}
-            for part, start, end in self._events
-        ]
-        trace = json.dumps({"traceEvents": events})
-        (self.folder / f"trace-{os.getpid()}.json").write_text(trace)
+        All columns are medians but `append`, a mean: on a CPU one step of width 1 in 16 appends
+        for all of them.
+        """
+        lines = [_row(_COLUMNS), _row(["---"] * len(_COLUMNS))]
+        for (batch, width), steps in sorted(self._cells.items()):
+            times = {name: 1e3 * median(step[name] for step in steps) for name in steps[0]}
+            times["append"] = 1e3 * mean(step["append"] for step in steps)
+            cells = [f"{times[name]:.2f}" for name in (*PARTS, "other", "step")]
+            ratio = f"{times['step'] / times['verify']:.2f}"
+            lines.append(_row([str(batch), str(width), str(len(steps)), *cells, ratio]))
+        return "\n".join(lines) + "\n"
+
+
+class _TraceFile:
+    """A file in Chrome's trace event format, complete after every `flush`."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w")
+        self._pid = os.getpid()
+        name = {"name": "process_name", "ph": "M", "pid": self._pid}
+        self._new = ["[" + json.dumps(name | {"args": {"name": "DFLARE decode steps"}})]
+        self._end = 0
+        self.flush()
+
+    def add(self, name: str, start: float, end: float, **args: int) -> None:
+        """Add an event that lasted from `start` to `end`, both in seconds."""
+        times = {"ts": round(start * 1e6, 1), "dur": round((end - start) * 1e6, 1)}
+        event = {"name": name, "ph": "X", "pid": self._pid, "tid": 0} | times
+        self._new.append(json.dumps(event | {"args": args}))
+
+    def flush(self) -> None:
+        """Write the new events over the bracket that ends the file, and the bracket again."""
+        self._file.seek(self._end)
+        self._file.write((",\n" if self._end else "") + ",\n".join(self._new))
+        self._new.clear()
+        self._end = self._file.tell()
+        self._file.write("\n]\n")
+        self._file.flush()
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that a reader, or a kill, never finds half written."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.replace(path)
 
 
 def trace_steps(worker: Any) -> None:
-    """Time the parts of a `DFlareWorker`'s decode steps if `DFLARE_STEP_TRACE` names a folder."""
+    """Time the parts of a `DFlareWorker`'s decode steps if `DFLARE_STEP_TRACE` names a folder.
+
+    Raises:
+        DFlareError: the folder cannot be written to.
+    """
     folder = os.environ.get(TRACE_ENV)
     if not folder:
         return
     timer = StepTimer(Path(folder), worker.device)
-    runner, target = worker.draft_model_runner, worker.target_worker
-    runner.forward = timer.wrap("draft", runner.forward)
-    target.forward_batch_generation = timer.wrap("verify", target.forward_batch_generation)
-    worker._accept_block = timer.wrap("accept", worker._accept_block)
-    worker._append_target_hidden_to_draft_kv_by_loc = timer.wrap(
-        "append", worker._append_target_hidden_to_draft_kv_by_loc
-    )
+    parts = [
+        (worker.draft_model_runner, "forward", "draft"),
+        # The head and its argmax, where no CUDA graph of the drafter holds them.
+        (worker, "_greedy_sample_from_vocab_parallel_head", "draft"),
+        (worker.target_worker, "forward_batch_generation", "verify"),
+        (worker, "_accept_block", "sampling"),
+        (worker, "_accept_anchors", "sampling"),
+        (worker, "_append_target_hidden_to_draft_kv_by_loc", "append"),
+    ]
+    if worker._target_logits_processor is not None:
+        # Tensor-parallel logits that the target left in shards.
+        parts += [
+            (worker._target_logits_processor, "deferred_argmax", "sampling"),
+            (worker._target_logits_processor, "finish_deferred_gather", "sampling"),
+        ]
+    for owner, name, part in parts:
+        setattr(owner, name, timer.wrap(part, getattr(owner, name)))
     worker.forward_batch_generation = timer.step(worker.forward_batch_generation)

@@ -48,6 +48,7 @@ class AdaptiveWidths:
 
     block_size: int
     model_runner: Any
+    hicache_draft_plan: Any
     _append_target_hidden_to_draft_kv_by_loc: Any
 
     def init_cuda_graphs(self) -> None:
@@ -60,7 +61,9 @@ class AdaptiveWidths:
             logger.warning("every step verifies the whole block: adaptive widths and %s", reason)
             config = None
         self._adaptive = config is not None
-        self.deferred_context = DeferredContext(self._append_target_hidden_to_draft_kv_by_loc)
+        self.deferred_context = DeferredContext(
+            self._append_target_hidden_to_draft_kv_by_loc, at_once=self._pool_is_shared()
+        )
         self._width_states = WidthStates(self, config.widths if config else ())
         policy = WidthPolicy(config, self._measure_costs(config.widths)) if config else None
         self._controller: WidthController | None = None
@@ -110,6 +113,15 @@ class AdaptiveWidths:
         """SGLang's hook: a request ended."""
         if self._controller:
             _log(self._controller.finish(rid))
+
+    def _pool_is_shared(self) -> bool:
+        """Whether the drafter's K/V are also copied between batches.
+
+        HiCache copies those of a finished request to the host and, for another one, back;
+        disaggregation receives those of a request that another server prefilled.
+        """
+        plan = self.hicache_draft_plan
+        return bool(plan.device_pools) or get_disagg().disaggregation_mode != "null"
 
     def _measure_costs(self, widths: Sequence[int]) -> CostTable:
         def run(batch: int, width: int) -> None:

@@ -6,6 +6,7 @@ import torch
 from sglang.srt.runtime_context import get_parallel, get_spec
 from sglang.srt.speculative.dflash_utils import is_dflash_sampling_verify_available
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2, _is_all_greedy
+from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dflare import ops
 from dflare.engine.cpu_layers import greedy_tokens
@@ -172,6 +173,42 @@ class DFlareWorker(AdaptiveWidths, DFlashWorkerV2):
             target_predict=target_predict,
             **kwargs,
         )
+
+    def _accept_anchors(
+        self,
+        *,
+        candidates: torch.Tensor,
+        next_token_logits: torch.Tensor,
+        sampling_info,
+        draft_input,
+        prefix_lens: torch.Tensor,
+        target_predict: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`_accept_block` at width 1, where there is nothing to compare.
+
+        Args:
+            candidates: [bs, 1] the anchors.
+            next_token_logits: [bs, V]; None where `target_predict` is known.
+            prefix_lens: [bs] tokens before the anchors.
+            target_predict: [bs] int64 argmax of the logits, or None if it is not known yet.
+
+        Returns:
+            The target's tokens, [bs] int64, the same on all ranks.
+        """
+        if target_predict is None and _is_all_greedy(sampling_info):
+            target_predict = torch.argmax(next_token_logits, dim=-1)
+        if target_predict is not None:
+            self._tp_sync.sync(SpecTpSyncSite.DFLASH_ACCEPT_GREEDY, target_predict)
+            return target_predict
+        _, _, _, tokens, _ = self._accept_block(
+            candidates=candidates,
+            next_token_logits=next_token_logits,
+            sampling_info=sampling_info,
+            draft_input=draft_input,
+            prefix_lens=prefix_lens,
+            bs=len(prefix_lens),
+        )
+        return tokens.view(-1)
 
 
 def _kv_bytes_per_token(pool) -> int:

@@ -1,0 +1,155 @@
+"""Rows of plain steps wait for their append no longer than they may, and arrive as they were."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.speculative.base_spec_worker import HiCacheDraftMode, HiCacheDraftPlan
+
+from dflare.engine import widths
+from dflare.engine.deferred_context import DeferredContext
+
+WIDTH = 3  # of the tapped states
+
+
+class FakeAppend:
+    """Stands for the worker's append and writes down the slots of every call."""
+
+    def __init__(self):
+        self.calls: list[list[int]] = []
+        self.rows: dict[int, tuple[float, int]] = {}
+
+    def __call__(self, *, target_hidden, cache_loc, positions):
+        if cache_loc.is_meta:
+            self.calls.append([len(cache_loc)])
+            return
+        assert target_hidden.shape == (len(cache_loc), WIDTH)
+        self.calls.append(cache_loc.tolist())
+        for state, slot, position in zip(target_hidden, cache_loc, positions, strict=True):
+            self.rows[int(slot)] = float(state[0]), int(position)
+
+
+@pytest.fixture
+def append():
+    return FakeAppend()
+
+
+def plain_step(context, requests, step, padding=0):
+    """A plain step as the worker runs it: row i of step s has slot 100 s + i."""
+    context.flush(requests)
+    bs = len(requests)
+    slots = 100 * step + torch.arange(bs)
+    hidden = slots[:, None].expand(bs, WIDTH).float() / 2
+    padded = torch.cat([hidden, torch.full((padding, WIDTH), torch.nan)])
+    context.add(padded, slots, torch.full((bs,), step))
+
+
+def slots_of(requests, *steps):
+    return [100 * step + i for step in steps for i in range(len(requests))]
+
+
+def test_rows_wait_while_the_same_requests_take_plain_steps(append):
+    context = DeferredContext(append, at_once=False)
+    for step in range(10):
+        plain_step(context, ["a", "b"], step)
+    assert append.calls == []
+
+
+def test_a_batch_that_is_no_plain_step_finds_the_context_complete(append):
+    """Before a prefill or a draft `flush` gets no requests; every row keeps its own slot."""
+    context = DeferredContext(append, at_once=False)
+    for step in range(3):
+        plain_step(context, ["a", "b"], step)
+    context.flush()
+    assert append.calls == [slots_of("ab", 0, 1, 2)]
+    assert append.rows == {slot: (slot / 2, slot // 100) for slot in append.calls[0]}
+    context.flush()
+    plain_step(context, ["a", "b"], 3)
+    assert len(append.calls) == 1, "a row went twice"
+
+
+@pytest.mark.parametrize("others", [["a"], ["a", "b", "c"], ["b", "a"], ["a", "c"]])
+def test_rows_do_not_wait_for_other_requests(append, others):
+    """A request that left has given its slots back: they may be another's from now on."""
+    context = DeferredContext(append, at_once=False)
+    plain_step(context, ["a", "b"], 0)
+    plain_step(context, others, 1)
+    assert append.calls == [slots_of("ab", 0)]
+    context.flush()
+    assert append.calls[1] == slots_of(others, 1)
+
+
+def test_a_request_that_comes_back_has_no_rows_waiting(append):
+    """Retracted and prefilled again, it may have the slots of another by then."""
+    context = DeferredContext(append, at_once=False)
+    plain_step(context, ["a"], 0)
+    context.flush()  # the prefill
+    plain_step(context, ["a"], 1)
+    assert append.calls == [slots_of("a", 0)]
+
+
+def test_sixteen_steps_are_the_most_that_wait(append):
+    context = DeferredContext(append, at_once=False)
+    for step in range(16):
+        plain_step(context, ["a"], step)
+    assert append.calls == []
+    plain_step(context, ["a"], 16)
+    assert append.calls == [slots_of("a", *range(16))]
+    for step in range(17, 33):
+        plain_step(context, ["a"], step)
+    assert append.calls[1:] == [slots_of("a", *range(16, 32))]
+
+
+def test_slots_that_the_scheduler_writes_over_stay_as_they_were(append):
+    context = DeferredContext(append, at_once=False)
+    slots, positions = torch.tensor([7]), torch.tensor([5])
+    context.flush(["a"])
+    context.add(torch.ones(1, WIDTH), slots, positions)
+    slots.fill_(0)
+    positions.fill_(0)
+    context.flush()
+    assert append.rows == {7: (1.0, 5)}
+
+
+def test_padding_of_the_states_goes_nowhere(append):
+    context = DeferredContext(append, at_once=False)
+    plain_step(context, ["a", "b"], 0, padding=3)
+    context.flush()
+    assert append.rows == {0: (0.0, 0), 1: (0.5, 0)}
+
+
+def test_states_on_a_device_go_through_at_once(append):
+    """There an append costs as little alone, and the step's buffers belong to its graph."""
+    context = DeferredContext(append, at_once=False)
+    for _ in range(2):
+        context.flush(["a"])
+        rows = torch.empty(1, dtype=torch.long, device="meta")
+        context.add(torch.empty(1, WIDTH, device="meta"), rows, rows)
+    context.flush()
+    assert append.calls == [[1], [1]]
+
+
+def test_nothing_waits_where_others_read_the_pool(append):
+    context = DeferredContext(append, at_once=True)
+    for step in range(2):
+        plain_step(context, ["a"], step)
+        assert append.calls[step:] == [slots_of("a", step)]
+    context.flush()
+    assert len(append.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("plan", "disaggregation", "shared"),
+    [
+        (HiCacheDraftPlan(), "null", False),
+        (HiCacheDraftPlan(HiCacheDraftMode.SIDECAR, ("pool",)), "null", True),
+        (HiCacheDraftPlan(), "decode", True),
+    ],
+    ids=["alone", "hicache", "disaggregation"],
+)
+def test_hicache_and_disaggregation_share_the_pool(monkeypatch, plan, disaggregation, shared):
+    monkeypatch.setattr(
+        widths, "get_disagg", lambda: SimpleNamespace(disaggregation_mode=disaggregation)
+    )
+    worker = SimpleNamespace(hicache_draft_plan=plan)
+    assert widths.AdaptiveWidths._pool_is_shared(worker) is shared
