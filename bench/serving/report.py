@@ -7,7 +7,7 @@ from statistics import median
 from typing import NamedTuple
 
 from plan import Cell, Sweep, cell_of, cells
-from plot import Key, Record, plot
+from sweep_plot import Key, Record, plot
 
 
 class Ratio(NamedTuple):
