@@ -1,6 +1,7 @@
 """Requests of all kinds that a server meets, each with what must be true of its answer."""
 
 import asyncio
+import itertools
 import json
 import random
 import re
@@ -11,6 +12,9 @@ from typing import Any
 
 import aiohttp
 from reference import PATTERN, PATTERN_PARAMS, Reference, greedy_params
+
+_LONG_ANSWER = 160  # tokens
+_CROWD_EVERY = 5  # bursts
 
 
 @dataclass
@@ -39,6 +43,7 @@ class Traffic:
         self.outcome = outcome
         self._kinds: dict[str, tuple[float, Callable[[], Awaitable[None]]]] = {
             "greedy": (5, self._greedy),
+            "long answer": (0.5, self._long_answer),
             "sampled": (3, self._sampled),
             "long prompt": (2, self._long_prompt),
             "grammar": (2, self._grammar),
@@ -47,11 +52,17 @@ class Traffic:
             "bad": (2, self._bad),
         }
 
-    async def send(self, session: aiohttp.ClientSession) -> None:
-        """Send one request of a random kind and judge the answer."""
+    async def send(self, session: aiohttp.ClientSession, name: str | None = None) -> None:
+        """Send one request and judge the answer.
+
+        Args:
+            session: For the connection.
+            name: Its kind; a random one if there is none.
+        """
         self._session = session
-        names = list(self._kinds)
-        name = self._random.choices(names, [self._kinds[n][0] for n in names])[0]
+        if name is None:
+            names = list(self._kinds)
+            name = self._random.choices(names, [self._kinds[n][0] for n in names])[0]
         self.outcome.sent[name] += 1
         try:
             await self._kinds[name][1]()
@@ -76,12 +87,20 @@ class Traffic:
         _compare(text, answer["output_ids"], expected[:length])
         return answer
 
+    async def _long_answer(self) -> None:
+        """Many of these at once do not fit into the KV pool; only the beginning is known."""
+        text, expected = self._random.choice(list(self._reference.greedy.items()))
+        params = greedy_params(_LONG_ANSWER)
+        answer = await self._generate(text=text, sampling_params=params)
+        assert len(answer["output_ids"]) == _LONG_ANSWER
+        _compare(text, answer["output_ids"][: len(expected)], expected)
+
     async def _sampled(self) -> None:
         params = {
             "temperature": self._random.uniform(0.3, 1.5),
             "top_p": self._random.uniform(0.5, 1.0),
             "top_k": self._random.choice([-1, 1, 20]),
-            "max_new_tokens": self._random.randint(1, 256),
+            "max_new_tokens": self._random.randint(1, 64),
             "ignore_eos": True,
         }
         answer = await self._generate(text=self._any_prompt(), sampling_params=params)
@@ -160,6 +179,8 @@ async def run(
 ) -> None:
     """Keep up to `concurrency` requests in flight, in bursts with quiet moments in between.
 
+    The first burst, and every fifth, is a crowd of long answers, which must be retracted.
+
     Args:
         traffic: What to send.
         seconds: How long.
@@ -183,14 +204,18 @@ async def _load(traffic: Traffic, seconds: float, concurrency: int, seed: int) -
     end = loop.time() + seconds
     timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(timeout=timeout) as session:
-        while loop.time() < end:
-            burst = rng.randint(1, 2 * concurrency)
-            slots = asyncio.Semaphore(rng.randint(1, concurrency))
+        for number in itertools.count():
+            crowd = number % _CROWD_EVERY == 0
+            kind = "long answer" if crowd else None
+            burst = concurrency if crowd else rng.randint(1, 2 * concurrency)
+            slots = asyncio.Semaphore(concurrency if crowd else rng.randint(1, concurrency))
 
-            async def send(slots: asyncio.Semaphore = slots) -> None:
+            async def send(slots: asyncio.Semaphore = slots, kind: str | None = kind) -> None:
                 async with slots:
                     if loop.time() < end:
-                        await traffic.send(session)
+                        await traffic.send(session, kind)
 
             await asyncio.gather(*(send() for _ in range(burst)))
+            if loop.time() >= end:
+                return
             await asyncio.sleep(rng.choice([0.0, 0.0, 0.5, 2.0]))

@@ -86,7 +86,7 @@ def correct(body):
 def test_a_correct_server_has_no_faults_and_meets_every_kind():
     outcome = send_to(correct)
     assert outcome.faults == []
-    assert len(outcome.sent) == 7
+    assert len(outcome.sent) == 8
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_correct_server_has_no_faults_and_meets_every_kind():
     [
         *(
             (lambda answer: answer | {"output_ids": [0] * len(answer["output_ids"])}, kind)
-            for kind in ("greedy", "long prompt", "grammar", "logprobs", "cut off")
+            for kind in ("greedy", "long answer", "long prompt", "grammar", "logprobs", "cut off")
         ),
         (lambda answer: answer | {"output_ids": answer["output_ids"][:-1]}, "sampled"),
         (lambda answer: answer | {"text": "12-34"}, "grammar"),
