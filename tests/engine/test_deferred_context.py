@@ -88,16 +88,16 @@ def test_a_request_that_comes_back_has_no_rows_waiting(append):
     assert append.calls == [slots_of("a", 0)]
 
 
-def test_sixteen_steps_are_the_most_that_wait(append):
+def test_fifteen_steps_are_the_most_that_wait(append):
     context = DeferredContext(append, at_once=False)
-    for step in range(16):
+    for step in range(15):
         plain_step(context, ["a"], step)
     assert append.calls == []
-    plain_step(context, ["a"], 16)
-    assert append.calls == [slots_of("a", *range(16))]
-    for step in range(17, 33):
+    plain_step(context, ["a"], 15)
+    assert append.calls == [slots_of("a", *range(15))]
+    for step in range(16, 31):
         plain_step(context, ["a"], step)
-    assert append.calls[1:] == [slots_of("a", *range(16, 32))]
+    assert append.calls[1:] == [slots_of("a", *range(15, 30))]
 
 
 def test_slots_that_the_scheduler_writes_over_stay_as_they_were(append):

@@ -129,7 +129,7 @@ class StepTimer:
     def table(self) -> str:
         """The latest 256 steps of each batch size and width as a Markdown table, milliseconds.
 
-        All columns are medians but `append`, a mean: on a CPU one step of width 1 in 16 appends
+        All columns are medians but `append`, a mean: on a CPU one step of width 1 in 15 appends
         for all of them.
         """
         lines = [_row(_COLUMNS), _row(["---"] * len(_COLUMNS))]
