@@ -129,9 +129,10 @@ def soak(args: argparse.Namespace, outcome: Outcome) -> None:
         print(f"reference: {len(prompts)} prompts of {GREEDY_TOKENS} tokens", flush=True)
         reference = collect(server.url, prompts, args.seed)
     speculation = ["--speculative-algorithm", "DFLARE", "--speculative-draft-model-path", draft]
-    # Whatever this process inherited: a soak that does not adapt shows little.
-    adapting = {VARIABLE: "on"}
-    with Server([*common, *speculation], args.out / "server.log", adapting) as server:
+    # Whatever this process inherited: a soak that does not adapt shows little. And requests are
+    # admitted as if they were short, or the pool would never be too full for those that run.
+    env = {VARIABLE: "on", "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"}
+    with Server([*common, *speculation], args.out / "server.log", env) as server:
         watch = ProcessWatch(server.processes())
         watch.start()
         print(f"load: {args.minutes} minutes, up to {args.concurrency} in flight", flush=True)
@@ -170,12 +171,8 @@ def main() -> None:
     parser.add_argument(
         "--server-args",
         nargs=argparse.REMAINDER,
-        # So small a pool, and so hopeful an admission, that prefixes are evicted and requests
-        # retracted.
-        default=[
-            *("--max-total-tokens", "1024", "--max-running-requests", "12"),
-            *("--schedule-conservativeness", "0.1"),
-        ],
+        # So small a pool that prefixes are evicted and requests retracted.
+        default=["--max-total-tokens", "1024", "--max-running-requests", "12"],
     )
     args = parser.parse_args()
     if (args.model is None) != (args.draft is None):
