@@ -87,6 +87,8 @@ def _rms_norm(self, x, residual=None, post_residual_addition=None, quant_linear=
         or self.fp32_residual
         or self.override_orig_dtype
         or post_residual_addition is not None
+        # DFLASH's residual begins with embeddings that SGLang has rounded to bfloat16.
+        or (residual is not None and residual.dtype != x.dtype)
     )
     if not plain or x.dtype not in _DTYPES or self.weight.dtype != x.dtype:
         return self.forward_native(x, residual, post_residual_addition, quant_linear)
