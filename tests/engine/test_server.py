@@ -48,7 +48,7 @@ def test_chat(server):
 def test_log_says_once_what_runs(server):
     lines = [line for line in server.log.read_text().splitlines() if "DFLARE: drafter" in line]
     assert len(lines) == 1
-    for fact in ("3 layers", "taps 1, 6, 11", "block 8", "bytes a token", "backend dflare"):
+    for fact in ("3 layers", "taps 1, 6, 11", "block 6", "bytes a token", "backend dflare"):
         assert fact in lines[0], lines[0]
 
 

@@ -106,6 +106,7 @@ METRICS = {
     "dflare_verify_steps_total",
     "dflare_exploring_steps_total",
     "dflare_request_steps_total",
+    "dflare_verified_tokens_total",
     "dflare_committed_tokens_total",
     "dflare_drafts_reached_total",
     "dflare_drafts_accepted_total",
