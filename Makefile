@@ -20,29 +20,30 @@ install: $(STAMP)  ## make .venv: SGLang, the package and its extension
 
 install-train: $(TRAIN_STAMP)  ## make .venv for training alone, without SGLang
 
-define MAKE_VENV
+BUILD_TOOLS := "setuptools>=77" "cmake>=3.25" "ninja>=1.11" "pybind11>=2.13"
+
+# Makes .venv: what to say, what to install before the package, and the package's extras.
+define INSTALL
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 	  { $(PYTHON) --version; echo "expected Python 3.11 to 3.13: make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	test -x $(VENV)/bin/uv || $(PY) -m pip install --quiet --disable-pip-version-check uv
+	@echo "installing $(1)"
+	$(VENV)/bin/uv pip install --compile-bytecode --python $(PY) $(BUILD_TOOLS) $(2)
+	@echo "building the extension"
+	$(VENV)/bin/uv pip install --python $(PY) --compile-bytecode --no-build-isolation -e ".[$(3)]"
+	touch $@
 endef
-BUILD_TOOLS := "setuptools>=77" "cmake>=3.25" "ninja>=1.11" "pybind11>=2.13"
+# A comma in a call would part its arguments.
+TORCH := "torch>=2.11,<2.15"
+ALL_EXTRAS := sglang,train,demo,dev
+TRAIN_EXTRAS := train,demo
 
 $(STAMP): pyproject.toml setup.py CMakeLists.txt $(SOURCES)
-	$(MAKE_VENV)
-	@echo "installing SGLang and the build tools (about 11 GB the first time)"
-	$(VENV)/bin/uv pip install --compile-bytecode --python $(PY) $(BUILD_TOOLS) "sglang==0.5.23"
-	@echo "building the extension"
-	$(VENV)/bin/uv pip install --python $(PY) --compile-bytecode --no-build-isolation -e ".[sglang,train,demo,dev]"
-	touch $@
+	$(call INSTALL,SGLang and the build tools (about 11 GB the first time),"sglang==0.5.23",$(ALL_EXTRAS))
 
 $(VENV)/.installed-train: pyproject.toml setup.py CMakeLists.txt $(SOURCES)
-	$(MAKE_VENV)
-	@echo "installing PyTorch and the build tools"
-	$(VENV)/bin/uv pip install --compile-bytecode --python $(PY) $(BUILD_TOOLS) "torch>=2.11,<2.15"
-	@echo "building the extension"
-	$(VENV)/bin/uv pip install --python $(PY) --compile-bytecode --no-build-isolation -e ".[train,demo]"
-	touch $@
+	$(call INSTALL,PyTorch and the build tools,$(TORCH),$(TRAIN_EXTRAS))
 
 demo: $(STAMP)  ## serve the demo pair with and without DFLARE, chat, print a table
 	$(VENV)/bin/dflare demo

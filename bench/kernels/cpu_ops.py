@@ -12,12 +12,10 @@ Caches are warm: what a call reads stays in the processor's caches where it fits
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from torch import Tensor
 import dflare
 from dflare import ops
 from dflare.ops.reference_math import apply_rope, rms_norm
+from dflare.processor import processor_name
 
 HIDDEN, TAPS, LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, BLOCK = 576, 7, 3, 9, 3, 64, 8
 MAX_POS = 4096
@@ -213,13 +212,6 @@ def measure(case: Measurement, rounds: int, round_seconds: float) -> None:
             case.seconds[name].append((time.perf_counter() - start) / calls[name])
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--threads", type=int, default=2)
@@ -232,7 +224,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     setting = {
-        "cpu": cpu_name(),
+        "cpu": processor_name(),
         "isa": torch.ops.dflare.cpu_isa(),
         "threads": arguments.threads,
         "dtype": arguments.dtype,

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from dflare.processor import processor_name
+
 LAST_LEVEL_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 PACKAGES = ("torch", "triton", "sglang", "flashinfer-python", "sglang-kernel", "sgl-kernel")
 
@@ -122,11 +124,7 @@ def environment(device: str) -> dict[str, Any]:
     info["command"] = " ".join(["python", *sys.argv])
     info["revision"] = output_of("git", "rev-parse", "--short", "HEAD") or "unknown"
     if device == "cpu":
-        cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = (names or [platform.processor()])[0]
-        return info | {"cpu": name, "threads": torch.get_num_threads()}
+        return info | {"cpu": processor_name(), "threads": torch.get_num_threads()}
     # From nvidia-smi: asking torch for the name would take a context's memory from other processes.
     query = "name,driver_version,clocks.sm,clocks.mem,power.limit"
     smi = output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")

@@ -70,6 +70,18 @@ class Pages:
 Plan = Callable[[], None]
 
 
+def plan_arguments(pages: Pages, shape: Shape) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What both wrappers' `plan` take, in place and by name."""
+    pair = shape.pair
+    sizes = (pair.heads, pair.kv_heads, pair.head_dim, shape.page)
+    named = {
+        "sm_scale": pair.head_dim**-0.5,
+        "q_data_type": shape.dtype,
+        "kv_data_type": shape.dtype,
+    }
+    return (pages.starts, pages.indices, pages.last, *sizes), named
+
+
 def prefill_wrapper(
     backend: str, flashinfer: Any, workspace: Tensor, pages: Pages, shape: Shape
 ) -> tuple[Any, Plan]:
@@ -84,21 +96,8 @@ def prefill_wrapper(
         paged_kv_last_page_len_buf=torch.empty_like(pages.last),
         backend=backend,
     )
-    pair = shape.pair
-    return wrapper, lambda: wrapper.plan(
-        pages.query_starts,
-        pages.starts,
-        pages.indices,
-        pages.last,
-        pair.heads,
-        pair.kv_heads,
-        pair.head_dim,
-        shape.page,
-        causal=False,
-        sm_scale=pair.head_dim**-0.5,
-        q_data_type=shape.dtype,
-        kv_data_type=shape.dtype,
-    )
+    positional, named = plan_arguments(pages, shape)
+    return wrapper, lambda: wrapper.plan(pages.query_starts, *positional, causal=False, **named)
 
 
 def uniform_wrapper(
@@ -115,20 +114,8 @@ def uniform_wrapper(
         paged_kv_last_page_len_buffer=torch.empty_like(pages.last),
         backend="fa2",  # the only one that takes several queries a request on every architecture
     )
-    pair = shape.pair
-    return wrapper, lambda: wrapper.plan(
-        pages.starts,
-        pages.indices,
-        pages.last,
-        pair.heads,
-        pair.kv_heads,
-        pair.head_dim,
-        shape.page,
-        sm_scale=pair.head_dim**-0.5,
-        q_data_type=shape.dtype,
-        kv_data_type=shape.dtype,
-        q_len_per_req=pair.block,
-    )
+    positional, named = plan_arguments(pages, shape)
+    return wrapper, lambda: wrapper.plan(*positional, q_len_per_req=shape.pair.block, **named)
 
 
 def flashinfer_arm(name: str, make: Callable[..., tuple[Any, Plan]], inputs: BlockInputs) -> Arm:

@@ -6,12 +6,15 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+from dflare.processor import processor_name
+
 
 def provenance() -> dict[str, str]:
     """Device, versions and revision of this process, for every record that it writes."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    processor = f"{processor_name()}, {os.cpu_count()} logical cores"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     packages = ("sglang", "torch", "sglang-dflare", "sglang-kernel")
     revision = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
@@ -26,12 +29,3 @@ def provenance() -> dict[str, str]:
         "revision": revision or "unknown",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), ""
-    )
-    return f"{model or platform.processor()}, {os.cpu_count()} logical cores"

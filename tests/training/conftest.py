@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import write_data
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -10,3 +11,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """With data for a tiny target."""
+    write_data(tmp_path / "data.jsonl", 14)
+    return tmp_path

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_models import tiny_causal_lm, train_config, write_data
+from tiny_models import tiny_causal_lm, tiny_target, train_config, write_data
 from typer.testing import CliRunner
 
 from dflare.cli.app import app, main
@@ -19,16 +19,6 @@ from dflare.training.export import export_drafter
 from dflare.training.snapshot import FILE
 from dflare.training.target import Target, load_target
 from dflare.training.trainer import Trainer
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_data(tmp_path / "data.jsonl", 14)
-    return tmp_path
-
-
-def target() -> Target:
-    return Target(tiny_causal_lm(), (0, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +36,7 @@ def target() -> Target:
 )
 def test_settings_that_do_not_fit_are_refused_before_the_first_step(folder, changes, error, hint):
     with pytest.raises(error, match=hint):
-        Trainer(train_config(folder, **changes), target())
+        Trainer(train_config(folder, **changes), tiny_target())
     assert not (folder / "run" / FILE).exists()
 
 
@@ -58,7 +48,7 @@ def test_a_tap_out_of_range_is_refused():
 def test_data_of_another_tokenizer_is_refused(folder):
     write_data(folder / "data.jsonl", 14, vocab_size=32)
     with pytest.raises(DataError, match=r"vocabulary of 32 .*the target has 64"):
-        Trainer(train_config(folder), target())
+        Trainer(train_config(folder), tiny_target())
 
 
 def test_a_target_with_capped_logits_is_refused():
@@ -74,11 +64,11 @@ def test_a_target_that_is_nowhere_is_named(tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_snapshot(folder):
-    trainer = Trainer(train_config(folder, run__steps=2), target())
+    trainer = Trainer(train_config(folder, run__steps=2), tiny_target())
     trainer.run()
     before = (folder / "run" / FILE).read_bytes()
     config = train_config(folder, run__steps=6)
-    trainer = Trainer(config, target(), resume=True)
+    trainer = Trainer(config, tiny_target(), resume=True)
     with torch.no_grad():
         trainer.drafter.norm.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match=r"loss is nan after step 4.*learning_rate"):
@@ -89,7 +79,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_snapshot(folder
 def test_a_gradient_that_is_not_finite_stops_the_run_and_is_never_saved(folder):
     """The loss of that step is still finite; the weights after it are not."""
     config = train_config(folder, run__save_minutes=1e-9, run__log_every=100)
-    trainer = Trainer(config, target())
+    trainer = Trainer(config, tiny_target())
 
     def overflow(gradient):
         return gradient * float("inf") if trainer.steps_done == 3 else gradient
@@ -102,15 +92,15 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_is_never_saved(folder):
     snapshot = torch.load(folder / "run" / FILE, weights_only=True)
     assert snapshot["step"] == 3
     assert all(tensor.isfinite().all() for tensor in snapshot["model"].values())
-    resumed = Trainer(config, target(), resume=True)
+    resumed = Trainer(config, tiny_target(), resume=True)
     resumed.run()
     assert resumed.steps_done == 6
 
 
 def test_a_run_is_not_overwritten(folder):
-    Trainer(train_config(folder, run__steps=1), target()).run()
+    Trainer(train_config(folder, run__steps=1), tiny_target()).run()
     with pytest.raises(ConfigError, match="--resume"):
-        Trainer(train_config(folder), target())
+        Trainer(train_config(folder), tiny_target())
 
 
 @pytest.mark.parametrize(
@@ -122,27 +112,27 @@ def test_a_run_is_not_overwritten(folder):
     ],
 )
 def test_a_run_is_not_resumed_with_other_settings(folder, changes, hint):
-    Trainer(train_config(folder, run__steps=1), target()).run()
+    Trainer(train_config(folder, run__steps=1), tiny_target()).run()
     with pytest.raises(ConfigError, match=hint):
-        Trainer(train_config(folder, **changes), target(), resume=True)
+        Trainer(train_config(folder, **changes), tiny_target(), resume=True)
 
 
 def test_a_run_is_not_resumed_with_other_data(folder):
-    Trainer(train_config(folder, run__steps=1), target()).run()
+    Trainer(train_config(folder, run__steps=1), tiny_target()).run()
     write_data(folder / "data.jsonl", 14, seed=9)
     with pytest.raises(ConfigError, match="other training data"):
-        Trainer(train_config(folder), target(), resume=True)
+        Trainer(train_config(folder), tiny_target(), resume=True)
 
 
 def test_there_must_be_something_to_resume(folder):
     with pytest.raises(ConfigError, match="without --resume"):
-        Trainer(train_config(folder), target(), resume=True)
+        Trainer(train_config(folder), tiny_target(), resume=True)
 
 
 def test_a_full_disk_leaves_the_last_snapshot(folder, monkeypatch):
-    Trainer(train_config(folder, run__steps=2), target()).run()
+    Trainer(train_config(folder, run__steps=2), tiny_target()).run()
     before = (folder / "run" / FILE).read_bytes()
-    trainer = Trainer(train_config(folder, run__steps=4), target(), resume=True)
+    trainer = Trainer(train_config(folder, run__steps=4), tiny_target(), resume=True)
 
     def no_space(content, path):
         path.write_bytes(b"half of it")
@@ -160,7 +150,7 @@ def test_a_full_disk_leaves_the_last_snapshot(folder, monkeypatch):
 def test_a_tap_cache_without_room_is_refused(folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(TrainingError, match="tap_cache needs"):
-        Trainer(train_config(folder, data__tap_cache=str(folder / "taps")), target())
+        Trainer(train_config(folder, data__tap_cache=str(folder / "taps")), tiny_target())
 
 
 def test_a_tap_cache_holds_its_room_on_the_disk_before_the_first_step(folder, monkeypatch):
@@ -174,10 +164,10 @@ def test_a_tap_cache_holds_its_room_on_the_disk_before_the_first_step(folder, mo
     with monkeypatch.context() as full_disk:
         full_disk.setattr(os, "posix_fallocate", no_space)
         with pytest.raises(TrainingError, match=r"tap_cache needs .*No space left.*make room"):
-            Trainer(config, target())
+            Trainer(config, tiny_target())
     assert not states.exists(), "a refused cache takes no room"
 
-    trainer = Trainer(config, target())
+    trainer = Trainer(config, tiny_target())
     assert 512 * states.stat().st_blocks >= states.stat().st_size > 0, "the file has holes"
     trainer.run()
     # A file with holes, as `cp --sparse` makes them, is filled up or refused when a run goes on.
@@ -189,18 +179,18 @@ def test_a_tap_cache_holds_its_room_on_the_disk_before_the_first_step(folder, mo
     with monkeypatch.context() as full_disk:
         full_disk.setattr(os, "posix_fallocate", no_space)
         with pytest.raises(TrainingError, match=r"tap_cache needs .*No space left"):
-            Trainer(resumed, target(), resume=True)
-    Trainer(resumed, target(), resume=True)
+            Trainer(resumed, tiny_target(), resume=True)
+    Trainer(resumed, tiny_target(), resume=True)
     assert 512 * states.stat().st_blocks >= states.stat().st_size == len(content)
 
 
 def test_a_tap_cache_of_other_data_is_refused(folder):
     config = train_config(folder, data__tap_cache=str(folder / "taps"), run__steps=1)
-    Trainer(config, target()).run()
+    Trainer(config, tiny_target()).run()
     write_data(folder / "data.jsonl", 14, seed=9)
     other = {"data__tap_cache": str(folder / "taps"), "run__output": str(folder / "other")}
     with pytest.raises(ConfigError, match="other data"):
-        Trainer(train_config(folder, **other), target())
+        Trainer(train_config(folder, **other), tiny_target())
 
 
 @pytest.fixture
@@ -222,7 +212,7 @@ def small_files():
 @pytest.mark.parametrize("architecture", ["dflare", "dflash"])
 def test_an_export_without_room_leaves_the_old_one(folder, small_files, architecture):
     changes = {"drafter__architecture": architecture, "run__steps": 1}
-    trainer = Trainer(train_config(folder, **changes), target())
+    trainer = Trainer(train_config(folder, **changes), tiny_target())
     trainer.run()
     out = folder / "run" / "drafter"
     before = {file.name: file.read_bytes() for file in out.iterdir()}
@@ -237,9 +227,9 @@ def test_an_export_without_room_leaves_the_old_one(folder, small_files, architec
 
     (out / "config.json").unlink()
     with pytest.raises(TrainingError, match=r"drafter: .*not a checkpoint.*--resume exports"):
-        Trainer(train_config(folder, **changes), target(), resume=True).run()
+        Trainer(train_config(folder, **changes), tiny_target(), resume=True).run()
     shutil.rmtree(out)
-    Trainer(train_config(folder, **changes), target(), resume=True).run()
+    Trainer(train_config(folder, **changes), tiny_target(), resume=True).run()
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 

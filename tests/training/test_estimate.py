@@ -3,23 +3,12 @@
 import shutil
 
 import pytest
-from tiny_models import tiny_causal_lm, train_config, write_data
+from tiny_models import tiny_target, train_config
 
 from dflare.training import estimate
 from dflare.training.errors import TrainingError
 from dflare.training.snapshot import FILE
-from dflare.training.target import Target
 from dflare.training.trainer import Trainer
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_data(tmp_path / "data.jsonl", 14)
-    return tmp_path
-
-
-def target() -> Target:
-    return Target(tiny_causal_lm(), (0, 1, 2))
 
 
 def test_the_forecast_advises_where_memory_is_short():
@@ -38,7 +27,7 @@ def test_the_forecast_of_a_time_budget_tells_both_times():
 
 
 def test_snapshots_that_will_not_fit_are_refused_before_the_first_step(folder, monkeypatch):
-    trainer = Trainer(train_config(folder), target())
+    trainer = Trainer(train_config(folder), tiny_target())
     size = 12 * sum(parameter.numel() for parameter in trainer.drafter.parameters())
 
     def with_room(room):
@@ -53,7 +42,7 @@ def test_snapshots_that_will_not_fit_are_refused_before_the_first_step(folder, m
     saved = (folder / "run" / FILE).stat().st_size
     assert size < saved < 1.2 * size + 10_000
     with_room(size)  # beside the snapshot that is there, one more
-    Trainer(train_config(folder, run__steps=7), target(), resume=True).run()
+    Trainer(train_config(folder, run__steps=7), tiny_target(), resume=True).run()
 
 
 @pytest.mark.parametrize(
@@ -66,7 +55,7 @@ def test_snapshots_that_will_not_fit_are_refused_before_the_first_step(folder, m
     ],
 )
 def test_the_forecast_counts_context_projections_by_token(folder, changes, of_slots, of_tokens):
-    drafter = Trainer(train_config(folder, **changes), target()).drafter
+    drafter = Trainer(train_config(folder, **changes), tiny_target()).drafter
     layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32 + 2 * 8
     fusion = 2 * 3  # logits, which DFlash has none of
     expected = (2 * layer + 2 * 32 + fusion + of_slots, of_tokens)

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dflare.checkpoint import DraftConfig, make_config
 from dflare.training.config import TrainConfig, parse_config
 from dflare.training.model import Drafter
+from dflare.training.target import Target
 
 
 def tiny_draft_config(**changes) -> DraftConfig:
@@ -63,6 +64,10 @@ def tiny_causal_lm(**changes) -> LlamaForCausalLM:
         "bos_token_id": 1,
     }
     return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()
+
+
+def tiny_target() -> Target:
+    return Target(tiny_causal_lm(), (0, 1, 2))
 
 
 def write_data(path: Path, sequences: int, seed: int = 0, vocab_size: int = 64) -> Path:

@@ -62,9 +62,6 @@ class SpecMetrics:
             predicted, actual: Step time in seconds; counted where both are known.
         """
         self._by_width[width] += 1
-        self._request_steps += len(commit_lens)
-        self._verified += width * len(commit_lens)
-        self._committed += sum(commit_lens)
         self._explored += exploring
         self._commits[width].update(commit_lens)
         if predicted is not None and actual is not None:
@@ -88,10 +85,18 @@ class SpecMetrics:
         """
         now = time.perf_counter()
         due = now - self._since >= _INTERVAL
-        if not self._request_steps or not (due or idle):
+        if not self._by_width or not (due or idle):
             return None
-        width = self._verified / self._request_steps
-        accept = self._committed / self._request_steps
+        requests = {width: lengths.total() for width, lengths in self._commits.items()}
+        request_steps = sum(requests.values())
+        verified = sum(width * count for width, count in requests.items())
+        committed = sum(
+            length * count
+            for lengths in self._commits.values()
+            for length, count in lengths.items()
+        )
+        width = verified / request_steps
+        accept = committed / request_steps
         line = f"verify width {width:.2f}, accept length {accept:.2f}"
         times = None
         if self._timed:
@@ -107,9 +112,9 @@ class SpecMetrics:
             self._gauges.count(
                 self._by_width,
                 self._explored,
-                self._request_steps,
-                self._verified,
-                self._committed,
+                request_steps,
+                verified,
+                committed,
             )
         self._clear()
         if not due:
@@ -121,7 +126,7 @@ class SpecMetrics:
         self._by_width: Counter[int] = Counter()
         # Of each width, requests by the tokens that they committed.
         self._commits: defaultdict[int, Counter[int]] = defaultdict(Counter)
-        self._request_steps = self._verified = self._committed = self._explored = self._timed = 0
+        self._explored = self._timed = 0
         self._predicted_sum = self._actual_sum = 0.0
 
 

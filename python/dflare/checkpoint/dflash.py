@@ -14,7 +14,7 @@ from dflare.checkpoint.folder import find_folder, read_json
 from dflare.checkpoint.headers import read_headers
 from dflare.checkpoint.problems import name_some, raise_problems
 from dflare.checkpoint.reader import parse_config
-from dflare.checkpoint.tensors import FUSION_WEIGHTS, expected_tensors
+from dflare.checkpoint.tensors import FUSION_WEIGHTS, expected_tensors, read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +51,6 @@ def load_dflash_tensors(path: str | Path, config: DraftConfig) -> dict[str, "tor
     Raises:
         CheckpointError: Every tensor that is missing, unknown or of a wrong shape.
     """
-    from safetensors import safe_open
-
     folder = find_folder(path)
     headers = read_headers(folder)
     expected = {
@@ -74,9 +72,4 @@ def load_dflash_tensors(path: str | Path, config: DraftConfig) -> dict[str, "tor
                 "config.json; correct it, or fetch the weights that belong to it"
             )
     raise_problems(folder, problems)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted({header.file for header in headers.values()}):
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - not a dict
-                tensors[name] = weights.get_tensor(name)
-    return tensors
+    return read_tensors(headers)

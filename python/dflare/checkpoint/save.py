@@ -86,10 +86,8 @@ def write_checkpoint(
         # safetensors makes a file that only its owner can read; the user's umask knows better.
         weights.chmod(config_file.stat().st_mode)
         _take_place(staging, destination)
-    except (
-        OSError,
-        SafetensorError,
-    ) as error:  # a full disk is the latter while weights are written
+    except (OSError, SafetensorError) as error:
+        # A full disk is a SafetensorError while weights are written.
         raise CheckpointError(
             f"{destination}: cannot be written ({error}); free some space or choose another folder"
         ) from error

@@ -160,14 +160,25 @@ def load_tensors(
         config: Its configuration.
         names: Which to load; default all.
     """
+    headers = check_tensors(path, config)
+    return read_tensors(
+        {name: header for name, header in headers.items() if names is None or name in names}
+    )
+
+
+def read_tensors(headers: dict[str, TensorHeader]) -> dict[str, "torch.Tensor"]:
+    """Read weights on the CPU, opening every file once.
+
+    Args:
+        headers: By the names that the result shall have.
+    """
     from safetensors import safe_open
 
-    headers = check_tensors(path, config)
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted({header.file for header in headers.values()}):
         with safe_open(file, framework="pt") as weights:
             for name, header in headers.items():
-                if header.file == file and (names is None or name in names):
+                if header.file == file:
                     tensors[name] = weights.get_tensor(header.name)
     return tensors
 

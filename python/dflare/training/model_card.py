@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import dflare
+from dflare.processor import processor_name
 from dflare.training.config import TrainConfig
 from dflare.training.data import open_text
 
@@ -53,13 +54,7 @@ def hardware(device: str) -> str:
     """Name what computed: the GPU, or the processor and how many threads were used."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux: the platform's own word for it
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
 def _count(data: Path) -> tuple[int, int, int]:

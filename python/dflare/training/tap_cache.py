@@ -45,9 +45,8 @@ class TapCache:
                 )
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "known.bin").write_bytes(
-                b""
-            )  # an older cache's flags say nothing of this one
+            # An older cache's flags say nothing of this one.
+            (folder / "known.bin").write_bytes(b"")
         _reserve(folder / "states.bin", 2 * tokens * width)
         _reserve(folder / "known.bin", len(corpus))
         if not file.exists():
