@@ -43,7 +43,7 @@ def random_data(config: TrainConfig, vocab_size: int, file: Path) -> None:
     low = config.drafter.mask_token_id + 1
     with file.open("w") as out:
         out.write(json.dumps(header) + "\n")
-        for _ in range(4 * config.data.batch_size + config.data.held_out):
+        for _ in range(_WARM_UP * config.data.batch_size):
             ids = rng.integers(low % vocab_size, vocab_size, size=length).tolist()
             out.write(json.dumps({"ids": ids, "loss": [[length // 4, length]]}) + "\n")
 
@@ -152,7 +152,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "random.jsonl"
         random_data(parsed, target.config.vocab_size, data)
-        changes = [f"data.files=[{data}]", f"run.output={folder}/run"]
+        changes = [f"data.files=[{data}]", "data.held_out=0", f"run.output={folder}/run"]
         if parsed.data.tap_cache is not None:
             changes.append(f"data.tap_cache={folder}/taps")
         parsed = load_config(config, [*(overrides or []), *changes])

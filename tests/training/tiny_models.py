@@ -106,6 +106,7 @@ def train_config(folder: Path, **changes) -> TrainConfig:
             "output": str(folder / "run"),
             "steps": 6,
             "device": "cpu",
+            "dtype": "float32",
             "threads": 1,
             "log_every": 2,
         },

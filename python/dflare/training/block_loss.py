@@ -62,6 +62,7 @@ def chunk_loss(
 class _ChunkedBlockLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, chunk_blocks, run_chunk, labels, supervised, teacher):
+        hidden = hidden.contiguous()  # or a product with the head is one of many small matrices
         loss = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden)
         correct = torch.empty_like(supervised)

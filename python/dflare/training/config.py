@@ -125,6 +125,8 @@ class RunSection(_Section):
         max_minutes: Training time, resumed runs added up; the schedule ends in time for it.
         seed: Of everything random.
         device: ``cpu``, ``cuda`` or ``auto``.
+        dtype: What products are computed in; none for bfloat16 on CUDA and on processors that
+            multiply it (AVX-512 BF16, AMX), else float32.
         compile: Compile the drafter and the loss; none to do so on CUDA.
         checkpoint_activations: Recompute activations in the backward pass.
         accumulate: Micro-batches a step on each rank.
@@ -141,6 +143,7 @@ class RunSection(_Section):
     max_minutes: float | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["bfloat16", "float32"] | None = None
     compile: bool | None = None
     checkpoint_activations: bool = False
     accumulate: int = Field(default=1, gt=0)

@@ -91,7 +91,9 @@ class BlockStep:
             output = self.target.read(batch.ids[rows.to(batch.ids.device)])
             self._cache.put(sequences[rows.numpy()], torch.cat([output.taps, output.final], -1))
         states = self._cache.get(sequences, batch.ids.shape[1])
-        states = states.to(self.target.device).to(self.target.dtype)
+        states = states.to(self.target.device)
+        if not torch.is_autocast_enabled(states.device.type):  # which takes them as they are
+            states = states.to(self.target.dtype)
         width = self.config.num_taps * self.config.hidden_size
         return TargetOutput(states[..., :width], states[..., width:])
 

@@ -111,7 +111,9 @@ class Target:
         Returns:
             Tapped and final states.
         """
-        final = self.decoder(input_ids=ids, **kwargs).last_hidden_state
+        # In the target's own dtype, as it is served, also while a drafter trains under autocast.
+        with torch.autocast(ids.device.type, enabled=False):
+            final = self.decoder(input_ids=ids, **kwargs).last_hidden_state
         taps = (
             torch.cat([self._seen[tap] for tap in self.taps], -1) if self.taps else final[..., :0]
         )

@@ -34,9 +34,17 @@ _VALIDATION_EPOCH = 2**31  # seeds the anchors of validation, which stay the sam
 _WIDTHS = 6  # widths of a batch where code is compiled for each; each a multiple of 128
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """What products are computed in; weights, norms and the optimizer stay in float32."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def compute_dtype(device: torch.device, wanted: str | None) -> torch.dtype:
+    """What products are computed in; weights, norms and the optimizer stay in float32.
+
+    Args:
+        device: Where.
+        wanted: ``run.dtype``; none for bfloat16 wherever the hardware multiplies it.
+    """
+    if wanted is not None:
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[wanted]
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native or torch.cpu._is_amx_tile_supported() else torch.float32
 
 
 class Trainer:
@@ -62,7 +70,7 @@ class Trainer:
             torch.set_num_threads(run.threads)
         on_gpu = self.device.type == "cuda"
         self._compile = on_gpu if run.compile is None else run.compile
-        self.dtype = compute_dtype(self.device)
+        self.dtype = compute_dtype(self.device, run.dtype)
         self.folder = Path(run.output)
         self._prepare_folder(resume)
 
@@ -140,7 +148,10 @@ class Trainer:
         """Load the target of a run as its trainer would, tapped."""
         device = start_ranks(config.run.device).device
         section = config.target
-        target = load_target(section.name, (), device, compute_dtype(device), section.attention)
+        # On a CPU the target runs on float32 kernels of our own.
+        wanted = config.run.dtype if device.type == "cuda" else "float32"
+        dtype = compute_dtype(device, wanted)
+        target = load_target(section.name, (), device, dtype, section.attention)
         return Target(target.model, tap_ids(config.drafter, target.config.num_hidden_layers))
 
     def _make_step(self, cache: TapCache | None) -> BlockStep:
