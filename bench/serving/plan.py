@@ -174,11 +174,16 @@ class Cell(_Data):
 
 
 def cells(sweep: Sweep) -> list[Cell]:
-    """All cells in the order of measurement; the order of arms rotates with the repeat."""
+    """All cells in the order of measurement.
+
+    The order of arms rotates with every second repeat and is reversed in the others: what drifts
+    steadily, as a machine that warms up, then favours no arm over two repeats.
+    """
     found = []
     for repeat in range(sweep.repeats):
-        turn = repeat % len(sweep.arms)
+        turn = repeat // 2 % len(sweep.arms)
         arms = [arm.name for arm in (*sweep.arms[turn:], *sweep.arms[:turn])]
+        arms = arms[::-1] if repeat % 2 else arms
         loads = [(d.name, c) for d in sweep.datasets for c in sweep.concurrency]
         if sweep.keep_alive:
             order = [(arm, *load) for load in loads for arm in arms]

@@ -25,18 +25,21 @@ def test_shipped_plans_are_valid_and_compare_an_adaptive_arm(path):
 
 
 @pytest.mark.parametrize("keep_alive", [True, False])
-def test_every_cell_is_measured_once_and_repeats_start_with_another_arm(keep_alive):
-    sweep = make_sweep(keep_alive=keep_alive)
+def test_every_cell_is_measured_once_and_arms_take_turns(keep_alive):
+    sweep = make_sweep(keep_alive=keep_alive, repeats=4)
     order = plan.cells(sweep)
-    assert len(set(order)) == len(order) == 4 * 2 * 2 * 2
-    first = [next(cell.arm for cell in order if cell.repeat == repeat) for repeat in (0, 1)]
-    assert first == ["none", "width 4"]
+    assert len(set(order)) == len(order) == 4 * 2 * 2 * 4
+    none, fixed, *others = names = [arm.name for arm in sweep.arms]
+    arms = [[c.arm for c in order if c.repeat == repeat] for repeat in range(4)]
+    orders = [list(dict.fromkeys(repeat)) for repeat in arms]
+    shifted = [fixed, *others, none]
+    assert orders == [names, names[::-1], shifted, shifted[::-1]]
 
 
 def test_one_server_at_a_time_is_started_once_a_repeat():
     arms = [cell.arm for cell in plan.cells(make_sweep())]
     starts = sum(a != b for a, b in zip([None, *arms], arms, strict=False))
-    assert starts == 4 * 2
+    assert starts == 4 + 3, "a repeat goes on with the server that ended the one before"
 
 
 def test_prompts_are_mixed_and_repeated_to_the_number_needed(tmp_path):
