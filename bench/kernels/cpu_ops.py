@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from models import PAIRS
 from torch import Tensor
 
 import dflare
@@ -27,7 +28,9 @@ from dflare import ops
 from dflare.ops.reference_math import apply_rope, rms_norm
 from dflare.processor import processor_name
 
-HIDDEN, TAPS, LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, BLOCK = 576, 7, 3, 9, 3, 64, 8
+PAIR = PAIRS["smollm2-135m"]
+HIDDEN, TAPS, LAYERS, BLOCK = PAIR.hidden, PAIR.taps, PAIR.layers, PAIR.block
+Q_HEADS, KV_HEADS, HEAD_DIM = PAIR.heads, PAIR.kv_heads, PAIR.head_dim
 MAX_POS = 4096
 SCALE = HEAD_DIM**-0.5
 

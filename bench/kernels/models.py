@@ -22,5 +22,5 @@ PAIRS = {
     "llama-3-70b": Pair(hidden=8192, heads=64, kv_heads=8, head_dim=128),
     "gpt-oss-20b": Pair(hidden=2880, heads=64, kv_heads=8, head_dim=64),
     "gemma-3-12b": Pair(hidden=3840, heads=16, kv_heads=8, head_dim=256),
-    "smollm2-135m": Pair(hidden=576, heads=9, kv_heads=3, head_dim=64, layers=3, taps=7, block=8),
+    "smollm2-135m": Pair(hidden=576, heads=9, kv_heads=3, head_dim=64, layers=3, taps=7, block=6),
 }
