@@ -12,18 +12,34 @@ from dflare.training.trainer import Trainer
 
 
 def test_the_forecast_advises_where_memory_is_short():
-    forecast = estimate.Estimate({"activations": 3 * 2**30}, 1e12, 0.5, 2**30)
-    text = estimate.describe(forecast, steps=120, free=2**30)
+    forecast = estimate.Estimate({"activations": 3 * 2**30}, 0.5, 0.2, 2**30)
+    text = estimate.describe(forecast, steps=120, reading=0, free=2**30)
     assert "3.00 GiB" in text and "1 min for 120 steps" in text and "run.accumulate" in text
     assert "1.00 GiB a snapshot" in text and "allowed" not in text
-    assert "lower" not in estimate.describe(forecast, steps=120, free=4 * 2**30)
+    assert "lower" not in estimate.describe(forecast, steps=120, reading=0, free=4 * 2**30)
 
 
 def test_the_forecast_of_a_time_budget_tells_both_times():
-    forecast = estimate.Estimate({}, 1e12, 0.5, 100)
-    text = estimate.describe(forecast, steps=2400, free=None, max_minutes=15.0)
+    forecast = estimate.Estimate({}, 0.5, 1.0, 100)
+    text = estimate.describe(forecast, steps=2400, reading=0, free=None, max_minutes=15.0)
     assert "20 min for 2400 steps, of which 15 min are allowed: about 1800 steps" in text
-    assert "allowed" not in estimate.describe(forecast, 2400, None, max_minutes=25.0)
+    assert "allowed" not in estimate.describe(forecast, 2400, 0, None, max_minutes=25.0)
+    # With 480 steps that read the target at first: 12 minutes for them, 3 for 360 others.
+    text = estimate.describe(forecast, 2400, 480, None, max_minutes=15.0)
+    assert "1.00 s for the target in 480 of them" in text
+    assert "28 min for 2400 steps, of which 15 min are allowed: about 840 steps" in text
+    text = estimate.describe(forecast, 2400, 2400, None, max_minutes=15.0)
+    assert "60 min for 2400 steps, of which 15 min are allowed: about 600 steps" in text
+
+
+def test_steps_whose_states_are_cached_do_not_read_the_target(folder):
+    assert Trainer(train_config(folder), tiny_target()).steps_reading(6) == 6
+    config = train_config(folder, data__tap_cache=str(folder / "taps"), run__steps=2)
+    trainer = Trainer(config, tiny_target())
+    assert trainer.steps_reading(6) == 3, "10 sequences, 4 a step"
+    trainer.run()
+    resumed = Trainer(config, tiny_target(), resume=True)
+    assert resumed.steps_reading(6) == 1
 
 
 def test_snapshots_that_will_not_fit_are_refused_before_the_first_step(folder, monkeypatch):

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dflare.checkpoint import DraftConfig
 from dflare.training.config import TrainConfig
 from dflare.training.errors import TrainingError
 from dflare.training.model import Drafter
 
-_EFFICIENCY = 0.35  # of the measured product rate that a training step reaches; a rough figure
+# Of the measured product rate: what a training step reaches, and the target; rough figures.
+_EFFICIENCY, _TARGET_EFFICIENCY = 0.35, 0.9
 
 
 @dataclass(frozen=True)
@@ -21,20 +23,31 @@ class Estimate:
 
     Args:
         memory: Bytes by part.
-        flops_per_step: Floating-point operations of one step.
-        seconds_per_step: They, at a share of the product rate that this device showed.
+        seconds_per_step: A step's operations, at a share of the product rate that this device
+            showed; without the target.
+        target_seconds: The same of reading a step's target states, where no cache has them.
         snapshot_bytes: Size of a snapshot on disk: weights and the two moments, float32.
     """
 
     memory: dict[str, int]
-    flops_per_step: float
     seconds_per_step: float
+    target_seconds: float
     snapshot_bytes: int
 
     @property
     def total(self) -> int:
         """Bytes of all parts."""
         return sum(self.memory.values())
+
+    def seconds(self, steps: float, reading: float) -> float:
+        """Of so many steps, the first `reading` of which read the target's states."""
+        return steps * self.seconds_per_step + min(steps, reading) * self.target_seconds
+
+    def steps_within(self, seconds: float, reading: float) -> float:
+        """Steps that so many seconds are enough for."""
+        first = seconds / (self.seconds_per_step + self.target_seconds)
+        left = seconds - self.seconds(reading, reading)
+        return first if first < reading else reading + left / self.seconds_per_step
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -56,7 +69,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 def estimate_run(
     config: TrainConfig,
     drafter: Drafter,
-    target_parameters: int,
+    target: nn.Module,
     mean_length: float,
     dtype: torch.dtype,
     device: torch.device,
@@ -67,15 +80,17 @@ def estimate_run(
     Args:
         config: Of the run.
         drafter: Built, for its size.
-        target_parameters: Of the target, embedding included.
+        target: The frozen model.
         mean_length: Tokens of a training sequence.
-        dtype: Of computation.
+        dtype: Of the drafter's products.
         device: Of this rank.
         world: Ranks.
     """
     draft: DraftConfig = drafter.config
-    element = torch.empty((), dtype=dtype).element_size()
+    element = dtype.itemsize
     parameters = sum(p.numel() for p in drafter.parameters())
+    target_parameters = sum(p.numel() for p in target.parameters())
+    target_dtype = next(target.parameters()).dtype
     rows = max(1, config.data.batch_size // (world * config.run.accumulate))
     context = rows * min(mean_length, config.data.max_length)
     slots = rows * config.data.anchors * draft.block_size
@@ -97,7 +112,7 @@ def estimate_run(
     shards = world if config.run.shard else 1
     chunk = min(config.objective.chunk_tokens, slots)
     memory = {
-        "target weights": target_parameters * element,
+        "target weights": target_parameters * target_dtype.itemsize,
         "target activations": int(context * hidden * 8 * element),
         "drafter, gradients, Adam": parameters * 16 // shards,
         "half-precision copies": parameters * element if element < 4 else 0,
@@ -105,19 +120,17 @@ def estimate_run(
         "activations": kept,
         "logits of a chunk": chunk * loss_vocab * 4 * 4,
     }
-    cached = config.data.tap_cache is not None
     # Forward and backward pass; recomputing is another forward pass.
     passes = 8.0 if config.run.checkpoint_activations else 6.0
     of_slots, of_tokens = parameters_by_use(drafter)
     flops = passes * (slots * of_slots + context * of_tokens)
     products = 3 if config.objective.soft_labels else 2
     flops += 2.0 * products * slots * hidden * loss_vocab
-    flops += 0.0 if cached else 2.0 * context * target_parameters
-    flops *= config.run.accumulate
+    reading = 2.0 * context * target_parameters
     return Estimate(
         memory,
-        flops,
-        flops / (_EFFICIENCY * product_rate(device, dtype)),
+        config.run.accumulate * flops / (_EFFICIENCY * product_rate(device, dtype)),
+        config.run.accumulate * reading / (_TARGET_EFFICIENCY * product_rate(device, target_dtype)),
         3 * 4 * parameters,
     )
 
@@ -168,23 +181,33 @@ def check_disk(folder: Path, snapshot_bytes: int, has_snapshot: bool) -> None:
 
 
 def describe(
-    estimate: Estimate, steps: int, free: int | None, max_minutes: float | None = None
+    estimate: Estimate,
+    steps: int,
+    reading: int,
+    free: int | None,
+    max_minutes: float | None = None,
 ) -> str:
     """Put a forecast into words, with advice where memory is short.
 
     Args:
         estimate: Of the run.
         steps: Steps that are left.
+        reading: How many of them read the target's states: all, or those that the cache lacks.
         free: Bytes of free memory, none where that is not known.
         max_minutes: Minutes that are left, none for no limit.
     """
     gib = 2.0**30
     parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in estimate.memory.items())
     text = f"Estimate: {estimate.total / gib:.2f} GiB ({parts})"
-    minutes = steps * estimate.seconds_per_step / 60
-    text += f"; {estimate.seconds_per_step:.2f} s a step, {minutes:.0f} min for {steps} steps"
+    minutes = estimate.seconds(steps, reading) / 60
+    text += f"; {estimate.seconds_per_step:.2f} s a step"
+    if reading:
+        text += (
+            f" and {estimate.target_seconds:.2f} s for the target in {min(steps, reading)} of them"
+        )
+    text += f", {minutes:.0f} min for {steps} steps"
     if max_minutes is not None and max_minutes < minutes:
-        within = 60 * max_minutes / estimate.seconds_per_step
+        within = estimate.steps_within(60 * max_minutes, reading)
         text += f", of which {max_minutes:.0f} min are allowed: about {within:.0f} steps"
     text += f"; {estimate.snapshot_bytes / gib:.2f} GiB a snapshot"
     if free is not None and estimate.total > free:

@@ -72,7 +72,7 @@ class Loop:
         estimate = estimate_run(
             trainer.config,
             trainer.drafter,
-            sum(p.numel() for p in trainer.target.model.parameters()),
+            trainer.target.model,
             float(trainer.corpus.lengths.mean()),
             trainer.dtype,
             trainer.device,
@@ -83,7 +83,9 @@ class Loop:
             check_disk(trainer.folder, estimate.snapshot_bytes, saved)
         steps = max(0, clock.total_steps - clock.steps)
         minutes = None if clock.max_minutes is None else max(0.0, clock.max_minutes - clock.minutes)
-        return describe(estimate, steps, free_memory(trainer.device), minutes)
+        return describe(
+            estimate, steps, trainer.steps_reading(steps), free_memory(trainer.device), minutes
+        )
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

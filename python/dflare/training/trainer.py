@@ -109,7 +109,8 @@ class Trainer:
             # Widths x training and validation x sizes of the last chunk, with room to spare.
             torch._dynamo.config.recompile_limit = 64
             self._run_chunk = torch.compile(chunk_loss, dynamic=False)
-        self._step = self._make_step(self._open_cache())
+        self._cache = self._open_cache()
+        self._step = self._make_step(self._cache)
         self._validation_step = self._make_step(None)
 
         if self._compile:
@@ -190,6 +191,12 @@ class Trainer:
     def minutes(self) -> float:
         """Minutes of the run, those before a resume included."""
         return self.clock.minutes
+
+    def steps_reading(self, steps: int) -> int:
+        """Of so many steps to come, about how many read the target: all, or what no cache has."""
+        if self._cache is None:
+            return steps
+        return min(steps, math.ceil(self._cache.missing() / self.config.data.batch_size))
 
     def _batch(self, corpus: Corpus, sequences: np.ndarray, epoch: int) -> Batch:
         batch = make_batch(
