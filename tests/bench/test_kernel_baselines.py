@@ -214,7 +214,7 @@ def test_upstreams_writer_gives_what_the_operator_gives(commits):
     program = (
         "import sys, torch; from append_arms import *; from append_context_kv import refcheck; "
         "from models import PAIRS; "
-        f"shape = Shape(PAIRS['smollm2-135m'], 16, '{commits}', torch.bfloat16, 'cpu'); "
+        f"shape = Shape(PAIRS['smollm2-135m'], 18, '{commits}', torch.bfloat16, 'cpu'); "
         "sets = [make_set(shape, torch.Generator().manual_seed(0))]; "
         "arm = dspark_arm(sets, shape); refcheck([arm], sets[0], shape); "
         "sys.exit(arm.failure or not arm.error < 2e-2)"
