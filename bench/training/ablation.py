@@ -34,7 +34,7 @@ from dflare.training.model import Drafter
 from dflare.training.model_card import hardware
 from dflare.training.prompts import stop_tokens
 from dflare.training.target import Target, load_tokenizer, target_path
-from dflare.training.trainer import Trainer
+from dflare.training.trainer import Trainer, compute_dtype
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "DFlash": {"architecture": "dflash", "shared_kv": False},
@@ -146,16 +146,17 @@ def conditions(config: TrainConfig, device: str, corpus: str, new_tokens: int) -
 
     Args:
         config: What all runs share.
-        device: ``cpu`` or ``cuda``, which compute in different precision.
+        device: ``cpu`` or ``cuda``.
         corpus: Fingerprint of the data.
         new_tokens: Tokens of an answer that is decoded.
     """
     content = config.model_dump(mode="json")
     for place in ("files", "tap_cache"):
         del content["data"][place]
+    products = str(compute_dtype(torch.device(device), config.run.dtype)).removeprefix("torch.")
     return {
         **content,
-        "run": {"steps": config.run.steps, "device": device},
+        "run": {"steps": config.run.steps, "device": device, "products": products},
         "corpus": corpus,
         "new_tokens": new_tokens,
         "architectures": ARCHITECTURES,

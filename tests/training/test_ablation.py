@@ -123,6 +123,7 @@ def test_the_report_says_under_which_conditions_the_runs_were_made(tmp_path):
         "decay: gamma 7.0, fixed",
         "D-PACE: alpha 0.5",
         "soft labels 0.5",
+        "products in float32",
         "40 frequent and 5 random",
         "2 runs of 2 steps on 10 sequences",
         "fingerprint c0ffee",
