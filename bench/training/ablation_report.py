@@ -92,8 +92,8 @@ def conditions_text(results: list[dict[str, Any]]) -> str:
     return (
         f"Objectives: {objectives}; {labels}; {vocabulary}. {drafter['layers']} layers, block "
         f"{drafter['block_size']}, {data['batch_size']} sequences x {data['anchors']} anchors a "
-        f"step, learning rate {conditions['optimizer']['learning_rate']}, started from {start}, products in "
-        f"{conditions['run']['products']}."
+        f"step, learning rate {conditions['optimizer']['learning_rate']}, started from {start}, "
+        f"products in {conditions['run']['products']}."
     )
 
 

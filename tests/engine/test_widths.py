@@ -12,6 +12,7 @@ from prompts import chat_prompts
 from test_same_drafts import check, random_prompts
 from transformers import AutoTokenizer
 
+from dflare.adaptive import CostTable
 from dflare.adaptive.config import VARIABLE
 from dflare.engine.launch import pair_args
 from dflare.engine.server_process import ServerProcess
@@ -137,6 +138,10 @@ def test_a_server_measures_chooses_and_reports(random_pair, tmp_path, monkeypatc
     positions = re.findall(r'accept_rate_position\{[^}]*position="(\d+)"', text)
     assert sorted(positions) == ["1", "2", "3"], "one for each drafted token of a block of four"
     check_step_trace(tmp_path / "trace")
+    (times,) = (tmp_path / "trace").glob("step-times-*.json")
+    (batch_1,) = re.findall(r"step time in ms by width, batch 1: ([\d:. ]+);", log)
+    logged = [float(cell.split(":")[1]) / 1e3 for cell in batch_1.split()]
+    assert CostTable.load(times, [1, 2, 3, 4]).seconds(1) == pytest.approx(logged, rel=0.01)
 
 
 def check_step_trace(folder):

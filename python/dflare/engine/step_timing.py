@@ -1,4 +1,4 @@
-"""Where a decode step's time goes: `DFLARE_STEP_TRACE=FOLDER` writes a table and a Chrome trace.
+"""Where a decode step's time goes: `DFLARE_STEP_TRACE=FOLDER` writes tables and a Chrome trace.
 
 Each part is fenced by a device synchronisation while tracing, so that its time is its own; a traced
 server is therefore slower than an untraced one where work would overlap.
@@ -9,13 +9,17 @@ import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
+from sglang.srt.runtime_context import get_serving, get_spec
 
+from dflare.adaptive import StepTime, save_step_times
 from dflare.errors import DFlareError
+from dflare.processor import processor_name
 
 TRACE_ENV = "DFLARE_STEP_TRACE"
 PARTS = ("draft", "verify", "sampling", "append", "schedule")
@@ -178,6 +182,24 @@ def _replace(path: Path, text: str) -> None:
     new = path.with_suffix(".new")
     new.write_text(text)
     new.replace(path)
+
+
+def save_start_up_times(measured: Iterable[StepTime]) -> None:
+    """Keep the step times measured at start-up if `DFLARE_STEP_TRACE` names a folder.
+
+    They go to `step-times-<pid>.json`, which `dflare.adaptive.CostTable.load` reads.
+    """
+    folder = os.environ.get(TRACE_ENV)
+    if not folder:
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+    models = get_serving().served_model_name, get_spec().speculative_draft_model_path
+    target, draft = (Path(model).name for model in models)
+    about = (
+        f"{target} with {draft}; {device}, {torch.get_num_threads()} CPU threads; "
+        f"sglang {version('sglang')}, torch {version('torch')}"
+    )
+    save_step_times(Path(folder) / f"step-times-{os.getpid()}.json", measured, about)
 
 
 def trace_steps(worker: Any) -> None:

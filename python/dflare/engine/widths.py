@@ -31,6 +31,7 @@ from dflare.adaptive import (
 from dflare.engine.deferred_context import DeferredContext
 from dflare.engine.dummy_step import dummy_step
 from dflare.engine.plain_step import plain_step
+from dflare.engine.step_timing import save_start_up_times
 from dflare.engine.width_states import WidthStates
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ class AdaptiveWidths:
         table = CostTable(widths, measured, int(self.model_runner.max_running_requests))
         if self._width_group.rank_in_group == 0:
             logger.info("DFLARE: step time in ms by width, %s", table.describe())
+            save_start_up_times(measured)
         return table
 
     def _batches_to_measure(self) -> Iterator[int]:
