@@ -203,7 +203,9 @@ async def _load(traffic: Traffic, seconds: float, concurrency: int, seed: int) -
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     timeout = aiohttp.ClientTimeout(total=300)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    # A request that reuses an idle connection just as the server closes it fails by its own fault.
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         for number in itertools.count():
             crowd = number % _CROWD_EVERY == 0
             kind = "long answer" if crowd else None
