@@ -1,6 +1,7 @@
 """A SGLang server as a child process: started, watched until healthy, stopped whole."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -15,6 +16,9 @@ import requests
 from dflare.errors import DFlareError
 
 START_SECONDS = 600
+# Below what systems give to outgoing connections: the server binds its port only once it is loaded,
+# and no connection made meanwhile must have taken it.
+_PORTS = range(20_000, 32_768)
 
 
 class ServerProcess:
@@ -35,9 +39,7 @@ class ServerProcess:
             log: file for everything it prints.
             environment: variables on top of this process's.
         """
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         self._output: IO[str] = log.open("w")
@@ -114,3 +116,19 @@ class ServerProcess:
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
         self._output.close()
+
+
+def _free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    tried = random.sample(_PORTS, min(64, len(_PORTS)))
+    for port in tried:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise DFlareError(
+        f"all {len(tried)} ports tried between {_PORTS.start} and {_PORTS.stop - 1} are taken; "
+        "a server needs a free one"
+    )
