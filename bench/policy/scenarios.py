@@ -36,9 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def chosen(args: argparse.Namespace, widths: tuple[int, ...]) -> Seconds:
     """Step times that the command line asks for."""
-    if not args.table:
-        return {"cpu": cpu, "gpu": gpu}[args.shape]
-    table = CostTable.load(args.table, widths)
+    if args.table:
+        return measured(args.table, widths)
+    return {"cpu": cpu, "gpu": gpu}[args.shape]
+
+
+def measured(path: Path, widths: tuple[int, ...]) -> Seconds:
+    """What a server measured at start-up: `step-times-<pid>.json` of `DFLARE_STEP_TRACE`."""
+    table = CostTable.load(path, widths)
     column = {width: i for i, width in enumerate(widths)}
     return lambda batch, width: float(table.seconds(batch)[column[width]])
 
