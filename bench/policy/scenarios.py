@@ -128,6 +128,7 @@ def build(seconds: Seconds, block_size: int, max_batch: int, steps: int) -> list
         return round(1 + (high - 1) * math.sin(math.pi * 3 * progress) ** 2)
 
     long = steps * seconds(high // 2, 1)
+    other_work = (0.004, 40, 1.5)  # a seventh of the time
     scenarios += [
         replace(
             base,
@@ -153,7 +154,9 @@ def build(seconds: Seconds, block_size: int, max_batch: int, steps: int) -> list
             duration=4 * steps * seconds(high, 1),
             context=lambda progress: 5 * progress,
         ),
-        replace(base, name="seed measured badly", seed_noise=0.4, level=constant(middle)),
+        replace(base, name="seed measured badly", seed_noise=0.25, level=constant(middle)),
+        replace(base, name="other work at times, 1 at a time", busy=other_work, level=constant(hard)),
+        fixed("other work at times", hard, ladder[len(ladder) // 2 + 1], busy=other_work),
         replace(base, name="first drafts take long", slow_start=20, level=constant(hard)),
         replace(
             base,

@@ -25,6 +25,7 @@ class Scenario:
     lengths: tuple[int, int] = (32, 256)  # tokens of an answer, uniform
     time_noise: float = 0.05
     stall: tuple[float, float] = (0.01, 4.0)  # (probability, factor)
+    busy: tuple[float, int, float] = (0.0, 0, 1.0)  # (probability, steps, factor): other work
     seed_noise: float = 0.05  # error of the start-up measurements
     slowdown: Callable[[float], float] = field(default=lambda progress: 1.0)
     slow_start: int = 0  # so many steps with drafts take half as long again at first
@@ -52,6 +53,7 @@ class World:
         self._luck = np.random.default_rng([seed, 1])
         self._served = 0
         self._drafted = 0  # steps
+        self._busy = 0  # steps that other work still takes the machine from us
         self.batch: list[Request] = []
         self.finished: list[int] = []
 
@@ -88,6 +90,12 @@ class World:
         self._drafted += width > 1
         if width > 1 and self._drafted <= scenario.slow_start:
             seconds *= 1.5
+        probability, lasting, factor = scenario.busy
+        if not self._busy and self._luck.random() < probability:
+            self._busy = lasting
+        if self._busy:
+            self._busy -= 1
+            seconds *= factor
         if self._luck.random() < scenario.stall[0]:
             seconds *= scenario.stall[1]
         self.finished = []

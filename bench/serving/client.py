@@ -113,7 +113,9 @@ def _run_generator(
     result_file, log = out / "bench-result.jsonl", out / "bench.log"
     result_file.unlink(missing_ok=True)
     argv = ["sglang.benchmark.serving", "--backend", "sglang", "--base-url", server.url]
-    argv += dataset.flags(requests, output_tokens, out, ignore_eos=simulated)
+    argv += dataset.flags(
+        requests, output_tokens, out, range_ratio=sweep.range_ratio, ignore_eos=simulated
+    )
     argv += ["--max-concurrency", str(cell.concurrency), "--seed", str(sweep.seed_of(cell.repeat))]
     argv += ["--warmup-requests", "0", "--flush-cache", "--disable-tqdm"]
     argv += ["--output-file", str(result_file), "--output-details"]

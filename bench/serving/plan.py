@@ -1,6 +1,7 @@
 """A sweep as data: which servers, which load, how often."""
 
 import json
+import random
 import zlib
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -50,13 +51,20 @@ class Dataset(_Data):
     args: list[str] = []
 
     def flags(
-        self, requests: int, output_tokens: int, folder: Path, ignore_eos: bool = False
+        self,
+        requests: int,
+        output_tokens: int,
+        folder: Path,
+        *,
+        range_ratio: float = 1.0,
+        ignore_eos: bool = False,
     ) -> list[str]:
         """Flags of the load generator for so many requests; writes the prompt file it reads.
 
         Args:
             requests: How many, at least; shared prefixes round up to whole groups.
             output_tokens: Longest answer to a prompt of a file.
+            range_ratio: Share of it that the shortest limit of an answer has.
             folder: Where the prompt file goes.
             ignore_eos: Answers of full length, where their text means nothing.
         """
@@ -75,10 +83,30 @@ class Dataset(_Data):
         # The generator takes a random part; where it needs more than there are, prompts repeat.
         lines *= -(-requests // len(lines))
         path = folder / f"{self.name}.jsonl"
-        path.write_text("\n".join(lines) + "\n")
         answers = ["--apply-chat-template", *([] if ignore_eos else ["--disable-ignore-eos"])]
-        answers += ["--sharegpt-output-len", str(output_tokens), "--num-prompts", str(requests)]
+        answers += ["--num-prompts", str(requests)]
+        if range_ratio < 1:
+            lines = _with_lengths(lines, output_tokens, range_ratio)
+        else:
+            answers += ["--sharegpt-output-len", str(output_tokens)]
+        path.write_text("\n".join(lines) + "\n")
         return ["--dataset-name", "custom", "--dataset-path", str(path), *answers, *self.args]
+
+
+def _with_lengths(lines: list[str], longest: int, range_ratio: float) -> list[str]:
+    """Give each conversation an answer as long as its own may be, as the generator expects it.
+
+    A word that every common tokenizer has stands for a token.
+    """
+    rng = random.Random(longest)
+    varied = []
+    for line in lines:
+        record = json.loads(line)
+        question, *_ = record.get("conversations") or record["conversation"]
+        length = rng.randint(max(2, round(range_ratio * longest)), longest)
+        answer = {"role": "assistant", "content": " the" * length}
+        varied.append(json.dumps(record | {"conversations": [question, answer]}))
+    return varied
 
 
 class Sweep(_Data):
@@ -93,6 +121,9 @@ class Sweep(_Data):
         requests_per_stream: Requests of a cell are this times the concurrency ...
         min_requests: ... but at least this many.
         output_tokens: Longest answer to a prompt; it may end before.
+        range_ratio: Each prompt's limit is drawn between this share of `output_tokens` and all of
+            it, as `--random-range-ratio` does for generated loads. At 1 the requests of a server
+            without speculation run in step and are prefilled together, which real ones are not.
         keep_alive: Keep all servers running and measure one arm after the other in every cell. Else
             one server runs at a time, and arms alternate between repeats.
         simulate_acc_len: Accept length that SGLang fakes (SGLANG_SIMULATE_ACC_LEN); outputs are
@@ -109,6 +140,7 @@ class Sweep(_Data):
     requests_per_stream: int = 3
     min_requests: int = 4
     output_tokens: int = 128
+    range_ratio: float = Field(default=1.0, gt=0, le=1)
     seed: int = 1
     keep_alive: bool = False
     simulate_acc_len: float | None = None

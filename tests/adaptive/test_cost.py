@@ -36,9 +36,9 @@ def test_repeats_count_by_their_median():
 def test_a_stalled_step_teaches_next_to_nothing():
     table = CostTable(WIDTHS, steps(linear))
     for _ in range(50):
-        table.observe(4, 2, linear(4, 2))
+        table.observe(4, 2, [linear(4, 2)])
     before = table.seconds(4)
-    table.observe(4, 2, 50 * linear(4, 2))
+    table.observe(4, 2, [50 * linear(4, 2)])
     assert table.seconds(4) == pytest.approx(before, rel=0.05)
 
 
@@ -47,10 +47,39 @@ def test_a_lasting_slowdown_reaches_the_widths_that_are_not_in_use():
     rng = np.random.default_rng(0)
     for step in range(300):
         slowdown = 2 if step >= 100 else 1
-        table.observe(4, 2, slowdown * linear(4, 2) * rng.lognormal(0, 0.05))
+        table.observe(4, 2, [slowdown * linear(4, 2) * rng.lognormal(0, 0.05)])
     slow = table.seconds(4) / [linear(4, w) for w in WIDTHS]
     assert slow[1] == pytest.approx(2, rel=0.05)
     assert slow == pytest.approx(2, rel=0.25)
+
+
+def test_other_work_is_not_charged_to_the_width_that_it_met():
+    table = CostTable(WIDTHS, steps(linear))
+    rng = np.random.default_rng(0)
+    for i in range(400):
+        width, slow = (1, 1.5) if 200 <= i < 240 else (WIDTHS[i // 4 % 2], 1)
+        table.observe(4, width, [slow * linear(4, width) * rng.lognormal(0, 0.05)])
+    plain, wider = table.seconds(4)[:2]
+    assert wider / plain == pytest.approx(linear(4, 2) / linear(4, 1), rel=0.05)
+
+
+def test_several_steps_at_once_teach_what_they_teach_one_by_one():
+    at_once, one_by_one = (CostTable(WIDTHS, steps(linear)) for _ in range(2))
+    for _ in range(10):
+        at_once.observe(4, 1, [1.04 * linear(4, 1)] * 8)
+        for _ in range(8):
+            one_by_one.observe(4, 1, [1.04 * linear(4, 1)])
+    assert at_once.seconds(4)[0] == pytest.approx(1.04 * linear(4, 1), rel=0.01)
+    assert at_once.seconds(4) == pytest.approx(one_by_one.seconds(4), rel=0.02)
+
+
+def test_a_width_that_is_dear_at_one_batch_size_is_suspected_at_the_others():
+    table = CostTable(WIDTHS, steps(linear))
+    for i in range(300):
+        width = WIDTHS[i // 4 % 2]
+        table.observe(4, width, [linear(4, width) * (1.2 if width == 2 else 1)])
+    ratio = table.seconds(16)[1] / table.seconds(16)[0] / (linear(16, 2) / linear(16, 1))
+    assert 1.05 < ratio < 1.2
 
 
 def test_a_cell_that_was_measured_wrong_is_corrected_alone():
@@ -59,17 +88,24 @@ def test_a_cell_that_was_measured_wrong_is_corrected_alone():
     rng = np.random.default_rng(0)
     for i in range(300):
         width = WIDTHS[i % 4]
-        table.observe(4, width, linear(4, width) * rng.lognormal(0, 0.03))
+        table.observe(4, width, [linear(4, width) * rng.lognormal(0, 0.03)])
     assert table.seconds(4) == pytest.approx([linear(4, w) for w in WIDTHS], rel=0.04)
 
 
-def test_doubt_shrinks_where_steps_were_served():
+def test_doubt_shrinks_where_widths_were_served_side_by_side():
     table = CostTable(WIDTHS, steps(linear))
     for _ in range(50):
-        table.observe(4, 2, linear(4, 2))
-    doubt = table.doubt(4)
-    assert doubt[1] > 0.95
-    assert (doubt[[0, 2, 3]] < 0.9).all()
+        table.observe(4, 2, [linear(4, 2)])
+    doubt = table.doubt(4, against=1)
+    assert doubt[1] == 1
+    # However long a width is served alone: against it the others are as unknown as at first.
+    assert (doubt[[0, 2, 3]] < 0.8).all()
+    for i in range(200):
+        width = WIDTHS[i // 5 % 2]
+        table.observe(4, width, [linear(4, width)])
+    doubt = table.doubt(4, against=1)
+    assert doubt[0] > 0.92
+    assert (doubt[[2, 3]] < 0.85).all()
 
 
 @settings(deadline=None, max_examples=30)
@@ -87,13 +123,13 @@ def test_doubt_shrinks_where_steps_were_served():
 def test_predictions_stay_positive_and_monotone(cells, served):
     table = CostTable(WIDTHS, (StepTime(n, w, s) for (n, w), s in cells.items()))
     for batch, width, seconds in served:
-        table.observe(batch, width, seconds)
+        table.observe(batch, width, [seconds])
     grid = np.array([table.seconds(batch) for batch in range(1, 100, 3)])
     slack = 1e-9 * grid.max()
     assert (grid > 0).all()
     assert (np.diff(grid, axis=0) >= -slack).all()
     assert (np.diff(grid, axis=1) >= -slack).all()
-    assert (table.doubt(5) <= 1).all()
+    assert (table.doubt(5, against=2) <= 1).all()
 
 
 @pytest.mark.parametrize("bad", [[], [StepTime(1, 1, 0.0)], [StepTime(0, 1, 1.0)]])
@@ -118,7 +154,7 @@ def test_larger_batches_than_measured_have_cells_of_their_own():
     table = CostTable(WIDTHS, steps(linear), largest=64)
     assert table.seconds(64) == pytest.approx([linear(64, w) for w in WIDTHS])
     for _ in range(300):
-        table.observe(16, 2, linear(16, 2))
-        table.observe(64, 2, 1.5 * linear(64, 2))
+        table.observe(16, 2, [linear(16, 2)])
+        table.observe(64, 2, [1.5 * linear(64, 2)])
     assert table.seconds(16)[1] == pytest.approx(linear(16, 2), rel=0.1)
     assert table.seconds(64)[1] == pytest.approx(1.5 * linear(64, 2), rel=0.1)

@@ -46,7 +46,7 @@ def settled_width(decisions):
 
 def test_free_verification_takes_the_whole_block():
     policy = make_policy(flat)
-    assert settled_width(serve(policy, 0.5, flat, 100, noise=0.0)) == BLOCK
+    assert settled_width(serve(policy, 0.5, flat, 400, noise=0.0)) == BLOCK
 
 
 def test_a_useless_drafter_is_switched_off():
@@ -146,7 +146,7 @@ def test_drafts_that_were_dear_for_a_while_are_tried_again(seed):
     seconds = sloped(0.1)
     policy = make_policy(seconds)
     for width in policy.config.widths * 100:
-        policy.cost.observe(1, width, seconds(1, width) * (1.6 if width > 1 else 1))
+        policy.cost.observe(1, width, [seconds(1, width) * (1.6 if width > 1 else 1)])
     assert settled_width(serve(policy, 0.5, seconds, 40, seed=seed)) == 1
     later = serve(policy, 0.5, seconds, 3000, seed=seed)[2000:]
     assert sum(d.width > 1 for d in later) > 0.9 * len(later)

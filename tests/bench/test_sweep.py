@@ -6,9 +6,12 @@ import pytest
 import sweep as sweep_script
 from checkpoints import write_random_target
 from random_drafter import config_for, write_random_drafter
+from sglang.benchmark.datasets.custom import sample_custom_requests
 from sweep_cells import make_sweep, record
+from transformers import AutoTokenizer
 
 from dflare.checkpoint import check_pair
+from dflare.demo import demo_target
 
 PLANS = sorted((Path(plan.__file__).parent / "sweeps").glob("*.yaml"))
 
@@ -49,6 +52,21 @@ def test_prompts_are_mixed_and_repeated_to_the_number_needed(tmp_path):
     assert len(lines) >= 200
     assert all(json.loads(line)["conversations"][0]["content"] for line in lines)
     assert flags[flags.index("--num-prompts") + 1] == "200"
+
+
+def test_answers_of_different_lengths_are_what_the_generator_reads(tmp_path):
+    dataset = plan.Dataset(name="mix", prompts=["easy", "hard"])
+    flags = dataset.flags(100, 80, tmp_path, range_ratio=0.5)
+    assert "--sharegpt-output-len" not in flags
+    tokenizer = AutoTokenizer.from_pretrained(demo_target())
+    rows = sample_custom_requests(
+        str(tmp_path / "mix.jsonl"), 100, tokenizer, apply_chat_template=True
+    )
+    lengths = [row.output_len for row in rows]
+    assert len(lengths) == 100
+    assert min(lengths) >= 40 and max(lengths) <= 80
+    assert len(set(lengths)) > 20
+    assert not any(" the the" in row.prompt for row in rows)
 
 
 @pytest.mark.parametrize("requests", [1, 4, 7, 48])

@@ -25,7 +25,7 @@ class AdaptiveConfig(BaseModel):
         "costs one set of CUDA graphs.",
     )
     explore: float = Field(
-        default=0.002,
+        default=0.003,
         ge=0.0,
         le=0.2,
         description="Share of the decode time that may be spent on widths that the estimates "

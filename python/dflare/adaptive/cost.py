@@ -2,14 +2,15 @@
 
 Seeded with step times measured when the engine starts, refined by every step it serves:
 
-    log seconds(batch, width) = log seed(batch, width) + drift + correction[batch, width]
+    log seconds(batch, width) = log seed(batch, width) + drift + shift[width] + cell[batch, width]
 
-``drift`` is what all steps share now (a slower machine, longer contexts) and follows fast, so
-that widths that are not in use do not look cheap; ``correction`` is a cell's own, follows slowly
-and fades while the cell is not served: a width that was dear for a while is tried again. A scalar
-Kalman filter splits each residual between the two. Residuals beyond a few times their usual size
-are clipped: one stalled step teaches next to nothing, a lasting change is followed within some tens
-of steps.
+``drift`` is what all steps share now: a slower machine, longer contexts, other work. It may change
+from one step to the next, so that what a width costs against another shows only in steps that lie
+close together in time. ``shift`` and ``cell`` are what start-up measured wrong, for a width as a
+whole and for one cell; they change slowly. All are estimated by one Kalman filter with the full
+covariance: it knows that a width which is never left says nothing about the others, however long
+it is served. Residuals beyond a few times their usual size are clipped: one stalled step teaches
+next to nothing, a lasting change is followed within some tens of steps.
 """
 
 import json
@@ -24,15 +25,15 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
-_DRIFT_NOISE = 0.01**2  # variance that one step adds to the drift
-_CELL_VAR = 0.1**2  # of a start-up measurement, and what forgetting leads back to
-_CELL_MEMORY = 2000  # steps in which a correction fades to a third of what was learned
-_KEPT = math.exp(-1 / _CELL_MEMORY)
+_DRIFT_NOISE = 0.03**2  # variance that one step adds to the drift
+_SHIFT_VAR = 0.1**2  # of start-up measurements of a width, and what forgetting leads back to
+_CELL_VAR = 0.1**2  # the same of one cell
 _GUESS_VAR = 0.3**2  # the same of a cell beyond the measured batch sizes
+_MEMORY = 5000  # steps in which a correction fades to a third of what was learned
 _CLIP = 2.5  # in units of the usual residual
 _SCALE_GAIN = 0.05
 _FIRST_SCALE = 0.05
-_HOPE = 3**0.5  # standard deviations by which an unvisited cell may be cheaper
+_HOPE = 3**0.5  # standard deviations by which a width may be cheaper than it looks
 
 
 class StepTime(NamedTuple):
@@ -72,28 +73,28 @@ class CostTable:
         batches = sorted({batch for batch, _ in cells})
         median = {cell: float(np.median(seconds)) for cell, seconds in cells.items()}
         seed = _fill(np.array(batches), self.widths, median)
-        self._prior_var = np.full((len(batches), 1), _CELL_VAR)
+        own_var = [_CELL_VAR] * len(batches)
         while batches[-1] < largest:
             batches.append(min(2 * batches[-1], largest))
             seed = np.vstack((seed, _next_row(batches, seed)))
-            self._prior_var = np.vstack((self._prior_var, [[_GUESS_VAR]]))
+            own_var.append(_GUESS_VAR)
         self._batches = np.array(batches)
         self._log_seed = np.log(seed)
-        self._correction = np.zeros_like(seed)
-        self._cell_var = np.tile(self._prior_var, len(self.widths))
-        self._drift = 0.0
-        self._drift_var = 0.0
+        count = len(self.widths)
+        # State: the drift, then row by row the corrections, shift and cell in one.
+        same_width = np.tile(np.eye(count), (len(batches), len(batches)))
+        self._prior = _SHIFT_VAR * same_width + np.diag(np.repeat(own_var, count))
+        self._mean = np.zeros(1 + seed.size)
+        self._var = np.zeros((1 + seed.size, 1 + seed.size))
+        self._var[0, 0] = _SHIFT_VAR
+        self._var[1:, 1:] = self._prior
         self._scale = _FIRST_SCALE
+        self._age = 0  # steps since the corrections aged
         self._refresh()
 
     def seconds(self, batch: int) -> Array:
         """Predicted seconds of a step of `batch` requests for each width, [widths]."""
-        rows = self._batches
-        if len(rows) == 1:
-            return self._grid[0]
-        high = min(max(int(np.searchsorted(rows, batch)), 1), len(rows) - 1)
-        low = high - 1
-        share = max((batch - rows[low]) / (rows[high] - rows[low]), 0.0)
+        low, high, share = self._between(batch)
         seconds = self._grid[low] + share * (self._grid[high] - self._grid[low])
         # Beyond the largest measured batch the last slopes go on; they may cross.
         return np.maximum.accumulate(seconds) if share > 1 else seconds
@@ -106,33 +107,70 @@ class CostTable:
             rows.append(f"batch {batch}: " + " ".join(f"{w}:{1e3 * s:.2f}" for w, s in cells))
         return "; ".join(rows)
 
-    def doubt(self, batch: int) -> Array:
-        """Factor, at most 1, by which each width may be cheaper than predicted, [widths]."""
-        return np.exp(-_HOPE * np.sqrt(self._cell_var[self._row(batch)]))
+    def doubt(self, batch: int, against: int) -> Array:
+        """Factor, at most 1, by which each width may be cheaper than predicted, [widths].
 
-    def observe(self, batch: int, width: int, seconds: float) -> None:
-        """Learn from one served step that took `seconds` from start to start of the next."""
-        cell = self._row(batch), self._column[width]
-        residual = float(np.log(seconds / self.seconds(batch)[cell[1]]))
+        Args:
+            batch: Requests of the step.
+            against: Index of the width that the others are compared with; its own factor is 1.
+        """
+        count = len(self.widths)
+        first = 1 + int(np.abs(self._batches - batch).argmin()) * count
+        var = self._var[first : first + count, first : first + count]
+        own = var.diagonal()
+        var = own + own[against] - 2 * var[against]
+        return np.exp(-_HOPE * np.sqrt(np.maximum(var, 0.0)))
+
+    def observe(self, batch: int, width: int, seconds: Sequence[float]) -> None:
+        """Learn from served steps of one kind in a row.
+
+        Args:
+            batch: Requests of each step.
+            width: Tokens verified per request.
+            seconds: What each step took, from its predecessor's result to its own; at least one.
+        """
+        column, steps = self._column[width], len(seconds)
+        low, high, share = self._between(batch)
+        share = min(share, 1.0)
+        cells = [1 + row * len(self.widths) + column for row in (low, high)]
+        weights = np.array([1 - share, share])
+        self._forget(steps)
+        predicted = (1 - share) * self._raw[low, column] + share * self._raw[high, column]
+        residuals = np.log(np.asarray(seconds) / predicted)
         limit = _CLIP * self._scale
-        residual = min(max(residual, -limit), limit)
-        self._drift_var += _DRIFT_NOISE
-        self._correction *= _KEPT
-        self._cell_var += (1 - _KEPT**2) * (self._prior_var - self._cell_var)
-        cell_var = float(self._cell_var[cell])
-        total = self._drift_var + cell_var + self._scale**2
-        self._drift += self._drift_var / total * residual
-        self._drift_var -= self._drift_var**2 / total
-        self._correction[cell] += cell_var / total * residual
-        self._cell_var[cell] -= cell_var**2 / total
-        self._scale += _SCALE_GAIN * (1.25 * abs(residual) - self._scale)
+        clipped = np.minimum(np.maximum(residuals, -limit), limit)
+        along = self._var[0] + weights @ self._var[cells]
+        gain = along / (along[0] + weights @ along[cells] + self._scale**2 / steps)
+        self._mean += gain * clipped.mean()
+        self._var -= gain[:, None] * along
+        self._scale += _SCALE_GAIN * (1.25 * float(np.abs(clipped).mean()) - self._scale)
         self._refresh()
 
-    def _row(self, batch: int) -> int:
-        return int(np.abs(self._batches - batch).argmin())
+    def _forget(self, steps: int) -> None:
+        """Let the estimates age; the corrections, which age slowly, many steps at a time."""
+        self._var[0, 0] += steps * _DRIFT_NOISE
+        self._age += steps
+        if self._age < _MEMORY // 50:
+            return
+        kept, self._age = math.exp(-self._age / _MEMORY), 0
+        self._mean[1:] *= kept
+        self._var[0, 1:] *= kept
+        self._var[1:, 0] *= kept
+        self._var[1:, 1:] *= kept**2
+        self._var[1:, 1:] += (1 - kept**2) * self._prior
+
+    def _between(self, batch: int) -> tuple[int, int, float]:
+        """The two measured batch sizes around `batch`, and its way from the lower to the higher."""
+        rows = self._batches
+        if len(rows) == 1:
+            return 0, 0, 0.0
+        high = min(max(int(np.searchsorted(rows, batch)), 1), len(rows) - 1)
+        share = (batch - rows[high - 1]) / (rows[high] - rows[high - 1])
+        return high - 1, high, max(float(share), 0.0)
 
     def _refresh(self) -> None:
-        grid = np.exp(self._log_seed + self._correction + self._drift)
+        correction = self._mean[1:].reshape(self._log_seed.shape)
+        grid = self._raw = np.exp(self._log_seed + correction + self._mean[0])
         # The middle between the tightest monotone bounds from above and from below.
         upper = np.maximum.accumulate(np.maximum.accumulate(grid, axis=0), axis=1)
         flipped = np.minimum.accumulate(grid[::-1, ::-1], axis=0)

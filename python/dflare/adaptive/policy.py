@@ -15,7 +15,9 @@ from dflare.adaptive.acceptance import AcceptanceModel
 from dflare.adaptive.config import AdaptiveConfig
 from dflare.adaptive.cost import CostTable
 
-_CREDIT_STEPS = 5.0  # exploration saved up, in step times
+_CREDIT_STEPS = 5.0  # exploration saved up at most, in step times
+_FIRST_CREDIT_STEPS = 10.0  # what a new server may spend: start-up does not measure all
+_LEAST_CHARGE = 0.05  # of a step, for exploring what is nearly as good: no end of it else
 _PROBE_EVERY = 0.1  # of the memory: without any draft for so long, one is tried without hope
 _HOLD = 8  # plain steps per decision: they show nothing, and thinking costs them the most
 
@@ -46,11 +48,13 @@ class WidthPolicy:
         self._index = np.array(config.widths) - 1
         self._current = 0
         self._gain = 0.0
-        self._credit = 0.0
+        first = _FIRST_CREDIT_STEPS if config.explore else 0.0
+        self._credit = first * float(cost.seconds(1)[0])
         self._undrafted = 0
         self._held: Decision | None = None
         self._hold = 0  # steps for which the held decision still stands
         self._unseen = 0  # plain steps of which the acceptance model has not heard
+        self._unseen_seconds: list[float] = []  # ... and the cost table neither
 
     def choose(self, request_ids: Sequence[Hashable], remaining: Sequence[int]) -> Decision:
         """Choose the width of the next step.
@@ -68,9 +72,7 @@ class WidthPolicy:
             self._undrafted += 1
             self._earn(self._held.predicted_seconds)
             return self._held
-        if self._held and self._unseen:
-            self.acceptance.age(self._held.request_ids, self._unseen)
-            self._unseen = 0
+        self._learn_held()
         left = np.asarray(remaining, dtype=np.int64)
         tokens, hoped = self.acceptance.expected_tokens(request_ids, left)
         tokens, hoped = tokens[self._index], hoped[self._index]
@@ -80,8 +82,8 @@ class WidthPolicy:
         rates = (tokens / seconds)[:usable]
         best = self._settle(rates)
 
-        loss = np.maximum(seconds - tokens / rates[best], 0.0)[:usable]
-        hopes = (hoped / (seconds * self.cost.doubt(len(request_ids))))[:usable]
+        loss = np.maximum(seconds - tokens / rates[best], _LEAST_CHARGE * seconds)[:usable]
+        hopes = (hoped / (seconds * self.cost.doubt(len(request_ids), best)))[:usable]
         hopes[loss >= self._credit] = 0.0
         overdue = best == 0 and self._undrafted > self.config.memory * _PROBE_EVERY
         if overdue:
@@ -117,14 +119,14 @@ class WidthPolicy:
         """
         if decision is self._held:
             self._unseen += 1
-            if self._unseen > 1:
-                return
-        else:
-            self.acceptance.observe(
-                decision.request_ids, decision.width, np.asarray(commit_lens, dtype=np.int64)
-            )
+            if seconds is not None:
+                self._unseen_seconds.append(seconds)
+            return
+        self.acceptance.observe(
+            decision.request_ids, decision.width, np.asarray(commit_lens, dtype=np.int64)
+        )
         if seconds is not None:
-            self.cost.observe(len(decision.request_ids), decision.width, seconds)
+            self.cost.observe(len(decision.request_ids), decision.width, [seconds])
 
     def finish(self, request_id: Hashable) -> None:
         """Forget a request that ended; unknown ones are ignored."""
@@ -134,9 +136,18 @@ class WidthPolicy:
         """Estimated acceptance of each drafted position that is reached, from position 1 on."""
         return self.acceptance.conditional().tolist()
 
+    def _learn_held(self) -> None:
+        """Learn at once from the plain steps of the decision that was held."""
+        held, seconds = self._held, self._unseen_seconds
+        if held and self._unseen:
+            self.acceptance.age(held.request_ids, self._unseen)
+        if held and seconds:
+            self.cost.observe(len(held.request_ids), held.width, seconds)
+        self._unseen, self._unseen_seconds = 0, []
+
     def _earn(self, seconds: float) -> None:
-        limit = _CREDIT_STEPS * seconds
-        self._credit = min(self._credit + self.config.explore * seconds, limit)
+        if self._credit < _CREDIT_STEPS * seconds:
+            self._credit += self.config.explore * seconds
 
     def _settle(self, rates: np.ndarray) -> int:
         """Index of the width to use, changed only when the predicted gain has piled up."""
