@@ -155,7 +155,9 @@ def build(seconds: Seconds, block_size: int, max_batch: int, steps: int) -> list
             context=lambda progress: 5 * progress,
         ),
         replace(base, name="seed measured badly", seed_noise=0.25, level=constant(middle)),
-        replace(base, name="other work at times, 1 at a time", busy=other_work, level=constant(hard)),
+        replace(
+            base, name="other work at times, 1 at a time", busy=other_work, level=constant(hard)
+        ),
         fixed("other work at times", hard, ladder[len(ladder) // 2 + 1], busy=other_work),
         replace(base, name="first drafts take long", slow_start=20, level=constant(hard)),
         replace(

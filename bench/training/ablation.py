@@ -25,13 +25,13 @@ import typer
 from ablation_report import table, write_report
 
 from dflare.errors import DFlareError
+from dflare.processor import device_name
 from dflare.training.config import TrainConfig, load_config
 from dflare.training.data import load_corpus, read_lines
 from dflare.training.errors import ConfigError
 from dflare.training.evaluate import evaluate, held_out_prompts
 from dflare.training.init import draft_config
 from dflare.training.model import Drafter
-from dflare.training.model_card import hardware
 from dflare.training.prompts import stop_tokens
 from dflare.training.target import Target, load_tokenizer, target_path
 from dflare.training.trainer import Trainer, compute_dtype
@@ -134,7 +134,7 @@ def run_variant(
         "minutes": round((time.monotonic() - started) / 60, 2),
         "sequences": len(trainer.corpus),
         "tokens": int(trainer.corpus.offsets[-1]),
-        "hardware": hardware(device),
+        "hardware": device_name(cuda=device == "cuda"),
         "torch": torch.__version__,
         "conditions": made,
         "command": shlex.join(["python", *sys.argv]),

@@ -25,9 +25,9 @@ import typer
 
 import dflare.training.step as step_module
 import dflare.training.trainer as trainer_module
+from dflare.processor import device_name
 from dflare.training.config import TrainConfig, load_config
 from dflare.training.data import FORMAT
-from dflare.training.model_card import hardware
 from dflare.training.target import Target
 from dflare.training.trainer import Trainer
 
@@ -134,7 +134,7 @@ def measure(config: TrainConfig, target: Target, steps: int) -> dict[str, Any]:
         "peak_gib": round(memory / 2**30, 3),
         "shares": {name: round(share, 3) for name, share in shares(trainer, steps).items()},
         "parameters": sum(p.numel() for p in trainer.drafter.parameters()),
-        "hardware": hardware(trainer.device.type),
+        "hardware": device_name(cuda=trainer.device.type == "cuda"),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

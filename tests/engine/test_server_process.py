@@ -12,9 +12,9 @@ def test_a_port_that_is_taken_is_not_chosen(monkeypatch):
         port = one.getsockname()[1]
         monkeypatch.setattr(server_process, "_PORTS", range(port, port + 1))
         with pytest.raises(DFlareError, match="all 1 ports tried"):
-            server_process._free_port()
+            server_process.free_port()
         two.bind(("127.0.0.1", 0))
         free = two.getsockname()[1]
         two.close()
         monkeypatch.setattr(server_process, "_PORTS", [port, free])
-        assert {server_process._free_port() for _ in range(8)} == {free}
+        assert {server_process.free_port() for _ in range(8)} == {free}

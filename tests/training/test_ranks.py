@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ import pytest
 import torch
 from checkpoints import write_random_target
 from tiny_models import train_config, write_data
+
+from dflare.engine.server_process import free_port
 
 _COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 _DFLARE = [sys.executable, "-c", "from dflare.cli import main; main()", "train"]
@@ -72,16 +73,14 @@ def test_a_signal_to_one_rank_stops_all_after_the_step_at_hand(tmp_path):
     output = tmp_path / "run"
     changes = {"run__steps": 10**6, "run__log_every": 10**6, "run__validate_every": 1}
     file = write_config(tmp_path, output, **changes)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = str(free_port())
     processes = []
     for rank in range(2):
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": port,
             "WORLD_SIZE": "2",
             "RANK": str(rank),
         }

@@ -39,7 +39,7 @@ class ServerProcess:
             log: file for everything it prints.
             environment: variables on top of this process's.
         """
-        port = _free_port()
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         self._output: IO[str] = log.open("w")
@@ -118,7 +118,7 @@ class ServerProcess:
         self._output.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port of this machine that nobody listens on."""
     tried = random.sample(_PORTS, min(64, len(_PORTS)))
     for port in tried:

@@ -19,7 +19,7 @@ from sglang.srt.runtime_context import get_serving, get_spec
 
 from dflare.adaptive import StepTime, save_step_times
 from dflare.errors import DFlareError
-from dflare.processor import processor_name
+from dflare.processor import device_name
 
 TRACE_ENV = "DFLARE_STEP_TRACE"
 PARTS = ("draft", "verify", "sampling", "append", "schedule")
@@ -192,13 +192,10 @@ def save_start_up_times(measured: Iterable[StepTime]) -> None:
     folder = os.environ.get(TRACE_ENV)
     if not folder:
         return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     models = get_serving().served_model_name, get_spec().speculative_draft_model_path
     target, draft = (Path(model).name for model in models)
-    about = (
-        f"{target} with {draft}; {device}, {torch.get_num_threads()} CPU threads; "
-        f"sglang {version('sglang')}, torch {version('torch')}"
-    )
+    versions = f"sglang {version('sglang')}, torch {version('torch')}"
+    about = f"{target} with {draft}; {device_name()}; {versions}"
     save_step_times(Path(folder) / f"step-times-{os.getpid()}.json", measured, about)
 
 

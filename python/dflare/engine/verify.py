@@ -1,7 +1,6 @@
 """`dflare verify`: one pair with and without speculation in the same engine configuration."""
 
 import asyncio
-import platform
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from dflare.engine.launch import QUESTIONS_FILE, check_before_start, read_prompts
 from dflare.engine.plugin import ALGORITHM
 from dflare.errors import DFlareError
+from dflare.processor import device_name
 
 # Generated before the clock starts, so that neither arm pays for first-use costs.
 _WARM_UP_TOKENS = 8
@@ -149,13 +149,5 @@ def _report(options: VerifyOptions, baseline: Arm, dflare: Arm) -> dict[str, Any
         "versions": {
             name: version(name) for name in ("sglang-dflare", "sglang", "torch", "transformers")
         },
-        "device": _device(),
+        "device": device_name(),
     }
-
-
-def _device() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"

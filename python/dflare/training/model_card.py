@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import dflare
-from dflare.processor import processor_name
+from dflare.processor import device_name
 from dflare.training.config import TrainConfig
 from dflare.training.data import open_text
 
@@ -48,13 +48,6 @@ prompts that were set aside before training.
 - Made by `scripts/demo_drafter.py`{overrides} with dflare {version}, torch {torch}, Python
   {python}.
 """
-
-
-def hardware(device: str) -> str:
-    """Name what computed: the GPU, or the processor and how many threads were used."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
 def _count(data: Path) -> tuple[int, int, int]:
@@ -112,7 +105,7 @@ def model_card(
         dtype=drafter.dtype,
         new_tokens=some["max_new_tokens"],
         precision=some["dtype"],
-        hardware=hardware(some["device"]),
+        hardware=device_name(cuda=some["device"] == "cuda"),
         results="\n".join(rows),
         sequences=sequences,
         tokens=tokens,
