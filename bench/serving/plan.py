@@ -126,8 +126,6 @@ class Sweep(_Data):
             without speculation run in step and are prefilled together, which real ones are not.
         keep_alive: Keep all servers running and measure one arm after the other in every cell. Else
             one server runs at a time, and arms alternate between repeats.
-        fresh_servers: Start the servers anew for every repeat: where a process happens to lie in
-            memory makes it faster or slower for as long as it lives.
         simulate_acc_len: Accept length that SGLang fakes (SGLANG_SIMULATE_ACC_LEN); outputs are
             then meaningless, of full length, and every report says so.
     """
@@ -145,7 +143,6 @@ class Sweep(_Data):
     range_ratio: float = Field(default=1.0, gt=0, le=1)
     seed: int = 1
     keep_alive: bool = False
-    fresh_servers: bool = False
     simulate_acc_len: float | None = None
 
     @classmethod

@@ -45,13 +45,11 @@ def run(sweep: Sweep, fleet: Fleet, out: Path, records: list[dict[str, Any]]) ->
     missing = [cell for cell in cells(sweep) if cell not in done]
     datasets = {dataset.name: dataset for dataset in sweep.datasets}
     common = {"simulated": sweep.simulate_acc_len, "made_with": provenance()}
-    began = None  # the repeat that the servers were started for
+    if sweep.keep_alive:  # no cell is measured beside a server that starts
+        for name in dict.fromkeys(cell.arm for cell in missing):
+            fleet.get(name)
     with path.open("a") as file:
         for number, cell in enumerate(missing, start=1):
-            if began is None or (sweep.fresh_servers and began != cell.repeat):
-                fleet.stop()
-                began = cell.repeat
-                _start_all(sweep, fleet, missing)
             server = fleet.get(cell.arm)
             if server is None:
                 continue
@@ -65,12 +63,6 @@ def run(sweep: Sweep, fleet: Fleet, out: Path, records: list[dict[str, Any]]) ->
             file.write(json.dumps(records[-1]) + "\n")
             file.flush()
             print(_line(cell, records[-1], number, len(missing)), flush=True)
-
-
-def _start_all(sweep: Sweep, fleet: Fleet, missing: list[Cell]) -> None:
-    """Start the servers that run side by side; no cell is measured while one starts."""
-    for name in dict.fromkeys(cell.arm for cell in missing) if sweep.keep_alive else ():
-        fleet.get(name)
 
 
 def _line(cell: Cell, record: dict[str, Any], number: int, total: int) -> str:

@@ -68,15 +68,6 @@ def test_a_crash_costs_one_cell_and_is_tried_again_by_the_next_run(small_sweep, 
     assert "What failed" not in (tmp_path / "out" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("fresh", [True, False])
-def test_fresh_servers_are_started_for_every_repeat(small_sweep, tmp_path, fresh):
-    plan = tmp_path / "small.yaml"
-    plan.write_text(plan.read_text().replace('"fresh_servers":false', f'"fresh_servers":{fresh}'))
-    assert small_sweep(measure_well) == 0
-    names = [server.name for server in FakeServer.started]
-    assert all(names.count(name) == (2 if fresh else 1) for name in names)
-
-
 def test_a_cell_with_errors_is_measured_again_by_the_next_run(small_sweep):
     def refuse_some(sweep, dataset, cell, server, out):
         return measure_well(sweep, dataset, cell, server, out) | {"errors": cell.repeat}
