@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from held_out import held_out_table
 from plan import Cell, Sweep, cell_of, cells
 from sweep_plot import Key, Record, plot
 
@@ -158,6 +159,7 @@ def write_report(
                 "",
             ]
     lines += _noise(sweep, records)
+    lines += held_out_table(sweep, records)
     if not sweep.simulate_acc_len:
         for arm, (wrong, total) in count_differences(sweep, records).items():
             lines.append(
