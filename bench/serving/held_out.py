@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from statistics import mean, stdev
 
 from plan import Sweep
+from records import throughput_by_load
 from sweep_plot import Record
 
 
@@ -21,14 +22,8 @@ def held_out_ratios(sweep: Sweep, records: Iterable[Record]) -> dict[int, list[f
         By concurrency, one ratio for each dataset and repeat that all arms were measured in; empty
         with less than two repeats.
     """
-    rates: dict[tuple[str, int], dict[str, dict[int, float]]] = defaultdict(
-        lambda: defaultdict(dict)
-    )
-    for r in records:
-        if "failed" not in r:
-            rates[r["dataset"], r["concurrency"]][r["arm"]][r["repeat"]] = r["output_tok_s"]
     ratios: dict[int, list[float]] = defaultdict(list)
-    for (_, concurrency), by_arm in rates.items():
+    for (_, concurrency), by_arm in throughput_by_load(records).items():
         ours, theirs = by_arm[sweep.adaptive or ""], [by_arm[name] for name in sweep.rivals]
         repeats = set(ours).intersection(*theirs)
         for held_out in sorted(repeats) if theirs and len(repeats) > 1 else ():

@@ -64,8 +64,8 @@ class Dataset(_Data):
         Args:
             requests: How many, at least; shared prefixes round up to whole groups.
             output_tokens: Longest answer to a prompt of a file.
-            range_ratio: Share of it that the shortest limit of an answer has.
             folder: Where the prompt file goes.
+            range_ratio: Share of `output_tokens` that the shortest limit of an answer has.
             ignore_eos: Answers of full length, where their text means nothing.
         """
         if self.shared_prefixes:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from held_out import held_out_table
 from plan import Cell, Sweep, cell_of, cells
+from records import measured, throughput_by_load
 from sweep_plot import Key, Record, plot
 
 
@@ -21,11 +22,6 @@ class Ratio(NamedTuple):
 
     of_medians: float
     within: list[float]
-
-
-def measured(records: Iterable[Record]) -> list[Record]:
-    """The records of cells that did not fail."""
-    return [record for record in records if "failed" not in record]
 
 
 def is_whole(record: Record) -> bool:
@@ -77,13 +73,8 @@ def compare(records: Iterable[Record], arm: str, other: str) -> dict[tuple[str, 
     Returns:
         By dataset and concurrency.
     """
-    rates: dict[tuple[str, int], dict[str, dict[int, float]]] = defaultdict(
-        lambda: defaultdict(dict)
-    )
-    for r in measured(records):
-        rates[r["dataset"], r["concurrency"]][r["arm"]][r["repeat"]] = r["output_tok_s"]
     ratios = {}
-    for load, by_arm in rates.items():
+    for load, by_arm in throughput_by_load(records).items():
         ours, theirs = by_arm[arm], by_arm[other]
         if repeats := sorted(ours.keys() & theirs.keys()):
             ratios[load] = Ratio(
