@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from process_watch import ProcessWatch
 from reference import GREEDY_TOKENS, Reference, ask, collect, greedy_params
 from server import Server
-from traffic import Outcome, Traffic, run
+from traffic import Outcome, Traffic, run, warm_up
 
 from dflare.adaptive.config import VARIABLE
 
@@ -133,10 +133,11 @@ def soak(args: argparse.Namespace, outcome: Outcome) -> None:
     # admitted as if they were short, or the pool would never be too full for those that run.
     env = {VARIABLE: "on", "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"}
     with Server([*common, *speculation], args.out / "server.log", env) as server:
+        traffic = Traffic(server.url, reference, args.seed, outcome)
+        asyncio.run(warm_up(traffic))
         watch = ProcessWatch(server.processes())
         watch.start()
         print(f"load: {args.minutes} minutes, up to {args.concurrency} in flight", flush=True)
-        traffic = Traffic(server.url, reference, args.seed, outcome)
         seconds = 60 * args.minutes
         try:
             asyncio.run(

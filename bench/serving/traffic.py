@@ -1,6 +1,7 @@
 """Requests of all kinds that a server meets, each with what must be true of its answer."""
 
 import asyncio
+import functools
 import itertools
 import json
 import random
@@ -59,13 +60,32 @@ class Traffic:
             session: For the connection.
             name: Its kind; a random one if there is none.
         """
-        self._session = session
         if name is None:
             names = list(self._kinds)
             name = self._random.choices(names, [self._kinds[n][0] for n in names])[0]
+        await self._judge(session, name, self._kinds[name][1])
+
+    async def send_all(self, session: aiohttp.ClientSession) -> None:
+        """Send every kind of request once, one after the other, and every wrong one.
+
+        What a server keeps from the first request of a kind on (a tokenizer's buffers, say) is
+        no leak, and a short load may meet that kind late.
+        """
+        for name, (_, request) in self._kinds.items():
+            await self._judge(session, name, request)
+        for body in self._bad_bodies():
+            await self._judge(session, "bad", functools.partial(self._refused, body))
+
+    async def _judge(
+        self,
+        session: aiohttp.ClientSession,
+        name: str,
+        request: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._session = session
         self.outcome.sent[name] += 1
         try:
-            await self._kinds[name][1]()
+            await request()
         except (aiohttp.ClientError, TimeoutError, AssertionError, KeyError, ValueError) as error:
             self.outcome.faults.append(f"{name}: {type(error).__name__}: {error}"[:500])
 
@@ -148,18 +168,21 @@ class Traffic:
                     assert aborted.status == 200, f"abort: status {aborted.status}"
 
     async def _bad(self) -> None:
+        await self._refused(self._random.choice(self._bad_bodies()))
+
+    def _bad_bodies(self) -> list[dict[str, Any]]:
         """Requests that must be refused, with an error of the client's."""
         text = self._any_prompt()
-        body = self._random.choice(
-            [
-                {"text": text, "sampling_params": {"max_new_tokens": -1}},
-                {"text": text, "sampling_params": {"temperature": -1.0}},
-                {"text": text, "sampling_params": {"top_p": 7}},
-                {"text": text, "sampling_params": {"regex": "(", "max_new_tokens": 4}},
-                {"sampling_params": {"max_new_tokens": 4}},
-                {"text": "word " * 20_000, "sampling_params": {"max_new_tokens": 4}},
-            ]
-        )
+        return [
+            {"text": text, "sampling_params": {"max_new_tokens": -1}},
+            {"text": text, "sampling_params": {"temperature": -1.0}},
+            {"text": text, "sampling_params": {"top_p": 7}},
+            {"text": text, "sampling_params": {"regex": "(", "max_new_tokens": 4}},
+            {"sampling_params": {"max_new_tokens": 4}},
+            {"text": "word " * 20_000, "sampling_params": {"max_new_tokens": 4}},
+        ]
+
+    async def _refused(self, body: dict[str, Any]) -> None:
         async with self._session.post(f"{self._url}/generate", json=body) as response:
             refusal = (await response.text())[:200]
             assert 400 <= response.status < 500, (
@@ -202,10 +225,7 @@ async def _load(traffic: Traffic, seconds: float, concurrency: int, seed: int) -
     rng = random.Random(seed)
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
-    timeout = aiohttp.ClientTimeout(total=300)
-    # A request that reuses an idle connection just as the server closes it fails by its own fault.
-    connector = aiohttp.TCPConnector(force_close=True)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+    async with _client() as session:
         for number in itertools.count():
             crowd = number % _CROWD_EVERY == 0
             kind = "long answer" if crowd else None
@@ -221,3 +241,17 @@ async def _load(traffic: Traffic, seconds: float, concurrency: int, seed: int) -
             if loop.time() >= end:
                 return
             await asyncio.sleep(rng.choice([0.0, 0.0, 0.5, 2.0]))
+
+
+async def warm_up(traffic: Traffic) -> None:
+    """Send every kind of request once, before memory is watched."""
+    async with _client() as session:
+        await traffic.send_all(session)
+
+
+def _client() -> aiohttp.ClientSession:
+    # A request that reuses an idle connection just as the server closes it fails by its own fault.
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=300),
+        connector=aiohttp.TCPConnector(force_close=True),
+    )

@@ -15,7 +15,7 @@ from aiohttp import web
 from checkpoints import write_random_draft, write_random_target
 from process_watch import ProcessWatch
 from reference import Reference
-from traffic import Outcome, Traffic, run
+from traffic import Outcome, Traffic, run, warm_up
 
 SCRIPTED_SERVER = Path(__file__).with_name("scripted_server.py")
 REFERENCE = Reference(
@@ -23,10 +23,17 @@ REFERENCE = Reference(
     long={"many words and say hello": [9, 10, 11, 12]},
     pattern={"count to three": [50, 51], "say hello": [52, 53]},
 )
+KINDS = {
+    *("greedy", "long answer", "sampled", "long prompt"),
+    *("grammar", "logprobs", "cut off", "bad"),
+}
 
 
-def send_to(server_answers, requests=150):
-    """Send requests of all kinds to a server that answers with a function of the body."""
+def send_to(server_answers, requests=150, first=False):
+    """Send requests to a server that answers with a function of the body.
+
+    They are of random kinds, or with `first` those that are sent before memory is watched.
+    """
 
     async def generate(request):
         body = await request.json()
@@ -53,6 +60,8 @@ def send_to(server_answers, requests=150):
         await site.start()
         port = runner.addresses[0][1]
         traffic = Traffic(f"http://127.0.0.1:{port}", REFERENCE, seed=0, outcome=Outcome())
+        if first:
+            await warm_up(traffic)
         async with aiohttp.ClientSession() as client:
             for _ in range(requests):
                 await traffic.send(client)
@@ -86,7 +95,24 @@ def correct(body):
 def test_a_correct_server_has_no_faults_and_meets_every_kind():
     outcome = send_to(correct)
     assert outcome.faults == []
-    assert len(outcome.sent) == 8
+    assert set(outcome.sent) == KINDS
+
+
+def test_every_kind_and_every_wrong_request_comes_before_memory_is_watched():
+    """The first very long prompt makes a tokenizer grow by 20 MB, once."""
+    refused = []
+
+    def server_answers(body):
+        status, answer = correct(body)
+        if status == 400:
+            refused.append(json.dumps(body))
+        return status, answer
+
+    outcome = send_to(server_answers, requests=0, first=True)
+    assert outcome.faults == []
+    assert set(outcome.sent) == KINDS
+    assert len(set(refused)) >= 6
+    assert max(map(len, refused)) > 100_000
 
 
 @pytest.mark.parametrize(
