@@ -74,7 +74,7 @@ def test_a_better_drafter_never_gets_a_narrower_width(accept, gain, slope, seed)
         rng = np.random.default_rng(seed)
         for _ in range(100):
             hits = rng.random((1, BLOCK - 1)) < probability
-            policy.acceptance.observe([0], BLOCK, 1 + np.cumprod(hits, axis=1).sum(axis=1))
+            policy.acceptance.observe([0], BLOCK, [1 + np.cumprod(hits, axis=1).sum(axis=1)])
         return policy.choose([0], [1000]).width
 
     assert first_choice(accept + gain) >= first_choice(accept)

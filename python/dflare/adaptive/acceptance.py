@@ -8,7 +8,7 @@ request ``r`` is accepted with
 ``level`` is the server's, ``shape`` tells the positions apart, ``tilt`` says how much easier or
 harder a request is than the others. Each term is a Gaussian that widens while nothing is
 observed, so that stale knowledge counts for less and what recovered is tried again; one extended
-Kalman step per verified batch updates all of them. What a step does not show never enters:
+Kalman step for each run of equal steps updates all of them. What a step does not show never enters:
 positions at or beyond the width, and positions behind the first rejected one.
 """
 
@@ -90,15 +90,20 @@ class AcceptanceModel:
         expected, hoped = np.cumsum(tokens, axis=1)
         return expected, hoped
 
-    def observe(self, request_ids: Sequence[Hashable], width: int, commit_lens: Ints) -> None:
-        """Learn from one verified batch.
+    def observe(
+        self,
+        request_ids: Sequence[Hashable],
+        width: int,
+        commit_lens: Sequence[Sequence[int]] | Sequence[Ints],
+    ) -> None:
+        """Learn from verified batches of the same requests and one width.
 
         Args:
             request_ids: [bs]; what ended meanwhile teaches the shared terms alone.
             width: Tokens verified per request; 1 shows nothing and only lets knowledge age.
-            commit_lens: [bs] committed tokens, accepted drafts plus one, in ``1 .. width``.
+            commit_lens: [steps, bs] committed tokens, accepted drafts plus one, in ``1 .. width``.
         """
-        self.age(request_ids, 1)
+        self._age(request_ids, len(commit_lens))
         if width == 1:
             return
         slots = np.array([self._slot_of.get(rid, 0) for rid in request_ids])
@@ -106,9 +111,11 @@ class AcceptanceModel:
         position = self._position[shown]
         logits, var = self._logits(slots, width - 1)
         accept = _sigmoid(logits)
-        seen = position <= commit_lens[:, None]
+        committed = np.array(commit_lens)[..., None]
+        seen = (position <= committed).sum(axis=0)
+        accepted = (position < committed).sum(axis=0)
         info = seen * accept * (1 - accept)
-        error = seen * ((position < commit_lens[:, None]) - accept)
+        error = accepted - seen * accept
 
         level_move, level_var = _kalman(self._level_var, info, error, var, (0, 1))
         shape_move, shape_var = _kalman(self._shape_var[None, shown], info, error, var, (0,))
@@ -121,7 +128,7 @@ class AcceptanceModel:
         self._tilt_var[slots] = tilt_var
         self._tilt[0] = 0.0
 
-    def age(self, request_ids: Sequence[Hashable], steps: int) -> None:
+    def _age(self, request_ids: Sequence[Hashable], steps: int) -> None:
         """Let knowledge age by so many steps of a batch."""
         rate = steps / self._memory
         self._level_var = min(self._level_var + rate * _LEVEL_VAR, _LEVEL_VAR)

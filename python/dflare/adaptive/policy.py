@@ -19,7 +19,7 @@ _CREDIT_STEPS = 5.0  # exploration saved up at most, in step times
 _FIRST_CREDIT_STEPS = 10.0  # what a new server may spend: start-up does not measure all
 _LEAST_CHARGE = 0.05  # of a step, for exploring what is nearly as good: no end of it else
 _PROBE_EVERY = 0.1  # of the memory: without any draft for so long, one is tried without hope
-_HOLD = 8  # plain steps per decision: they show nothing, and thinking costs them the most
+_HOLD = 8  # steps per decision: thinking costs up to 1 % of a step, and one step changes little
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,9 @@ class WidthPolicy:
         self._undrafted = 0
         self._held: Decision | None = None
         self._hold = 0  # steps for which the held decision still stands
-        self._unseen = 0  # plain steps of which the acceptance model has not heard
-        self._unseen_seconds: list[float] = []  # ... and the cost table neither
+        # Results of the held decision from which nothing was learned yet.
+        self._commit_lens: list[Sequence[int]] = []
+        self._seconds: list[float] = []
 
     def choose(self, request_ids: Sequence[Hashable], remaining: Sequence[int]) -> Decision:
         """Choose the width of the next step.
@@ -67,12 +68,12 @@ class WidthPolicy:
             The decision, to be handed back to :meth:`observe`.
         """
         ids = tuple(request_ids)
-        if self._held and self._hold and self._held.request_ids == ids:
+        held = self._held
+        if held and self._hold and held.request_ids == ids and held.width <= max(remaining):
             self._hold -= 1
-            self._undrafted += 1
-            self._earn(self._held.predicted_seconds)
-            return self._held
-        self._learn_held()
+            self._count(held)
+            return held
+        self._learn()
         left = np.asarray(remaining, dtype=np.int64)
         tokens, hoped = self.acceptance.expected_tokens(request_ids, left)
         tokens, hoped = tokens[self._index], hoped[self._index]
@@ -93,17 +94,15 @@ class WidthPolicy:
             self._credit -= float(loss[chosen])
         else:
             chosen = best
-        self._undrafted = self._undrafted + 1 if chosen == 0 else 0
-        predicted = float(seconds[chosen])
-        self._earn(predicted)
         decision = Decision(
             width=self.config.widths[chosen],
             request_ids=ids,
             exploring=chosen != best,
             expected_tokens=float(tokens[chosen]),
-            predicted_seconds=predicted,
+            predicted_seconds=float(seconds[chosen]),
         )
-        self._held, self._hold = (decision, _HOLD - 1) if chosen == best == 0 else (None, 0)
+        self._count(decision)
+        self._held, self._hold = decision, _HOLD - 1 if chosen == best else 0
         return decision
 
     def observe(
@@ -117,16 +116,12 @@ class WidthPolicy:
             seconds: How long the step took; None where that is not known, as when a prefill
                 ran in between.
         """
+        times = [] if seconds is None else [seconds]
         if decision is self._held:
-            self._unseen += 1
-            if seconds is not None:
-                self._unseen_seconds.append(seconds)
-            return
-        self.acceptance.observe(
-            decision.request_ids, decision.width, np.asarray(commit_lens, dtype=np.int64)
-        )
-        if seconds is not None:
-            self.cost.observe(len(decision.request_ids), decision.width, [seconds])
+            self._commit_lens.append(commit_lens)
+            self._seconds += times
+        else:
+            self._learn_from(decision, [commit_lens], times)
 
     def finish(self, request_id: Hashable) -> None:
         """Forget a request that ended; unknown ones are ignored."""
@@ -136,16 +131,24 @@ class WidthPolicy:
         """Estimated acceptance of each drafted position that is reached, from position 1 on."""
         return self.acceptance.conditional().tolist()
 
-    def _learn_held(self) -> None:
-        """Learn at once from the plain steps of the decision that was held."""
-        held, seconds = self._held, self._unseen_seconds
-        if held and self._unseen:
-            self.acceptance.age(held.request_ids, self._unseen)
-        if held and seconds:
-            self.cost.observe(len(held.request_ids), held.width, seconds)
-        self._unseen, self._unseen_seconds = 0, []
+    def _learn(self) -> None:
+        """Learn at once from all steps of the held decision."""
+        if self._held and self._commit_lens:
+            self._learn_from(self._held, self._commit_lens, self._seconds)
+        self._commit_lens, self._seconds = [], []
 
-    def _earn(self, seconds: float) -> None:
+    def _learn_from(
+        self, decision: Decision, commit_lens: Sequence[Sequence[int]], seconds: Sequence[float]
+    ) -> None:
+        ids, width = decision.request_ids, decision.width
+        self.acceptance.observe(ids, width, commit_lens)
+        if seconds:
+            self.cost.observe(len(ids), width, seconds)
+
+    def _count(self, decision: Decision) -> None:
+        """Book a step: how long ago the last draft was, and what may be spent on exploring."""
+        self._undrafted = self._undrafted + 1 if decision.width == 1 else 0
+        seconds = decision.predicted_seconds
         if self._credit < _CREDIT_STEPS * seconds:
             self._credit += self.config.explore * seconds
 
