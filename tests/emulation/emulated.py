@@ -230,7 +230,9 @@ def _link(tree: Path, jobs: list[tuple], flags: tuple[str, ...] = ()) -> Path:
     return library
 
 
-RUNTIME = ["emulation/emulator.cpp", "emulation/guarded_memory.cpp"]
+RUNTIME = [
+    f"emulation/{name}.cpp" for name in ("emulator", "scheduler", "fiber", "guarded_memory")
+]
 KERNELS = ["cuda/fuse_norm.cu", "cuda/norm_rope_write.cu", "cuda/block_attention_schedule.cu"]
 
 

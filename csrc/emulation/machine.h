@@ -1,0 +1,110 @@
+// What the emulator knows of the machine: queued and running grids, and the threads of the latter.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda_runtime.h"
+#include "emulator.h"
+#include "fiber.h"
+
+namespace dflare::emulation {
+
+struct Block;
+struct Warp;
+
+enum class State { kReady, kInWarpOperation, kAtBarrier, kAwaitingKernels, kDone };
+
+struct AsyncCopy {
+  void* shared;
+  const void* global;
+  bool valid;
+};
+
+struct Thread {
+  Stack stack;
+  void* stack_pointer = nullptr;
+  dim3 thread_index, block_index;
+  State state = State::kDone;
+  Warp* warp = nullptr;
+  std::vector<AsyncCopy> uncommitted;
+  std::deque<std::vector<AsyncCopy>> groups;
+};
+
+struct Warp {
+  Block* block = nullptr;
+  std::vector<std::unique_ptr<Thread>> threads;
+  bool queued = false;
+  int arrived = 0;
+  WarpOperation operation = nullptr;
+  const char* operation_name = nullptr;
+  void* operands[32];
+};
+
+struct Grid {
+  Launch launch;
+  std::vector<unsigned> order;  // in which its blocks start
+  size_t started = 0, finished = 0;
+  bool done() const { return finished == order.size(); }
+};
+
+struct Block {
+  Grid* grid = nullptr;
+  std::vector<Warp> warps;
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+  int threads = 0, live = 0, at_barrier = 0;
+  bool waited = false;
+};
+
+struct Machine {
+  std::vector<Grid> grids;
+  std::vector<Launch> queue;
+  std::vector<std::unique_ptr<Block>> resident;
+  std::vector<std::unique_ptr<Thread>> idle_threads;
+  std::vector<Warp*> ready;
+  Thread* running = nullptr;
+  void* stack_pointer = nullptr;  // of the scheduler
+  std::mt19937_64 random;
+  std::string error;
+  // The seed's temper.
+  double run_on = 0;        // probability to continue the warp that ran last
+  double prefer_later = 0;  // probability to start blocks of an overlapping grid first
+  size_t resident_threads = 0, most_resident_threads = 0;
+  Warp* starved = nullptr;
+  int starved_for = 0;
+
+  uint64_t below(uint64_t n) { return random() % n; }
+  bool chance(double p) { return static_cast<double>(random() % 1000) < p * 1000; }
+};
+
+Machine& machine();
+
+// ------------------------------------------------------------ for the running thread
+
+// Back to the scheduler; continues when the scheduler picks the thread again.
+void suspend(State state);
+
+// ------------------------------------------------------------ for all
+
+void make_ready(Thread& thread);
+
+template <class Visit>
+void for_each_thread(Block& block, Visit visit) {
+  for (Warp& warp : block.warps) {
+    for (auto& thread : warp.threads) visit(*thread);
+  }
+}
+
+// Whether all kernels before this one have finished.
+bool priors_done(const Grid& grid);
+
+// "(block x,y,z, thread t)", for messages.
+std::string describe(const Thread& thread);
+
+}  // namespace dflare::emulation

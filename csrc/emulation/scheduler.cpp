@@ -1,0 +1,267 @@
+// Which thread runs next: enqueue and synchronize of emulator.h.
+#include <algorithm>
+#include <numeric>
+
+#include "guarded_memory.h"
+#include "machine.h"
+
+namespace dflare::emulation {
+
+Machine& machine() {
+  static Machine m;
+  return m;
+}
+
+void suspend(State state) {
+  Machine& m = machine();
+  m.running->state = state;
+  dflare_switch_stack(&m.running->stack_pointer, m.stack_pointer);
+}
+
+void make_ready(Thread& thread) {
+  thread.state = State::kReady;
+  if (!thread.warp->queued) {
+    thread.warp->queued = true;
+    machine().ready.push_back(thread.warp);
+  }
+}
+
+bool priors_done(const Grid& grid) {
+  for (const Grid& prior : machine().grids) {
+    if (&prior == &grid) return true;
+    if (!prior.done()) return false;
+  }
+  return true;
+}
+
+std::string describe(const Thread& thread) {
+  const dim3 b = thread.block_index;
+  return " (block " + std::to_string(b.x) + "," + std::to_string(b.y) + "," + std::to_string(b.z) +
+         ", thread " + std::to_string(thread.thread_index.x) + ")";
+}
+
+namespace {
+
+void enter() {
+  Machine& m = machine();
+  m.running->warp->block->grid->launch.body();
+  m.running->state = State::kDone;
+  dflare_switch_stack(&m.running->stack_pointer, m.stack_pointer);
+  __builtin_unreachable();
+}
+
+bool may_start(size_t index) {
+  Machine& m = machine();
+  for (size_t i = index; i > 0; --i) {
+    const Grid& prior = m.grids[i - 1];
+    if (prior.done()) continue;
+    // CUDA starts an overlapped grid when every block of the one before has launched dependents or
+    // exited, but promises nothing of what their writes look like before the wait. Starting it as
+    // soon as they all run shows every state that it could see.
+    const bool overlaps = m.grids[i].launch.overlap_prior && prior.started == prior.order.size();
+    if (!overlaps) return false;
+  }
+  return true;
+}
+
+void start_block(Grid& grid) {
+  Machine& m = machine();
+  auto block = std::make_unique<Block>();
+  const unsigned linear = grid.order[grid.started++];
+  const dim3 dims = grid.launch.grid;
+  block->grid = &grid;
+  block->threads = block->live = static_cast<int>(grid.launch.block.x);
+  block->shared_bytes = grid.launch.shared_bytes;
+  if (block->shared_bytes > 0) {
+    block->shared =
+        static_cast<unsigned char*>(allocate_guarded(block->shared_bytes, 128, "shared memory"));
+    if (block->shared == nullptr) throw std::bad_alloc();
+  }
+  block->warps.resize(block->threads / 32);
+  for (size_t w = 0; w < block->warps.size(); ++w) {
+    Warp& warp = block->warps[w];
+    warp.block = block.get();
+    for (unsigned lane = 0; lane < 32; ++lane) {
+      if (m.idle_threads.empty()) m.idle_threads.push_back(std::make_unique<Thread>());
+      auto thread = std::move(m.idle_threads.back());
+      m.idle_threads.pop_back();
+      thread->warp = &warp;
+      thread->thread_index = dim3(static_cast<unsigned>(w) * 32 + lane, 0, 0);
+      thread->block_index =
+          dim3(linear % dims.x, linear / dims.x % dims.y, linear / dims.x / dims.y);
+      thread->uncommitted.clear();
+      thread->groups.clear();
+      thread->stack_pointer = thread->stack.prepare(enter);
+      warp.threads.push_back(std::move(thread));
+    }
+  }
+  for_each_thread(*block, make_ready);
+  m.resident_threads += block->threads;
+  m.resident.push_back(std::move(block));
+}
+
+void start_blocks() {
+  Machine& m = machine();
+  while (true) {
+    std::vector<size_t> startable;
+    for (size_t i = 0; i < m.grids.size(); ++i) {
+      const Grid& grid = m.grids[i];
+      if (grid.started < grid.order.size() && may_start(i)) startable.push_back(i);
+    }
+    if (startable.empty()) return;
+    const size_t pick = m.chance(m.prefer_later) ? startable.back() : startable.front();
+    const bool fits = m.resident_threads + m.grids[pick].launch.block.x <= m.most_resident_threads;
+    if (!fits && !m.resident.empty()) return;
+    start_block(m.grids[pick]);
+  }
+}
+
+void finish_block(Block& block) {
+  Machine& m = machine();
+  if (block.grid->launch.overlap_prior && !block.waited) {
+    m.error =
+        "a block of an overlapped launch exits without wait_for_prior_kernels: the kernel "
+        "after it could start before the one before it has finished";
+    return;
+  }
+  ++block.grid->finished;
+  m.resident_threads -= block.threads;
+  for (Warp& warp : block.warps) {
+    if (m.starved == &warp) m.starved = nullptr;
+    for (auto& thread : warp.threads) {
+      if (thread->stack.overflowed()) m.error = "a thread's stack has overflowed";
+      m.idle_threads.push_back(std::move(thread));
+    }
+  }
+  if (block.shared != nullptr) {
+    if (m.error.empty()) m.error = check_guards();
+    release_guarded(block.shared);
+  }
+  std::erase_if(m.ready, [&](const Warp* warp) { return warp->block == &block; });
+  std::erase_if(m.resident, [&](const auto& b) { return b.get() == &block; });
+  for (auto& other : m.resident) {
+    if (!priors_done(*other->grid)) continue;
+    for_each_thread(*other, [](Thread& t) {
+      if (t.state == State::kAwaitingKernels) make_ready(t);
+    });
+  }
+}
+
+Warp* pick_warp() {
+  Machine& m = machine();
+  if (m.starved_for-- <= 0) {
+    m.starved = m.ready[m.below(m.ready.size())];
+    m.starved_for = 1 << m.below(15);  // from one step to whole tiles of work
+  }
+  size_t pick = m.chance(m.run_on) ? m.ready.size() - 1 : m.below(m.ready.size());
+  if (m.ready[pick] == m.starved) pick = m.below(m.ready.size());
+  if (m.ready[pick] == m.starved && m.ready.size() > 1) pick = (pick + 1) % m.ready.size();
+  Warp* warp = m.ready[pick];
+  m.ready.erase(m.ready.begin() + static_cast<ptrdiff_t>(pick));
+  warp->queued = false;
+  return warp;
+}
+
+// Runs each ready lane up to its next suspension.
+void step(Warp& warp) {
+  Machine& m = machine();
+  int lanes[32];
+  std::iota(lanes, lanes + 32, 0);
+  for (int i = 31; i > 0; --i) std::swap(lanes[i], lanes[m.below(i + 1)]);
+  Block& block = *warp.block;
+  blockDim = block.grid->launch.block;
+  gridDim = block.grid->launch.grid;
+  for (const int lane : lanes) {
+    Thread& thread = *warp.threads[lane];
+    if (thread.state != State::kReady) continue;
+    m.running = &thread;
+    threadIdx = thread.thread_index;
+    blockIdx = thread.block_index;
+    dflare_switch_stack(&m.stack_pointer, thread.stack_pointer);
+    if (!m.error.empty()) return;
+    if (thread.state == State::kDone && --block.live == 0) {
+      finish_block(block);
+      return;
+    }
+  }
+}
+
+std::string describe_deadlock() {
+  for (const auto& block : machine().resident) {
+    for (const Warp& warp : block->warps) {
+      for (const auto& thread : warp.threads) {
+        switch (thread->state) {
+          case State::kInWarpOperation:
+            return std::string("deadlock: waits for the other lanes in ") + warp.operation_name +
+                   describe(*thread);
+          case State::kAtBarrier: return "deadlock: waits at the block barrier" + describe(*thread);
+          case State::kAwaitingKernels:
+            return "deadlock: waits for the kernels before" + describe(*thread);
+          default: break;
+        }
+      }
+    }
+  }
+  return "deadlock";
+}
+
+void prepare(uint64_t seed) {
+  Machine& m = machine();
+  m.random.seed(seed);
+  m.error.clear();
+  m.ready.clear();
+  m.starved = nullptr;
+  m.resident_threads = 0;
+  for (auto& block : m.resident) {  // left by a run that failed
+    if (block->shared != nullptr) release_guarded(block->shared);
+    for (Warp& warp : block->warps) {
+      for (auto& thread : warp.threads) m.idle_threads.push_back(std::move(thread));
+    }
+  }
+  m.resident.clear();
+  m.run_on = std::initializer_list<double>{0.0, 0.9, 1.0}.begin()[m.below(3)];
+  m.prefer_later = m.chance(0.5) ? 1.0 : 0.5;
+  m.most_resident_threads = m.chance(0.3) ? 1 : 512 + m.below(2048);
+  m.grids.clear();
+  for (Launch& launch : m.queue) {
+    Grid grid{.launch = std::move(launch), .order = {}};
+    grid.order.resize(size_t{grid.launch.grid.x} * grid.launch.grid.y * grid.launch.grid.z);
+    std::iota(grid.order.begin(), grid.order.end(), 0u);
+    std::shuffle(grid.order.begin(), grid.order.end(), m.random);
+    m.grids.push_back(std::move(grid));
+  }
+  m.queue.clear();
+}
+
+void run() {
+  Machine& m = machine();
+  while (m.error.empty()) {
+    start_blocks();
+    if (m.resident.empty()) return;
+    if (m.ready.empty()) {
+      m.error = describe_deadlock();
+      return;
+    }
+    step(*pick_warp());
+  }
+}
+
+}  // namespace
+
+void enqueue(Launch launch) { machine().queue.push_back(std::move(launch)); }
+
+std::string synchronize(uint64_t seed) {
+  static sigjmp_buf fault;
+  Machine& m = machine();
+  prepare(seed);
+  FaultCatcher catcher(fault);
+  if (sigsetjmp(fault, 1) == 0) {
+    run();
+  } else {
+    m.error = FaultCatcher::description() + describe(*m.running);
+  }
+  if (m.error.empty()) m.error = check_guards();
+  return m.error;
+}
+
+}  // namespace dflare::emulation
