@@ -154,7 +154,7 @@ def build(seconds: Seconds, block_size: int, max_batch: int, steps: int) -> list
             duration=4 * steps * seconds(high, 1),
             context=lambda progress: 5 * progress,
         ),
-        replace(base, name="seed measured badly", seed_noise=0.25, level=constant(middle)),
+        replace(base, name="seed measured badly", seed_noise=0.4, level=constant(middle)),
         replace(
             base, name="other work at times, 1 at a time", busy=other_work, level=constant(hard)
         ),

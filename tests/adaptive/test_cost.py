@@ -42,6 +42,16 @@ def test_a_stalled_step_teaches_next_to_nothing():
     assert table.seconds(4) == pytest.approx(before, rel=0.05)
 
 
+def test_a_stall_in_the_first_step_of_a_width_is_undone_by_the_next_ones():
+    table = CostTable(WIDTHS, steps(linear))
+    for _ in range(20):
+        table.observe(4, 1, [linear(4, 1)])
+    table.observe(4, 8, [5 * linear(4, 8)])
+    table.observe(4, 1, [linear(4, 1)])
+    table.observe(4, 8, [linear(4, 8)])
+    assert table.seconds(4) == pytest.approx([linear(4, w) for w in WIDTHS], rel=0.1)
+
+
 def test_a_lasting_slowdown_reaches_the_widths_that_are_not_in_use():
     table = CostTable(WIDTHS, steps(linear))
     rng = np.random.default_rng(0)

@@ -99,6 +99,23 @@ def test_widths_are_configured_ones_and_reach_no_further_than_needed(batches, sl
         policy.observe(decision, commit.tolist(), seconds(1, decision.width))
 
 
+def test_a_decision_stands_for_eight_steps_of_the_same_requests():
+    policy = make_policy(flat, explore=0.0)
+    decisions = [policy.choose([0], [1000]) for _ in range(9)]
+    assert [decision is decisions[0] for decision in decisions] == [True] * 8 + [False]
+    assert policy.choose([0, 1], [1000, 1000]) is not decisions[-1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("plain", [0.4, 1.0, 2.5])
+def test_a_new_server_finds_out_what_start_up_has_measured_wrong(plain, seed):
+    seconds = sloped(0.1)
+    policy = make_policy(lambda n, w: seconds(n, w) * (plain if w == 1 else 1))
+    width = settled_width(serve(policy, 0.6, seconds, 300, seed=seed, noise=0.03))
+    rate = {w: sum(0.6**k for k in range(w)) / seconds(1, w) for w in policy.config.widths}
+    assert rate[width] >= 0.95 * max(rate.values())
+
+
 def test_the_same_inputs_give_the_same_decisions():
     seconds = sloped(0.1)
     runs = [serve(make_policy(seconds), 0.6, seconds, 300, batch=3) for _ in range(2)]

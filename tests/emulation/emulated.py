@@ -230,9 +230,7 @@ def _link(tree: Path, jobs: list[tuple], flags: tuple[str, ...] = ()) -> Path:
     return library
 
 
-RUNTIME = [
-    f"emulation/{name}.cpp" for name in ("emulator", "scheduler", "fiber", "guarded_memory")
-]
+RUNTIME = [f"emulation/{name}.cpp" for name in ("emulator", "scheduler", "fiber", "guarded_memory")]
 KERNELS = ["cuda/fuse_norm.cu", "cuda/norm_rope_write.cu", "cuda/block_attention_schedule.cu"]
 
 

@@ -9,8 +9,9 @@ from one step to the next, so that what a width costs against another shows only
 close together in time. ``shift`` and ``cell`` are what start-up measured wrong, for a width as a
 whole and for one cell; they change slowly. All are estimated by one Kalman filter with the full
 covariance: it knows that a width which is never left says nothing about the others, however long
-it is served. Residuals beyond a few times their usual size are clipped: one stalled step teaches
-next to nothing, a lasting change is followed within some tens of steps.
+it is served. Residuals beyond a few times what noise and doubt explain are clipped: where the times
+are known, one stalled step teaches next to nothing and a lasting change is followed within some tens
+of steps; where start-up may have measured anything, the first steps are believed.
 """
 
 import json
@@ -30,7 +31,7 @@ _SHIFT_VAR = 0.1**2  # of start-up measurements of a width, and what forgetting 
 _CELL_VAR = 0.1**2  # the same of one cell
 _GUESS_VAR = 0.3**2  # the same of a cell beyond the measured batch sizes
 _MEMORY = 5000  # steps in which a correction fades to a third of what was learned
-_CLIP = 2.5  # in units of the usual residual
+_CLIP = 2.5  # in standard deviations of a residual
 _SCALE_GAIN = 0.05
 _FIRST_SCALE = 0.05
 _HOPE = 3**0.5  # standard deviations by which a width may be cheaper than it looks
@@ -137,13 +138,17 @@ class CostTable:
         self._forget(steps)
         predicted = (1 - share) * self._raw[low, column] + share * self._raw[high, column]
         residuals = np.log(np.asarray(seconds) / predicted)
-        limit = _CLIP * self._scale
-        clipped = np.minimum(np.maximum(residuals, -limit), limit)
         along = self._var[0] + weights @ self._var[cells]
-        gain = along / (along[0] + weights @ along[cells] + self._scale**2 / steps)
-        self._mean += gain * clipped.mean()
-        self._var -= gain[:, None] * along
-        self._scale += _SCALE_GAIN * (1.25 * float(np.abs(clipped).mean()) - self._scale)
+        doubt = float(along[0] + weights @ along[cells])
+        gain = along / (doubt + self._scale**2 / steps)
+        # The drift's noise is in the scale already: it is what usual residuals are made of.
+        unknown = max(doubt - steps * _DRIFT_NOISE, 0.0)
+        limit = _CLIP * math.sqrt(self._scale**2 + unknown)
+        self._mean += gain * _clip(residuals, limit).mean()
+        # What was clipped may have been a stall: it leaves the doubt, so that the next step decides.
+        self._var -= (np.abs(residuals) < limit).mean() * gain[:, None] * along
+        usual = 1.25 * float(np.abs(_clip(residuals, _CLIP * self._scale)).mean())
+        self._scale += _SCALE_GAIN * (usual - self._scale)
         self._refresh()
 
     def _forget(self, steps: int) -> None:
@@ -187,6 +192,10 @@ class CostTable:
 def save_step_times(path: Path, measured: Iterable[StepTime], about: str) -> None:
     """Write measurements as JSON, with a sentence `about` what was measured on what."""
     path.write_text(json.dumps({"about": about, "steps": [list(s) for s in measured]}, indent=1))
+
+
+def _clip(residuals: Array, limit: float) -> Array:
+    return np.minimum(np.maximum(residuals, -limit), limit)
 
 
 def _next_row(batches: Sequence[int], seconds: Array) -> Array:

@@ -16,7 +16,7 @@ from dflare.adaptive.config import AdaptiveConfig
 from dflare.adaptive.cost import CostTable
 
 _CREDIT_STEPS = 5.0  # exploration saved up at most, in step times
-_FIRST_CREDIT_STEPS = 10.0  # what a new server may spend: start-up does not measure all
+_TRIALS = 2  # decisions for each width that a new server takes: start-up measures some times wrong
 _LEAST_CHARGE = 0.05  # of a step, for exploring what is nearly as good: no end of it else
 _PROBE_EVERY = 0.1  # of the memory: without any draft for so long, one is tried without hope
 _HOLD = 8  # steps per decision: thinking costs up to 1 % of a step, and one step changes little
@@ -48,8 +48,9 @@ class WidthPolicy:
         self._index = np.array(config.widths) - 1
         self._current = 0
         self._gain = 0.0
-        first = _FIRST_CREDIT_STEPS if config.explore else 0.0
+        first = _CREDIT_STEPS if config.explore else 0.0
         self._credit = first * float(cost.seconds(1)[0])
+        self._trials = [_TRIALS if config.explore else 0] * len(config.widths)
         self._undrafted = 0
         self._held: Decision | None = None
         self._hold = 0  # steps for which the held decision still stands
@@ -90,10 +91,14 @@ class WidthPolicy:
         if overdue:
             hopes[0] = 0.0
         chosen = int(hopes.argmax())
-        if chosen != best and (overdue or hopes[chosen] > rates[best]):
+        trial = self._next_trial(usable)
+        if trial is not None:
+            chosen = trial
+        elif chosen != best and (overdue or hopes[chosen] > rates[best]):
             self._credit -= float(loss[chosen])
         else:
             chosen = best
+        self._trials[chosen] -= 1
         decision = Decision(
             width=self.config.widths[chosen],
             request_ids=ids,
@@ -151,6 +156,12 @@ class WidthPolicy:
         seconds = decision.predicted_seconds
         if self._credit < _CREDIT_STEPS * seconds:
             self._credit += self.config.explore * seconds
+
+    def _next_trial(self, usable: int) -> int | None:
+        """Index of the width that a new server tries now, between decisions for the best one."""
+        if self._held is None or self._held.exploring:
+            return None
+        return next((i for i, left in enumerate(self._trials[:usable]) if left > 0), None)
 
     def _settle(self, rates: np.ndarray) -> int:
         """Index of the width to use, changed only when the predicted gain has piled up."""
