@@ -10,8 +10,8 @@ close together in time. ``shift`` and ``cell`` are what start-up measured wrong,
 whole and for one cell; they change slowly. All are estimated by one Kalman filter with the full
 covariance: it knows that a width which is never left says nothing about the others, however long
 it is served. Residuals beyond a few times what noise and doubt explain are clipped: where the times
-are known, one stalled step teaches next to nothing and a lasting change is followed within some tens
-of steps; where start-up may have measured anything, the first steps are believed.
+are known, one stalled step teaches next to nothing and a lasting change is followed within some
+tens of steps; where start-up may have measured anything, the first steps are believed.
 """
 
 import json
@@ -145,7 +145,7 @@ class CostTable:
         unknown = max(doubt - steps * _DRIFT_NOISE, 0.0)
         limit = _CLIP * math.sqrt(self._scale**2 + unknown)
         self._mean += gain * _clip(residuals, limit).mean()
-        # What was clipped may have been a stall: it leaves the doubt, so that the next step decides.
+        # What was clipped may have been a stall: it leaves the doubt, and the next step decides.
         self._var -= (np.abs(residuals) < limit).mean() * gain[:, None] * along
         usual = 1.25 * float(np.abs(_clip(residuals, _CLIP * self._scale)).mean())
         self._scale += _SCALE_GAIN * (usual - self._scale)
