@@ -13,7 +13,10 @@ def provenance() -> dict[str, str]:
     """Device, versions and revision of this process, for every record that it writes."""
     import torch
 
-    processor = f"{processor_name()}, {os.cpu_count()} logical cores"
+    import dflare.ops  # noqa: F401  (registers the operator that knows)
+
+    instructions = torch.ops.dflare.cpu_isa()
+    processor = f"{processor_name()}, {os.cpu_count()} logical cores, {instructions}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     packages = ("sglang", "torch", "sglang-dflare", "sglang-kernel")
     revision = subprocess.run(

@@ -12,6 +12,7 @@ were measured.
 
 import argparse
 import json
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         print("interrupted; the same command goes on", flush=True)
     finally:
         fleet.stop()
-        command = " ".join(["python bench/serving/sweep.py", *argv])
+        command = f"python bench/serving/sweep.py {shlex.join(argv)}"
         print(write_report(sweep, records, fleet.given_up, command, out))
     sys.exit(bool(missing_cells(sweep, records)))
 

@@ -50,7 +50,7 @@ class WidthPolicy:
         self._gain = 0.0
         first = _CREDIT_STEPS if config.explore else 0.0
         self._credit = first * float(cost.seconds(1)[0])
-        self._trials = [_TRIALS if config.explore else 0] * len(config.widths)
+        self._decided = [0] * len(config.widths)  # how often for each width
         self._undrafted = 0
         self._held: Decision | None = None
         self._hold = 0  # steps for which the held decision still stands
@@ -98,7 +98,7 @@ class WidthPolicy:
             self._credit -= float(loss[chosen])
         else:
             chosen = best
-        self._trials[chosen] -= 1
+        self._decided[chosen] += 1
         decision = Decision(
             width=self.config.widths[chosen],
             request_ids=ids,
@@ -159,9 +159,9 @@ class WidthPolicy:
 
     def _next_trial(self, usable: int) -> int | None:
         """Index of the width that a new server tries now, between decisions for the best one."""
-        if self._held is None or self._held.exploring:
+        if not self.config.explore or self._held is None or self._held.exploring:
             return None
-        return next((i for i, left in enumerate(self._trials[:usable]) if left > 0), None)
+        return next((i for i, n in enumerate(self._decided[:usable]) if n < _TRIALS), None)
 
     def _settle(self, rates: np.ndarray) -> int:
         """Index of the width to use, changed only when the predicted gain has piled up."""
