@@ -142,6 +142,14 @@ def parse(argv: list[str]) -> tuple[Sweep, Path]:
         parser.error("; ".join(item["msg"] for item in error.errors()))
 
 
+def holds(plan_file: Path, sweep: Sweep) -> bool:
+    """Whether a file holds this plan; what an older one lacks has its default."""
+    try:
+        return Sweep.model_validate_json(plan_file.read_text()) == sweep
+    except ValidationError:
+        return False
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     # An interrupted sweep takes its servers with it and still writes its report.
@@ -149,12 +157,11 @@ def main(argv: list[str] | None = None) -> None:
     sweep, out = parse(argv)
     out.mkdir(parents=True, exist_ok=True)
     plan_file = out / "plan.json"
-    plan = sweep.model_dump_json(indent=1)
-    if plan_file.exists() and plan_file.read_text() != plan:
+    if plan_file.exists() and not holds(plan_file, sweep):
         raise SystemExit(
             f"{plan_file} holds another plan than this one; choose another --out, or remove it"
         )
-    plan_file.write_text(plan)
+    plan_file.write_text(sweep.model_dump_json(indent=1))
     records = [record for record in read_records(out / "cells.jsonl") if is_whole(record)]
     fleet = Fleet(sweep, out)
     late = 0
