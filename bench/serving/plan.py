@@ -128,6 +128,8 @@ class Sweep(_Data):
             one server runs at a time, and arms alternate between repeats.
         simulate_acc_len: Accept length that SGLang fakes (SGLANG_SIMULATE_ACC_LEN); outputs are
             then meaningless, of full length, and every report says so.
+        minutes: Repeats behind the first that would not end within this time are left out, and the
+            report says so. The same command goes on with them.
     """
 
     model: str
@@ -144,6 +146,7 @@ class Sweep(_Data):
     seed: int = 1
     keep_alive: bool = False
     simulate_acc_len: float | None = None
+    minutes: float | None = Field(default=None, gt=0)
 
     @classmethod
     def load(cls, path: Path) -> "Sweep":

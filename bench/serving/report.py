@@ -122,14 +122,14 @@ def verdict(sweep: Sweep, records: Iterable[Record]) -> str:
 
 
 def write_report(
-    sweep: Sweep, records: list[Record], given_up: dict[str, str], command: str, out: Path
+    sweep: Sweep, records: list[Record], gaps: dict[str, str], command: str, out: Path
 ) -> str:
     """Write `report.md` and the plots into `out`.
 
     Args:
         sweep: The plan.
         records: Of all cells, failed ones too.
-        given_up: Arms that have no cells, or not all, and why.
+        gaps: What has no cells, or not all, as arms and repeats, and why.
         command: What measured them.
         out: Destination.
 
@@ -140,7 +140,7 @@ def write_report(
     ratios = adaptive_ratios(sweep, records)
     last = verdict(sweep, records)
     lines = [f"# Serving sweep: {sweep.model}", "", *_about(sweep, records, command), ""]
-    lines += _failures(records, given_up)
+    lines += _failures(records, gaps)
     for dataset in sweep.datasets:
         lines += [f"## {dataset.name}", "", *_markdown(sweep, table, ratios, dataset.name), ""]
         if any(key[0] == dataset.name for key in table):
@@ -194,15 +194,15 @@ def _about(sweep: Sweep, records: list[Record], command: str) -> list[str]:
     return lines
 
 
-def _failures(records: list[Record], given_up: dict[str, str]) -> list[str]:
-    lines = [f"- {arm}: {reason}" for arm, reason in given_up.items()]
+def _failures(records: list[Record], gaps: dict[str, str]) -> list[str]:
+    lines = [f"- {what}: {reason}" for what, reason in gaps.items()]
     lines += [
         f"- {r['arm']}, {r['dataset']}, concurrency {r['concurrency']}, repeat {r['repeat']}: "
         f"{r['failed']}"
         for r in records
         if "failed" in r
     ]
-    return ["## What failed", "", *lines, ""] if lines else []
+    return ["## What failed or was left out", "", *lines, ""] if lines else []
 
 
 def _noise(sweep: Sweep, records: list[Record]) -> list[str]:

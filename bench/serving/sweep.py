@@ -15,6 +15,9 @@ import json
 import shlex
 import signal
 import sys
+import time
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ QUICK = Path(__file__).parent / "sweeps" / "quick.yaml"
 
 
 def run(sweep: Sweep, fleet: Fleet, out: Path, records: list[dict[str, Any]]) -> None:
-    """Measure the cells that are still missing.
+    """Measure the cells that are still missing and that the plan's time holds.
 
     Args:
         sweep: The plan.
@@ -40,6 +43,7 @@ def run(sweep: Sweep, fleet: Fleet, out: Path, records: list[dict[str, Any]]) ->
         records: What was measured before; every cell is added as soon as it is done, one that
             failed with `failed`, the reason, in place of its figures.
     """
+    started = time.monotonic()
     path = out / "cells.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     done = {cell_of(record) for record in records}
@@ -50,7 +54,7 @@ def run(sweep: Sweep, fleet: Fleet, out: Path, records: list[dict[str, Any]]) ->
         for name in dict.fromkeys(cell.arm for cell in missing):
             fleet.get(name)
     with path.open("a") as file:
-        for number, cell in enumerate(missing, start=1):
+        for number, cell in enumerate(in_time(missing, started, sweep.minutes), start=1):
             server = fleet.get(cell.arm)
             if server is None:
                 continue
@@ -64,6 +68,29 @@ def run(sweep: Sweep, fleet: Fleet, out: Path, records: list[dict[str, Any]]) ->
             file.write(json.dumps(records[-1]) + "\n")
             file.flush()
             print(_line(cell, records[-1], number, len(missing)), flush=True)
+
+
+def in_time(missing: Iterable[Cell], started: float, minutes: float | None) -> Iterator[Cell]:
+    """Cells to measure: the first repeat, and of the others as many as end in time.
+
+    Args:
+        missing: In order of measurement.
+        started: When the sweep did, by time.monotonic().
+        minutes: What it may take. A repeat is expected to take as long as the longest before it.
+    """
+    longest = 0.0
+    for _, repeat in groupby(missing, key=lambda cell: cell.repeat):
+        begun = time.monotonic()
+        if minutes and longest and begun + longest > started + 60 * minutes:
+            return
+        yield from repeat
+        longest = max(longest, time.monotonic() - begun)
+
+
+def left_out(sweep: Sweep, records: Iterable[dict[str, Any]]) -> int:
+    """How many of the last repeats were not begun, for want of time."""
+    begun = {record["repeat"] for record in records}
+    return sweep.repeats - 1 - max(begun, default=0) if sweep.minutes else 0
 
 
 def _line(cell: Cell, record: dict[str, Any], number: int, total: int) -> str:
@@ -115,6 +142,14 @@ def parse(argv: list[str]) -> tuple[Sweep, Path]:
         parser.error("; ".join(item["msg"] for item in error.errors()))
 
 
+def holds(plan_file: Path, sweep: Sweep) -> bool:
+    """Whether a file holds this plan; what an older one lacks has its default."""
+    try:
+        return Sweep.model_validate_json(plan_file.read_text()) == sweep
+    except ValidationError:
+        return False
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     # An interrupted sweep takes its servers with it and still writes its report.
@@ -122,22 +157,30 @@ def main(argv: list[str] | None = None) -> None:
     sweep, out = parse(argv)
     out.mkdir(parents=True, exist_ok=True)
     plan_file = out / "plan.json"
-    plan = sweep.model_dump_json(indent=1)
-    if plan_file.exists() and plan_file.read_text() != plan:
+    if plan_file.exists() and not holds(plan_file, sweep):
         raise SystemExit(
             f"{plan_file} holds another plan than this one; choose another --out, or remove it"
         )
-    plan_file.write_text(plan)
+    plan_file.write_text(sweep.model_dump_json(indent=1))
     records = [record for record in read_records(out / "cells.jsonl") if is_whole(record)]
     fleet = Fleet(sweep, out)
+    late = 0
     try:
         run(sweep, fleet, out, records)
+        late = left_out(sweep, records)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", flush=True)
     finally:
         fleet.stop()
+        gaps = dict(fleet.given_up)
+        if late:
+            gaps["repeats"] = (
+                f"{late} of {sweep.repeats} would not have ended within {sweep.minutes:g} minutes"
+            )
+            print(f"left out: {gaps['repeats']}; the same command goes on", flush=True)
+            sweep = sweep.model_copy(update={"repeats": sweep.repeats - late})
         command = f"python bench/serving/sweep.py {shlex.join(argv)}"
-        print(write_report(sweep, records, fleet.given_up, command, out))
+        print(write_report(sweep, records, gaps, command, out))
     sys.exit(bool(missing_cells(sweep, records)))
 
 

@@ -88,10 +88,18 @@ def test_records_survive_a_line_cut_off_by_a_crash(tmp_path):
     assert [plan.cell_of(r).arm for r in plan.read_records(path)] == ["none"]
 
 
-def test_another_plan_does_not_continue_a_sweep(tmp_path):
-    (tmp_path / "plan.json").write_text("{}")
+@pytest.mark.parametrize("text", ["{}", "no JSON", make_sweep().model_dump_json()])
+def test_another_plan_does_not_continue_a_sweep(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
     with pytest.raises(SystemExit, match="holds another plan"):
         sweep_script.main(["--quick", "--out", str(tmp_path)])
+
+
+def test_a_plan_written_before_a_setting_was_known_is_the_same(tmp_path):
+    sweep = make_sweep()
+    (tmp_path / "plan.json").write_text(sweep.model_dump_json(exclude={"minutes"}))
+    assert sweep_script.holds(tmp_path / "plan.json", sweep)
+    assert not sweep_script.holds(tmp_path / "plan.json", make_sweep(minutes=14))
 
 
 def test_unknown_arms_are_refused(tmp_path, capsys):

@@ -31,13 +31,13 @@ class FakeServer:
 @pytest.fixture
 def small_sweep(tmp_path, monkeypatch):
     """Runs `main` for two concurrencies and two repeats; returns its exit status."""
-    settings = make_sweep(datasets=[{"name": "easy"}], keep_alive=True).model_dump_json()
-    (tmp_path / "small.yaml").write_text(settings)
     monkeypatch.setattr(fleet, "Server", FakeServer)
     monkeypatch.setattr(FakeServer, "broken", ())
     monkeypatch.setattr(FakeServer, "started", [])
 
-    def run(measure):
+    def run(measure, **changes):
+        sweep = make_sweep(datasets=[{"name": "easy"}], keep_alive=True, **changes)
+        (tmp_path / "small.yaml").write_text(sweep.model_dump_json())
         monkeypatch.setattr(sweep_script, "measure", measure)
         with pytest.raises(SystemExit) as ended:
             sweep_script.main([str(tmp_path / "small.yaml"), "--out", str(tmp_path / "out")])
@@ -105,6 +105,29 @@ def test_an_interrupted_sweep_writes_its_report(small_sweep, tmp_path):
 
     assert small_sweep(interrupt) == 1
     assert "INCOMPLETE" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("minutes", "kept"), [(1, 1), (17, 2), (25, 3), (None, 3)])
+def test_repeats_that_the_time_does_not_hold_are_left_out(
+    minutes, kept, small_sweep, tmp_path, monkeypatch, capsys
+):
+    class Clock:  # each of the 8 cells of a repeat takes a minute
+        now = 0.0
+        monotonic = staticmethod(lambda: Clock.now)
+
+    def measure(sweep, dataset, cell, server, out):
+        Clock.now += 60
+        return measure_well(sweep, dataset, cell, server, out)
+
+    monkeypatch.setattr(sweep_script, "time", Clock)
+    assert small_sweep(measure, repeats=3, minutes=minutes) == 0
+    printed = capsys.readouterr().out
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert Clock.now == kept * 8 * 60
+    said = f"{3 - kept} of 3 would not have ended within {minutes} minutes"
+    assert (f"left out: {said}; the same command goes on\n" in printed) == (kept < 3)
+    assert (f"- repeats: {said}\n" in text) == (kept < 3)
+    assert printed.endswith("adaptive / best: worst 1.000 at concurrency 1\n")
 
 
 def test_servers_take_their_settings_from_the_plan_alone(small_sweep, monkeypatch):
