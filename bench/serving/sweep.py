@@ -33,7 +33,7 @@ from report import is_whole, missing_cells, write_report
 QUICK = Path(__file__).parent / "sweeps" / "quick.yaml"
 
 
-def run(sweep: Sweep, fleet: Fleet, out: Path, records: list[dict[str, Any]]) -> None:
+def run(sweep: Sweep, fleet: Fleet, out: Path, records: list[dict[str, Any]]) -> int:
     """Measure the cells that are still missing and that the plan's time holds.
 
     Args:
@@ -42,6 +42,9 @@ def run(sweep: Sweep, fleet: Fleet, out: Path, records: list[dict[str, Any]]) ->
         out: Folder of `cells.jsonl`.
         records: What was measured before; every cell is added as soon as it is done, one that
             failed with `failed`, the reason, in place of its figures.
+
+    Returns:
+        How many of the last repeats were not begun, for want of time.
     """
     started = time.monotonic()
     path = out / "cells.jsonl"
@@ -53,8 +56,10 @@ def run(sweep: Sweep, fleet: Fleet, out: Path, records: list[dict[str, Any]]) ->
     if sweep.keep_alive:  # no cell is measured beside a server that starts
         for name in dict.fromkeys(cell.arm for cell in missing):
             fleet.get(name)
+    last = max((cell.repeat for cell in done), default=0)
     with path.open("a") as file:
         for number, cell in enumerate(in_time(missing, started, sweep.minutes), start=1):
+            last = max(last, cell.repeat)
             server = fleet.get(cell.arm)
             if server is None:
                 continue
@@ -68,6 +73,7 @@ def run(sweep: Sweep, fleet: Fleet, out: Path, records: list[dict[str, Any]]) ->
             file.write(json.dumps(records[-1]) + "\n")
             file.flush()
             print(_line(cell, records[-1], number, len(missing)), flush=True)
+    return sweep.repeats - 1 - last
 
 
 def in_time(missing: Iterable[Cell], started: float, minutes: float | None) -> Iterator[Cell]:
@@ -85,12 +91,6 @@ def in_time(missing: Iterable[Cell], started: float, minutes: float | None) -> I
             return
         yield from repeat
         longest = max(longest, time.monotonic() - begun)
-
-
-def left_out(sweep: Sweep, records: Iterable[dict[str, Any]]) -> int:
-    """How many of the last repeats were not begun, for want of time."""
-    begun = {record["repeat"] for record in records}
-    return sweep.repeats - 1 - max(begun, default=0) if sweep.minutes else 0
 
 
 def _line(cell: Cell, record: dict[str, Any], number: int, total: int) -> str:
@@ -166,8 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     fleet = Fleet(sweep, out)
     late = 0
     try:
-        run(sweep, fleet, out, records)
-        late = left_out(sweep, records)
+        late = run(sweep, fleet, out, records)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", flush=True)
     finally:

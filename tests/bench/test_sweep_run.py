@@ -130,6 +130,14 @@ def test_repeats_that_the_time_does_not_hold_are_left_out(
     assert printed.endswith("adaptive / best: worst 1.000 at concurrency 1\n")
 
 
+def test_servers_that_do_not_start_are_no_want_of_time(small_sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeServer, "broken", ("none", "width 4", "adaptive", "ngram"))
+    assert small_sweep(measure_well, minutes=1) == 1
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "- adaptive: does not start" in text
+    assert "- repeats:" not in text
+
+
 def test_servers_take_their_settings_from_the_plan_alone(small_sweep, monkeypatch):
     monkeypatch.setenv("DFLARE_ADAPTIVE", "off")
     monkeypatch.setenv("SGLANG_SIMULATE_ACC_LEN", "3")
