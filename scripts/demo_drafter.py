@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from dflare.errors import DFlareError
-from dflare.training.pipeline import run_pipeline
+from dflare.training.run.pipeline import run_pipeline
 
 
 def main(

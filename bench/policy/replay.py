@@ -24,12 +24,12 @@ import scenarios
 from simulate import best_ragged
 
 from dflare.adaptive import AdaptiveConfig, WidthPolicy
-from dflare.training.export import load_drafter
-from dflare.training.generate import Generator, Sampling
-from dflare.training.model import Drafter
-from dflare.training.prompts import encode, read_prompts, stop_tokens
-from dflare.training.step import draft_blocks
-from dflare.training.target import Target, load_target, target_path
+from dflare.training.data.generate import Generator, Sampling
+from dflare.training.data.prompts import encode, read_prompts, stop_tokens
+from dflare.training.data.target import Target, load_target, target_path
+from dflare.training.drafter.export import load_drafter
+from dflare.training.drafter.model import Drafter
+from dflare.training.run.step import draft_blocks
 
 PROMPTS = Path(__file__).parents[1] / "serving" / "prompts"
 _TABLE_ERROR = 0.05  # of a start-up measurement

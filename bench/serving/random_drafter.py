@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import torch
 
 from dflare.checkpoint import DraftConfig, expected_tensors, read_target_config, save_checkpoint
-from dflare.training.config import DrafterSection
-from dflare.training.init import draft_config
+from dflare.training.drafter.init import draft_config
+from dflare.training.drafter.section import DrafterSection
 
 # The published drafters' (configs/qwen3-8b.yaml).
 _LAYERS, _TAPS, _BLOCK_SIZE = 7, 9, 16

@@ -26,15 +26,15 @@ from ablation_report import table, write_report
 
 from dflare.errors import DFlareError
 from dflare.processor import device_name
-from dflare.training.config import TrainConfig, load_config
-from dflare.training.data import load_corpus, read_lines
+from dflare.training.data.corpus import load_corpus, read_lines
+from dflare.training.data.prompts import stop_tokens
+from dflare.training.data.target import Target, load_tokenizer, target_path
+from dflare.training.drafter.init import draft_config
+from dflare.training.drafter.model import Drafter
 from dflare.training.errors import ConfigError
-from dflare.training.evaluate import evaluate, held_out_prompts
-from dflare.training.init import draft_config
-from dflare.training.model import Drafter
-from dflare.training.prompts import stop_tokens
-from dflare.training.target import Target, load_tokenizer, target_path
-from dflare.training.trainer import Trainer, compute_dtype
+from dflare.training.run.config import TrainConfig, load_config
+from dflare.training.run.evaluate import evaluate, held_out_prompts
+from dflare.training.run.trainer import Trainer, compute_dtype
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "DFlash": {"architecture": "dflash", "shared_kv": False},

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 import typer
 
-import dflare.training.step as step_module
-import dflare.training.trainer as trainer_module
+import dflare.training.run.step as step_module
+import dflare.training.run.trainer as trainer_module
 from dflare.processor import device_name
-from dflare.training.config import TrainConfig, load_config
-from dflare.training.data import FORMAT
-from dflare.training.target import Target
-from dflare.training.trainer import Trainer
+from dflare.training.data.corpus import FORMAT
+from dflare.training.data.target import Target
+from dflare.training.run.config import TrainConfig, load_config
+from dflare.training.run.trainer import Trainer
 
 PARTS = ("batch", "target", "draft", "loss", "backward", "optimizer")
 _WARM_UP = 4  # one epoch of the random data, which fills a tap cache

@@ -14,7 +14,7 @@ import ablation
 from ablation_report import write_report
 
 from dflare.training.errors import ConfigError
-from dflare.training.trainer import Trainer
+from dflare.training.run.trainer import Trainer
 
 GRID = [
     ablation.Variant("DFlash", "decay", 0),

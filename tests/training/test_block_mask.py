@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflare.training.block_mask import dense_block_mask, flex_block_mask
+from dflare.training.drafter.block_mask import dense_block_mask, flex_block_mask
 
 
 def rule(anchors, context_len, block_size, window):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_models import tiny_causal_lm, train_config, write_data
 
-from dflare.training.generate import Generator, Sampling
-from dflare.training.slot_cache import ATTENTION
-from dflare.training.target import Target
-from dflare.training.trainer import Trainer
+from dflare.training.data.generate import Generator, Sampling
+from dflare.training.data.slot_cache import ATTENTION
+from dflare.training.data.target import Target
+from dflare.training.run.trainer import Trainer
 
 STEPS = 4
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

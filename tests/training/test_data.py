@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflare.training.batches import draw_anchors, epoch_batches, make_batch
-from dflare.training.data import Corpus, check_mask_token, load_corpus, split
+from dflare.training.data.batches import draw_anchors, epoch_batches, make_batch
+from dflare.training.data.corpus import Corpus, check_mask_token, load_corpus, split
 from dflare.training.errors import ConfigError, DataError
-from dflare.training.vocabulary import LossVocabulary
+from dflare.training.loss.vocabulary import LossVocabulary
 
 HEADER = {"dflare_data": 1, "target": "t", "vocab_size": 100}
 

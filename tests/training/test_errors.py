@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 from dflare.cli.app import app, main
 from dflare.errors import CheckpointError, DFlareError, UnsupportedError
-from dflare.training.config import load_config, parse_config
+from dflare.training.data.target import Target, load_target
+from dflare.training.drafter.export import export_drafter
 from dflare.training.errors import ConfigError, DataError, TrainingError
-from dflare.training.export import export_drafter
-from dflare.training.snapshot import FILE
-from dflare.training.target import Target, load_target
-from dflare.training.trainer import Trainer
+from dflare.training.run.config import load_config, parse_config
+from dflare.training.run.snapshot import FILE
+from dflare.training.run.trainer import Trainer
 
 
 @pytest.mark.parametrize(

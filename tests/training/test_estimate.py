@@ -5,10 +5,10 @@ import shutil
 import pytest
 from tiny_models import tiny_target, train_config
 
-from dflare.training import estimate
 from dflare.training.errors import TrainingError
-from dflare.training.snapshot import FILE
-from dflare.training.trainer import Trainer
+from dflare.training.run import estimate
+from dflare.training.run.snapshot import FILE
+from dflare.training.run.trainer import Trainer
 
 
 def test_the_forecast_advises_where_memory_is_short():

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import random_drafter
 
 from dflare.errors import CheckpointError
-from dflare.training.evaluate import run_evaluation
-from dflare.training.export import export_drafter, load_drafter
+from dflare.training.drafter.export import export_drafter, load_drafter
+from dflare.training.run.evaluate import run_evaluation
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tiny_models import tiny_causal_lm
 
 from dflare.errors import UnsupportedError
-from dflare.training.generate import Generator, Sampling, sample
-from dflare.training.slot_cache import ATTENTION, grouped_attention
-from dflare.training.target import Target, load_target
+from dflare.training.data.generate import Generator, Sampling, sample
+from dflare.training.data.slot_cache import ATTENTION, grouped_attention
+from dflare.training.data.target import Target, load_target
 
 STOP = (2, 7, 11, 19)
 

@@ -13,11 +13,11 @@ from transformers import (
     GPTNeoXConfig,
 )
 
-from dflare.training.config import DrafterSection, load_config
+from dflare.training.data.target import Target
+from dflare.training.drafter.init import build_drafter, draft_config
 from dflare.training.errors import ConfigError
-from dflare.training.init import build_drafter, draft_config
-from dflare.training.pipeline import load_pipeline
-from dflare.training.target import Target
+from dflare.training.run.config import DrafterSection, load_config
+from dflare.training.run.pipeline import load_pipeline
 
 
 def section(**changes) -> DrafterSection:

@@ -5,8 +5,8 @@ import torch
 from tiny_models import random_drafter, tiny_draft_config
 
 from dflare.checkpoint import expected_tensors
-from dflare.training.block_mask import dense_block_mask, flex_block_mask
-from dflare.training.model import Drafter
+from dflare.training.drafter.block_mask import dense_block_mask, flex_block_mask
+from dflare.training.drafter.model import Drafter
 
 ARCHITECTURES = [
     {"architecture": "dflare"},

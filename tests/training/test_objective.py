@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dflare.training.block_loss import block_loss
-from dflare.training.objective import Objective, decay_weights, dpace_weights
+from dflare.training.loss.block_loss import block_loss
+from dflare.training.loss.objective import Objective, decay_weights, dpace_weights
 
 
 def test_dpace_of_three_slots_by_hand():

@@ -5,9 +5,9 @@ import torch
 from checkpoints import random_draft_config, write_random_draft, write_random_target
 from reference_drafter import ReferencePair
 
-from dflare.training.export import load_drafter
-from dflare.training.speculate import ContextCache, decode
-from dflare.training.target import load_target
+from dflare.training.data.target import load_target
+from dflare.training.drafter.export import load_drafter
+from dflare.training.run.speculate import ContextCache, decode
 
 VARIANTS = {
     "full": {},

@@ -7,9 +7,9 @@ import yaml
 from checkpoints import write_random_target
 
 from dflare.checkpoint import check_tensors, read_config
-from dflare.training import pipeline
 from dflare.training.errors import ConfigError, TrainingError
-from dflare.training.pipeline import Stages, load_pipeline, run_pipeline
+from dflare.training.run import pipeline
+from dflare.training.run.pipeline import Stages, load_pipeline, run_pipeline
 
 
 @pytest.fixture

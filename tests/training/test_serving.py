@@ -15,11 +15,11 @@ from tiny_models import train_config
 from transformers import AutoTokenizer
 
 from dflare.demo import demo_draft, demo_target
-from dflare.training.export import load_drafter
-from dflare.training.generate import Generator, Sampling
-from dflare.training.speculate import decode
-from dflare.training.target import load_target
-from dflare.training.trainer import Trainer
+from dflare.training.data.generate import Generator, Sampling
+from dflare.training.data.target import load_target
+from dflare.training.drafter.export import load_drafter
+from dflare.training.run.speculate import decode
+from dflare.training.run.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 NEW_TOKENS = 40

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import random_drafter, tiny_causal_lm, tiny_draft_config
 
-from dflare.training.evaluate import Score, evaluate, write_report
-from dflare.training.generate import Generator, Sampling
-from dflare.training.prompt_lookup import propose, simulate
-from dflare.training.slot_cache import ATTENTION
-from dflare.training.speculate import decode
-from dflare.training.target import Target
+from dflare.training.data.generate import Generator, Sampling
+from dflare.training.data.slot_cache import ATTENTION
+from dflare.training.data.target import Target
+from dflare.training.run.evaluate import Score, evaluate, write_report
+from dflare.training.run.prompt_lookup import propose, simulate
+from dflare.training.run.speculate import decode
 
 STOP = (2, 7, 11, 19)
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "training"))
 
 import step
 
-from dflare.training.target import Target
+from dflare.training.data.target import Target
 
 
 @pytest.mark.slow

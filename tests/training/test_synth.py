@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from dflare.cli.app import app
 from dflare.errors import DFlareError
-from dflare.training.data import load_corpus
+from dflare.training.data.corpus import load_corpus
+from dflare.training.data.generate import Sampling
+from dflare.training.data.prompts import encode, key, read_prompts
+from dflare.training.data.server_generator import ServerGenerator, own_server
 from dflare.training.errors import ConfigError, DataError
-from dflare.training.generate import Sampling
-from dflare.training.prompts import encode, key, read_prompts
-from dflare.training.server_generator import ServerGenerator, own_server
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_target_writes_its_own_prompts_after_openers(target, tmp_path):
 
 
 def test_a_target_that_repeats_itself_is_given_up(target, tmp_path, monkeypatch):
-    monkeypatch.setattr("dflare.training.synth._USELESS", 30)
+    monkeypatch.setattr("dflare.training.data.synth._USELESS", 30)
     arguments = ["--self-written", "5", "--prompt-temperature", "0", "--rows", "16"]
     with pytest.raises(DataError, match="--prompt-temperature"):
         synth(target, tmp_path / "data.jsonl", *arguments)

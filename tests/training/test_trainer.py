@@ -9,15 +9,15 @@ import torch
 from tiny_models import tiny_causal_lm, train_config, write_data
 
 from dflare.checkpoint import check_tensors, read_config
-from dflare.training import loop
-from dflare.training.clock import Clock
-from dflare.training.export import export_size, load_drafter
-from dflare.training.generate import Generator, Sampling
-from dflare.training.loop import Interrupted
-from dflare.training.slot_cache import ATTENTION
-from dflare.training.speculate import decode
-from dflare.training.target import Target
-from dflare.training.trainer import Trainer
+from dflare.training.data.generate import Generator, Sampling
+from dflare.training.data.slot_cache import ATTENTION
+from dflare.training.data.target import Target
+from dflare.training.drafter.export import export_size, load_drafter
+from dflare.training.run import loop
+from dflare.training.run.clock import Clock
+from dflare.training.run.loop import Interrupted
+from dflare.training.run.speculate import decode
+from dflare.training.run.trainer import Trainer
 
 
 def target() -> Target:

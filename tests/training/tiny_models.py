@@ -8,9 +8,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dflare.checkpoint import DraftConfig, make_config
-from dflare.training.config import TrainConfig, parse_config
-from dflare.training.model import Drafter
-from dflare.training.target import Target
+from dflare.training.data.target import Target
+from dflare.training.drafter.model import Drafter
+from dflare.training.run.config import TrainConfig, parse_config
 
 
 def tiny_draft_config(**changes) -> DraftConfig:

@@ -28,7 +28,7 @@ def evaluate_command(
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
 ) -> None:
     """Decode prompts speculatively and report accept length, beside prompt lookup."""
-    from dflare.training.evaluate import run_evaluation
+    from dflare.training.run.evaluate import run_evaluation
 
     run_evaluation(
         draft,

@@ -44,10 +44,10 @@ def synth_command(
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
 ) -> None:
     """Generate training data; the same command goes on where an interrupted one stopped."""
+    from dflare.training.data.prompts import read_openers, read_prompts
+    from dflare.training.data.synth import SynthSettings, minutes_from_now
+    from dflare.training.data.synth_run import open_synth
     from dflare.training.errors import ConfigError
-    from dflare.training.prompts import read_openers, read_prompts
-    from dflare.training.synth import SynthSettings, minutes_from_now
-    from dflare.training.synth_run import open_synth
 
     if not prompts and not self_written:
         raise ConfigError("nothing to answer: give --prompts FILE, --self-written N, or both")

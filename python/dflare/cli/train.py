@@ -22,9 +22,9 @@ def train_command(
 
     On several GPUs: torchrun --nproc-per-node 8 --no-python dflare train CONFIG.yaml
     """
-    from dflare.training.config import load_config
+    from dflare.training.run.config import load_config
 
     parsed = load_config(config, overrides)
-    from dflare.training.trainer import Trainer
+    from dflare.training.run.trainer import Trainer
 
     Trainer(parsed, resume=resume).run()

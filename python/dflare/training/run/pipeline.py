@@ -17,19 +17,19 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dflare.training.config import TrainConfig, load_config
+from dflare.training.data.prompts import read_openers, read_prompts
+from dflare.training.data.synth import SynthSettings
+from dflare.training.data.synth_run import open_synth
+from dflare.training.data.target import load_target
+from dflare.training.drafter.export import export_size
+from dflare.training.drafter.init import draft_config
+from dflare.training.drafter.model import Drafter
 from dflare.training.errors import ConfigError
-from dflare.training.evaluate import run_evaluation
-from dflare.training.export import export_size
-from dflare.training.init import draft_config
-from dflare.training.model import Drafter
-from dflare.training.model_card import model_card
-from dflare.training.prompts import read_openers, read_prompts
-from dflare.training.snapshot import FILE
-from dflare.training.synth import SynthSettings
-from dflare.training.synth_run import open_synth
-from dflare.training.target import load_target
-from dflare.training.trainer import Trainer
+from dflare.training.run.config import TrainConfig, load_config
+from dflare.training.run.evaluate import run_evaluation
+from dflare.training.run.model_card import model_card
+from dflare.training.run.snapshot import FILE
+from dflare.training.run.trainer import Trainer
 
 MAX_BYTES = 16 * 2**20  # of the shipped weights
 _PROMPT_SHARE = 0.2  # of the generation time that self-written prompts may take

@@ -9,8 +9,8 @@ import torch
 
 import dflare
 from dflare.processor import device_name
-from dflare.training.config import TrainConfig
-from dflare.training.data import open_text
+from dflare.training.data.corpus import open_text
+from dflare.training.run.config import TrainConfig
 
 _CARD = """---
 license: apache-2.0
@@ -78,7 +78,7 @@ def model_card(
         temperature: Of the answers in the data.
         last: Last line of the training log.
         data: The data file.
-        report: Of :func:`dflare.training.evaluate.run_evaluation`.
+        report: Of :func:`dflare.training.run.evaluate.run_evaluation`.
         overrides: Given on the command line.
     """
     drafter, objective = train.drafter, train.objective

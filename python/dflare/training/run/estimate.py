@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from dflare.checkpoint import DraftConfig
-from dflare.training.config import TrainConfig
+from dflare.training.drafter.model import Drafter
 from dflare.training.errors import TrainingError
-from dflare.training.model import Drafter
+from dflare.training.run.config import TrainConfig
 
 # Of the measured product rate: what a training step reaches, and the target; rough figures.
 _EFFICIENCY, _TARGET_EFFICIENCY = 0.35, 0.9

@@ -8,7 +8,7 @@ vocabulary are a little too good; validation always uses all tokens.
 
 import numpy as np
 
-from dflare.training.data import Corpus
+from dflare.training.data.corpus import Corpus
 
 
 class LossVocabulary:

@@ -12,23 +12,23 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from dflare.training.acceptance import Acceptance, AcceptanceMeter
-from dflare.training.batches import Batch, Order, make_batch
-from dflare.training.block_loss import chunk_loss
-from dflare.training.clock import Clock
-from dflare.training.config import TrainConfig
-from dflare.training.data import Corpus, check_mask_token, load_corpus, split
+from dflare.training.data.batches import Batch, Order, make_batch
+from dflare.training.data.corpus import Corpus, check_mask_token, load_corpus, split
+from dflare.training.data.tap_cache import TapCache
+from dflare.training.data.target import Target, load_target
+from dflare.training.drafter.init import build_drafter, tap_ids
 from dflare.training.errors import ConfigError, DataError, TrainingError
-from dflare.training.init import build_drafter, tap_ids
-from dflare.training.loop import Loop
-from dflare.training.optimizer import learning_rate, make_optimizer
-from dflare.training.ranks import Ranks, start_ranks
-from dflare.training.snapshot import FILE, load_snapshot, save_snapshot
-from dflare.training.step import BlockStep
-from dflare.training.tap_cache import TapCache
-from dflare.training.target import Target, load_target
-from dflare.training.vocabulary import LossVocabulary
-from dflare.training.window import Window
+from dflare.training.loss.acceptance import Acceptance, AcceptanceMeter
+from dflare.training.loss.block_loss import chunk_loss
+from dflare.training.loss.vocabulary import LossVocabulary
+from dflare.training.run.clock import Clock
+from dflare.training.run.config import TrainConfig
+from dflare.training.run.loop import Loop
+from dflare.training.run.optimizer import learning_rate, make_optimizer
+from dflare.training.run.ranks import Ranks, start_ranks
+from dflare.training.run.snapshot import FILE, load_snapshot, save_snapshot
+from dflare.training.run.step import BlockStep
+from dflare.training.run.window import Window
 
 _VALIDATION_EPOCH = 2**31  # seeds the anchors of validation, which stay the same for the whole run
 _WIDTHS = 6  # widths of a batch where code is compiled for each; each a multiple of 128

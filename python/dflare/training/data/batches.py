@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dflare.training.data import Corpus
+from dflare.training.data.corpus import Corpus
 
 _SORT_WINDOW = 32  # batches among which sequences are sorted by length, so that little is padding
 

@@ -4,17 +4,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from dflare.training.drafter.section import DrafterSection, Section
 from dflare.training.errors import ConfigError
-from dflare.training.objective import Objective
+from dflare.training.loss.objective import Objective
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class TargetSection(_Section):
+class TargetSection(Section):
     """The frozen model that drafts are for.
 
     Args:
@@ -27,37 +24,7 @@ class TargetSection(_Section):
     attention: Literal["dflare_grouped", "sdpa", "eager"] = "dflare_grouped"
 
 
-class DrafterSection(_Section):
-    """The model that is trained; whatever is not here is as in the target.
-
-    Args:
-        architecture: ``dflare`` or ``dflash``.
-        shared_kv: DFlare without context projections of its own (an ablation).
-        layers: D.
-        taps: Ids of the tapped target layers, or how many to spread over its depth.
-        block_size: B.
-        mask_token_id: Token that stands for slots to be predicted; one that text never holds.
-        intermediate_size: Width of the feed-forward; none for the target's.
-        sliding_window: Tokens that every draft layer sees; none for all.
-        init: Start from layers of the target, or from random weights.
-        init_layers: Target layers to start from; none for its last D.
-        dtype: Of the exported weights.
-    """
-
-    architecture: Literal["dflare", "dflash"] = "dflare"
-    shared_kv: bool = False
-    layers: int = Field(gt=0)
-    taps: int | tuple[int, ...]
-    block_size: int = Field(ge=2, le=32)
-    mask_token_id: int = Field(ge=0)
-    intermediate_size: int | None = Field(default=None, gt=0)
-    sliding_window: int | None = Field(default=None, gt=0)
-    init: Literal["target", "random"] = "target"
-    init_layers: tuple[int, ...] | None = None
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-
-
-class DataSection(_Section):
+class DataSection(Section):
     """What is learned from.
 
     Args:
@@ -79,7 +46,7 @@ class DataSection(_Section):
 
 
 class ObjectiveSection(Objective):
-    """What is minimised, see :class:`dflare.training.objective.Objective`, and at what cost.
+    """What is minimised, see :class:`dflare.training.loss.objective.Objective`, and at what cost.
 
     Args:
         frequent: Reduced loss vocabulary: this many of the most frequent tokens ...
@@ -92,14 +59,14 @@ class ObjectiveSection(Objective):
     chunk_tokens: int = Field(default=2048, gt=0)
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     """AdamW with a cosine schedule.
 
     Args:
         learning_rate: At the end of the warm-up.
         final_share: Share of it that is left at the end.
         warmup: Share of the run that warms up: of its steps or of its time, as it ends by the one
-            or the other; see :class:`dflare.training.clock.Clock`.
+            or the other; see :class:`dflare.training.run.clock.Clock`.
         betas: Of the moments.
         eps: Added to the root of the second moment.
         weight_decay: Of matrices; norms and fusion logits do not decay.
@@ -115,7 +82,7 @@ class OptimizerSection(_Section):
     clip: float = Field(default=1.0, gt=0)
 
 
-class RunSection(_Section):
+class RunSection(Section):
     """How long, where and how.
 
     Args:
@@ -154,7 +121,7 @@ class RunSection(_Section):
     save_minutes: float = Field(default=10.0, gt=0)
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """A whole training run."""
 
     target: TargetSection

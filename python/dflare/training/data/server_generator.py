@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from dflare.errors import DFlareError
-from dflare.training.generate import Answer, Sampling
+from dflare.training.data.generate import Answer, Sampling
 
 _START_SECONDS = 1200.0  # the target may have to be downloaded
 _REQUEST_SECONDS = 600.0
@@ -67,7 +67,7 @@ class ServerGenerator:
         return Answer(index, ids if ids[-1:] == [end] else [*ids, end], "stop")
 
     def run(self, prompts: Iterable[list[int]], deadline: float | None = None) -> Iterator[Answer]:
-        """Answer prompts; as :meth:`dflare.training.generate.Generator.run`."""
+        """Answer prompts; as :meth:`dflare.training.data.generate.Generator.run`."""
         waiting = (
             (index, ids) for index, ids in enumerate(prompts) if 0 < len(ids) < self._max_length
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dflare.training.data import read_lines
+from dflare.training.data.corpus import read_lines
 from dflare.training.errors import DataError
 
 Message = dict[str, str]

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from dflare.checkpoint import DraftConfig
-from dflare.training.rope import Rotary, rotate
+from dflare.training.drafter.rope import Rotary, rotate
 
 Architecture = Literal["dflare", "dflash"]
 Mask = Tensor | BlockMask | None

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from dflare.checkpoint import check_pair
-from dflare.training.config import load_config
-from dflare.training.data import Corpus, load_corpus, split
+from dflare.training.data.corpus import Corpus, load_corpus, split
+from dflare.training.data.prompts import encode, read_prompts, stop_tokens
+from dflare.training.data.target import Target, load_target, load_tokenizer, target_path
+from dflare.training.drafter.export import load_drafter
+from dflare.training.drafter.model import Drafter
 from dflare.training.errors import ConfigError
-from dflare.training.export import load_drafter
-from dflare.training.model import Drafter
-from dflare.training.prompt_lookup import simulate
-from dflare.training.prompts import encode, read_prompts, stop_tokens
-from dflare.training.ranks import start_ranks
-from dflare.training.speculate import decode
-from dflare.training.target import Target, load_target, load_tokenizer, target_path
+from dflare.training.run.config import load_config
+from dflare.training.run.prompt_lookup import simulate
+from dflare.training.run.ranks import start_ranks
+from dflare.training.run.speculate import decode
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from dflare.training.data import FORMAT, read_lines
+from dflare.training.data.corpus import FORMAT, read_lines
+from dflare.training.data.generate import Answer, Sampling
+from dflare.training.data.prompts import Message, encode, key
 from dflare.training.errors import ConfigError, DataError
-from dflare.training.generate import Answer, Sampling
-from dflare.training.prompts import Message, encode, key
 
 _USELESS = 2000  # user turns in a row that make no prompt, after which to give up
 _MARK = "\u2980user turn\u2980"  # stands for a user turn in a chat template; no template holds it

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dflare.training.objective import Objective
+from dflare.training.loss.objective import Objective
 
 
 @dataclass(frozen=True)

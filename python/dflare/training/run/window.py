@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dflare.training.acceptance import AcceptanceMeter
-from dflare.training.ranks import Ranks
+from dflare.training.loss.acceptance import AcceptanceMeter
+from dflare.training.run.ranks import Ranks
 
 
 class Window:

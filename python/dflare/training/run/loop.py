@@ -10,15 +10,15 @@ import torch
 from torch._dynamo.utils import counters
 
 from dflare.errors import CheckpointError
-from dflare.training.acceptance import Acceptance
+from dflare.training.drafter.export import export_drafter
 from dflare.training.errors import TrainingError
-from dflare.training.estimate import check_disk, describe, estimate_run, free_memory
-from dflare.training.export import export_drafter
-from dflare.training.monitor import Monitor
-from dflare.training.snapshot import FILE, full_weights
+from dflare.training.loss.acceptance import Acceptance
+from dflare.training.run.estimate import check_disk, describe, estimate_run, free_memory
+from dflare.training.run.monitor import Monitor
+from dflare.training.run.snapshot import FILE, full_weights
 
 if TYPE_CHECKING:
-    from dflare.training.trainer import Trainer
+    from dflare.training.run.trainer import Trainer
 
 
 class Interrupted(TrainingError):

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from dflare.checkpoint import DraftConfig
-from dflare.training.batches import Batch
-from dflare.training.block_loss import BlockLoss, block_loss, chunk_loss
-from dflare.training.block_mask import dense_block_mask, flex_block_mask
-from dflare.training.model import Mask
-from dflare.training.objective import Objective
-from dflare.training.tap_cache import TapCache
-from dflare.training.target import Target, TargetOutput
+from dflare.training.data.batches import Batch
+from dflare.training.data.tap_cache import TapCache
+from dflare.training.data.target import Target, TargetOutput
+from dflare.training.drafter.block_mask import dense_block_mask, flex_block_mask
+from dflare.training.drafter.model import Mask
+from dflare.training.loss.block_loss import BlockLoss, block_loss, chunk_loss
+from dflare.training.loss.objective import Objective
 
 
 def draft_blocks(

@@ -9,19 +9,18 @@ import torch
 from transformers import GenerationConfig
 
 from dflare.checkpoint import read_target_config
-from dflare.training.errors import ConfigError
-from dflare.training.generate import Generator, Sampling
-from dflare.training.prompts import Message, stop_tokens
-from dflare.training.ranks import choose_device
-from dflare.training.server_generator import ServerGenerator, own_server, served_dtype
-from dflare.training.synth import (
+from dflare.training.data.generate import Generator, Sampling
+from dflare.training.data.prompts import Message, stop_tokens
+from dflare.training.data.server_generator import ServerGenerator, own_server, served_dtype
+from dflare.training.data.synth import (
     AnswersPrompts,
     MakeGenerator,
     Synth,
     SynthSettings,
     prompts_file,
 )
-from dflare.training.target import load_target, load_tokenizer, target_path
+from dflare.training.data.target import choose_device, load_target, load_tokenizer, target_path
+from dflare.training.errors import ConfigError
 
 _ROWS_CPU, _ROWS_GPU = 16, 256
 

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dflare.training.errors import ConfigError
-from dflare.training.model import Drafter
+from dflare.training.data.target import choose_device
+from dflare.training.drafter.model import Drafter
 
 
 @dataclass(frozen=True)
@@ -68,30 +68,6 @@ class Ranks:
 
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(drafter, device_ids=ids, gradient_as_bucket_view=True)
-
-
-def choose_device(device: str) -> str:
-    """Settle what computes.
-
-    Args:
-        device: ``cpu``, ``cuda`` or ``auto``.
-
-    Returns:
-        ``cpu`` or ``cuda``.
-
-    Raises:
-        ConfigError: Another name, or CUDA is asked for and there is none.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"the device is {device!r}, expected cpu, cuda or auto")
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "the device is cuda, but PyTorch sees no GPU; choose cpu (--device cpu, or "
-            "run.device=cpu in a training configuration)"
-        )
-    return device
 
 
 def start_ranks(device: str) -> Ranks:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dflare.training.generate import sample
-from dflare.training.model import Drafter, Mask
-from dflare.training.slot_cache import SlotCache
-from dflare.training.target import Target
+from dflare.training.data.generate import sample
+from dflare.training.data.slot_cache import SlotCache
+from dflare.training.data.target import Target
+from dflare.training.drafter.model import Drafter, Mask
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dflare.training.data import Corpus
+from dflare.training.data.corpus import Corpus
 from dflare.training.errors import ConfigError, TrainingError
 
 

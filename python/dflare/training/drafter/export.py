@@ -15,8 +15,8 @@ from dflare.checkpoint import (
     save_checkpoint,
 )
 from dflare.checkpoint.save import write_checkpoint
+from dflare.training.drafter.model import Drafter
 from dflare.training.errors import TrainingError
-from dflare.training.model import Drafter
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from dflare.errors import UnsupportedError
+from dflare.training.data.slot_cache import ATTENTION
 from dflare.training.errors import ConfigError
-from dflare.training.slot_cache import ATTENTION
 
 DEMO_TARGET = "demo"
 
@@ -119,6 +119,30 @@ class Target:
         )
         self._seen.clear()
         return TargetOutput(taps, final)
+
+
+def choose_device(device: str) -> str:
+    """Settle what computes.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``auto``.
+
+    Returns:
+        ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: Another name, or CUDA is asked for and there is none.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"the device is {device!r}, expected cpu, cuda or auto")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "the device is cuda, but PyTorch sees no GPU; choose cpu (--device cpu, or "
+            "run.device=cpu in a training configuration)"
+        )
+    return device
 
 
 def target_path(name: str) -> str:

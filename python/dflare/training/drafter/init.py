@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dflare.checkpoint import DraftConfig, make_config, spread_taps
-from dflare.training.config import DrafterSection
+from dflare.training.data.target import Target
+from dflare.training.drafter.model import Drafter, RMSNorm
+from dflare.training.drafter.section import DrafterSection
 from dflare.training.errors import ConfigError
-from dflare.training.model import Drafter, RMSNorm
-from dflare.training.target import Target
 
 _NORM_START = 2.0  # of q_norm and k_norm where the target has none: keeps attention peaked
 # What a drafter takes over from its target's configuration.

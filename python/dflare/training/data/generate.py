@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dflare.training.slot_cache import SlotCache
-from dflare.training.target import Target
+from dflare.training.data.slot_cache import SlotCache
+from dflare.training.data.target import Target
 
 _LIMIT_STEP = 64  # attention reads up to a multiple of this many positions
 _HARVEST_STEPS = 8  # steps between looks at which rows have finished: each look waits for the GPU

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import nn
 
-from dflare.training.config import OptimizerSection
-from dflare.training.model import Drafter
+from dflare.training.drafter.model import Drafter
+from dflare.training.run.config import OptimizerSection
 
 
 def learning_rate(section: OptimizerSection, progress: float) -> float:

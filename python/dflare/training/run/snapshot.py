@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from dflare.training.config import TrainConfig
 from dflare.training.errors import ConfigError, TrainingError
-from dflare.training.ranks import Ranks
+from dflare.training.run.config import TrainConfig
+from dflare.training.run.ranks import Ranks
 
 FILE = "snapshot.pt"
 # What may change between the parts of a run: these three move its end, and with it the schedule ...

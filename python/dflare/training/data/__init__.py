@@ -1,0 +1,1 @@
+"""What is learned from: prompts, the target's answers to them, its hidden states."""

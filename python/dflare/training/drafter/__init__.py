@@ -1,0 +1,1 @@
+"""The model that trains: built from a target, run over blocks, exported for serving."""
