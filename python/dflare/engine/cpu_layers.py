@@ -102,7 +102,8 @@ def _rms_norm(self, x, residual=None, post_residual_addition=None, quant_linear=
 def _silu_and_mul(self, x):
     if x.dtype not in _DTYPES:
         return self.forward_native(x)
-    return ops.silu_and_mul(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+    width = x.shape[-1]
+    return ops.silu_and_mul(x.reshape(-1, width)).view(*x.shape[:-1], width // 2)
 
 
 def _rotary_embedding(self, positions, query, key, offsets=None, fused_set_kv_buffer_arg=None):
@@ -110,6 +111,8 @@ def _rotary_embedding(self, positions, query, key, offsets=None, fused_set_kv_bu
     if not whole or offsets is not None or query.dtype not in _DTYPES:
         return self.forward_native(positions, query, key, offsets, fused_set_kv_buffer_arg)
     positions = positions.flatten().long()
+    if not len(positions):
+        return query, key  # an empty batch, of which no view can tell the width
     for x in (query, key):
         ops.rotate_heads(x.view(len(positions), -1), self.cos_sin_cache, positions, self.head_size)
     return query, key

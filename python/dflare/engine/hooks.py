@@ -7,6 +7,7 @@ imported it by name.
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from dflare.engine.plugin import ALGORITHM
+from dflare.engine.request_guard import register_guard
 
 
 def register_hooks() -> None:
@@ -28,6 +29,7 @@ def register_hooks() -> None:
         _apply_penalties_first,
         HookType.AROUND,
     )
+    register_guard()
     from sglang.srt.platforms import current_platform
 
     from dflare.engine.platform import CpuPlatform

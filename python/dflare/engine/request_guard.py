@@ -1,0 +1,266 @@
+"""What a request may ask for, checked before it reaches the scheduler.
+
+SGLang 0.5.23 trusts a request in places: a token id beyond the embedding, a count of log
+probabilities beyond the vocabulary or a parameter of a wrong type raise in the scheduler's process,
+which ends the server for everybody. Every way in (HTTP, `sglang.Engine`, gRPC) passes two methods:
+`GenerateReqInput.normalize_batch_and_arguments`, then, once a request is tokenized,
+`TokenizerManager._create_tokenized_object`. The hooks below stand there. They raise `ValueError`,
+which SGLang turns into status 400; what SGLang itself refuses is left to SGLang.
+"""
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+# As OpenAI's API: each sample is a request of its own in the queue.
+MAX_SAMPLES = 128
+# Log probabilities that one request may ask for, over all its tokens: a Python tuple each, so this
+# is about 150 MB in the server's first process.
+MAX_LOGPROBS = 1 << 20
+# Logits with a bias beyond this overflow float32 once a small temperature divides them.
+_MAX_BIAS = 1e30
+# What SGLang's own parsing raises about a request instead of a ValueError.
+_FOREIGN = (
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RecursionError,
+    re.error,
+    msgspec.MsgspecError,
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the served model sets: its vocabulary and context, in tokens."""
+
+    vocab_size: int
+    context_length: int
+
+
+def check_shape(request: Any) -> None:
+    """Refuse a request whose fan-out would cost memory before anything else looks at it.
+
+    Args:
+        request: a `GenerateReqInput` as the client wrote it.
+
+    Raises:
+        ValueError: given, expected.
+    """
+    given = request.sampling_params
+    each = given if isinstance(given, list) else [given or {}]
+    if not each or not all(isinstance(params, dict) for params in each):
+        raise ValueError(
+            "sampling_params must be an object, or a list of one object per prompt; "
+            f"got {_short(given)}"
+        )
+    for params in each:
+        samples = params.get("n", 1)
+        if samples is not None and not (_is_int(samples) and 1 <= samples <= MAX_SAMPLES):
+            raise ValueError(f"n must be 1 to {MAX_SAMPLES} samples, got {_short(samples)}")
+
+
+def _check_one_each(request: Any) -> None:
+    given = request.sampling_params
+    if request.is_single and isinstance(given, list):
+        raise ValueError("sampling_params is a list, but there is one prompt: give one object")
+    if not request.is_single and len(given) != request.batch_size * request.parallel_sample_num:
+        raise ValueError(
+            f"{len(given)} sampling_params for {request.batch_size} prompts; give one for each, or "
+            "one object for all"
+        )
+
+
+def check_request(request: Any, given: dict[str, Any], limits: Limits) -> None:
+    """Refuse a tokenized request that the model's limits do not allow.
+
+    Args:
+        request: a `TokenizedGenerateReqInput` with normalised sampling parameters.
+        given: the sampling parameters as the client wrote them; normalising hides a wrong top_k.
+        limits: the served model's.
+
+    Raises:
+        ValueError: given, expected.
+    """
+    _check_types(request)
+    _check_prompt(request, limits)
+    _check_logprobs(request, limits)
+    params, vocabulary = request.sampling_params, limits.vocab_size
+    top_k = given.get("top_k")
+    if top_k is not None and top_k < -1:
+        raise ValueError(f"top_k must be -1 (all tokens) or at least 1, got {top_k}")
+    for token in params.stop_token_ids or ():
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"stop_token_ids must be in [0, {vocabulary - 1}], got {token}")
+    for token, bias in (params.logit_bias or {}).items():
+        if not abs(bias) <= _MAX_BIAS:
+            raise ValueError(
+                f"logit_bias must be in [-{_MAX_BIAS:g}, {_MAX_BIAS:g}], got {bias} for {token}"
+            )
+    if params.stream_interval is not None and params.stream_interval < 1:
+        raise ValueError(f"stream_interval must be at least 1 token, got {params.stream_interval}")
+
+
+def _check_types(request: Any) -> None:
+    """Read the request back as the scheduler will: a wrong type would raise there."""
+    from sglang.srt.managers import io_struct
+
+    # Ids are an array of 64-bit integers already; what travels pickled is SGLang's own.
+    small = copy.copy(request)
+    small.input_ids = small.input_embeds = small.mm_inputs = small.time_stats = None
+    small.positional_embed_overrides = None
+    io_struct.msgpack_decode(io_struct.msgpack_encode(small))
+
+
+def _check_prompt(request: Any, limits: Limits) -> None:
+    ids = request.input_ids
+    length = len(ids) if ids is not None else 0
+    if not length and not (request.session_params or request.input_embeds or request.mm_inputs):
+        raise ValueError("the prompt is empty; give at least one token")
+    if length:
+        values = np.frombuffer(ids, dtype=np.int64)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= limits.vocab_size:
+            raise ValueError(
+                f"token ids must be in [0, {limits.vocab_size - 1}], got {low if low < 0 else high}"
+            )
+    for name in ("token_indices_to_pool", "multi_item_delimiter_indices"):
+        positions = getattr(request, name) or ()
+        if any(not 0 <= position < length for position in positions):
+            raise ValueError(f"{name} must be positions in the prompt of {length} tokens")
+
+
+def _check_logprobs(request: Any, limits: Limits) -> None:
+    start, top = request.logprob_start_len, request.top_logprobs_num
+    if start < -1:
+        raise ValueError(f"logprob_start_len must be -1 (output only) or a position, got {start}")
+    if not 0 <= top <= limits.vocab_size:
+        raise ValueError(
+            f"the number of top log probabilities must be 0 to {limits.vocab_size}, got {top}"
+        )
+    if not request.return_logprob:
+        return
+    prompt = len(request.input_ids or ())
+    wanted = request.sampling_params.max_new_tokens
+    room = max(limits.context_length - prompt, 0)
+    tokens = room if wanted is None else min(wanted, room)
+    tokens += prompt - start if start >= 0 else 0
+    each = top + len(request.token_ids_logprob or ())
+    if tokens * each > MAX_LOGPROBS:
+        raise ValueError(
+            f"{each} log probabilities for each of {tokens} tokens are {tokens * each}, expected "
+            f"at most {MAX_LOGPROBS}; ask for fewer, or for fewer tokens"
+        )
+
+
+def register_guard() -> None:
+    """Register the hooks; they act where DFLARE or this package's CPU platform serves."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target, hook in (
+        ("managers.io_struct.GenerateReqInput.normalize_batch_and_arguments", _normalize),
+        ("managers.tokenizer_manager.TokenizerManager._create_tokenized_object", _tokenized),
+        ("constrained.base_grammar_backend.BaseGrammarBackend._init_value_dispatch", _compile),
+        ("managers.tokenizer_control_mixin.TokenizerControlMixin.start_profile", _start_profile),
+    ):
+        HookRegistry.register(f"sglang.srt.{target}", hook, HookType.AROUND)
+
+
+def is_active() -> bool:
+    """Whether this process serves with DFLARE or on this package's CPU platform."""
+    from sglang.srt.platforms import current_platform
+    from sglang.srt.runtime_context import get_spec
+
+    from dflare.engine.platform import CpuPlatform
+    from dflare.engine.plugin import ALGORITHM
+
+    if isinstance(current_platform, CpuPlatform):
+        return True
+    return str(get_spec().speculative_algorithm).upper() == ALGORITHM
+
+
+def _normalize(original, request) -> None:
+    if not is_active():
+        return original(request)
+    with _as_value_error():
+        check_shape(request)
+        original(request)
+        _check_one_each(request)
+
+
+def _tokenized(original, manager, obj, *args, **kwargs):
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+
+    if not is_active():
+        return original(manager, obj, *args, **kwargs)
+    with _as_value_error():
+        request = original(manager, obj, *args, **kwargs)
+        if isinstance(request, TokenizedGenerateReqInput):
+            limits = Limits(manager.model_config.vocab_size, manager.context_len)
+            check_request(request, obj.sampling_params, limits)
+    return request
+
+
+def _compile(original, backend, key, *args, **kwargs):
+    """A grammar that allows no first token is refused like one that does not compile."""
+    from sglang.srt.constrained.base_grammar_backend import InvalidGrammarObject
+    from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
+
+    grammar = original(backend, key, *args, **kwargs)
+    if isinstance(grammar, XGrammarGrammar) and is_active():
+        mask = grammar.allocate_vocab_mask(grammar.vocab_size, 1, "cpu")
+        grammar.fill_vocab_mask(mask, 0)
+        if not mask.any():
+            return InvalidGrammarObject(f"{key[0]}: no text matches it, not even its first token")
+    return grammar
+
+
+async def _start_profile(original, manager, req=None):
+    from fastapi import HTTPException
+
+    if req is not None and is_active():
+        try:
+            _check_profile(req)
+        except (ValueError, OSError) as error:
+            raise HTTPException(400, f"/start_profile: {error}") from error
+    return await original(manager, req)
+
+
+def _check_profile(req: Any) -> None:
+    """The scheduler writes the trace when profiling stops, and would end if it cannot."""
+    import os
+    import tempfile
+    from pathlib import Path
+
+    folder = Path(req.output_dir or os.getenv("SGLANG_TORCH_PROFILER_DIR", "/tmp")).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    for name in ("start_step", "num_steps"):
+        value = getattr(req, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@contextmanager
+def _as_value_error() -> Iterator[None]:
+    try:
+        yield
+    except _FOREIGN as error:
+        raise ValueError(f"the request cannot be served as written: {error}") from error
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
