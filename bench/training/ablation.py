@@ -26,8 +26,8 @@ from ablation_report import table, write_report
 
 from dflare.errors import DFlareError
 from dflare.processor import device_name
-from dflare.training.data.corpus import load_corpus, read_lines
-from dflare.training.data.prompts import stop_tokens
+from dflare.training.data.corpus import load_corpus
+from dflare.training.data.prompts import read_lines, stop_tokens
 from dflare.training.data.target import Target, load_tokenizer, target_path
 from dflare.training.drafter.init import draft_config
 from dflare.training.drafter.model import Drafter

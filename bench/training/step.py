@@ -26,7 +26,7 @@ import typer
 import dflare.training.run.step as step_module
 import dflare.training.run.trainer as trainer_module
 from dflare.processor import device_name
-from dflare.training.data.corpus import FORMAT
+from dflare.training.data.files import Record, write_records
 from dflare.training.data.target import Target
 from dflare.training.run.config import TrainConfig, load_config
 from dflare.training.run.trainer import Trainer
@@ -38,14 +38,13 @@ _WARM_UP = 4  # one epoch of the random data, which fills a tap cache
 def random_data(config: TrainConfig, vocab_size: int, file: Path) -> None:
     """Write sequences of full length: what a step costs does not depend on what they say."""
     rng = np.random.default_rng(0)
-    header = {"dflare_data": FORMAT, "target": "random", "vocab_size": vocab_size, "generation": {}}
     length = config.data.max_length
     low = config.drafter.mask_token_id + 1
-    with file.open("w") as out:
-        out.write(json.dumps(header) + "\n")
-        for _ in range(_WARM_UP * config.data.batch_size):
-            ids = rng.integers(low % vocab_size, vocab_size, size=length).tolist()
-            out.write(json.dumps({"ids": ids, "loss": [[length // 4, length]]}) + "\n")
+    records = [
+        Record(rng.integers(low % vocab_size, vocab_size, size=length), [(length // 4, length)])
+        for _ in range(_WARM_UP * config.data.batch_size)
+    ]
+    write_records(file, {"target": "random", "vocab_size": vocab_size}, records)
 
 
 def synchronise(device: torch.device) -> None:
@@ -150,7 +149,7 @@ def main(
     parsed = load_config(config, overrides)
     target = Trainer.load_target(parsed)
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "random.jsonl"
+        data = Path(folder) / "random.xz"
         random_data(parsed, target.config.vocab_size, data)
         changes = [f"data.files=[{data}]", "data.held_out=0", f"run.output={folder}/run"]
         if parsed.data.tap_cache is not None:

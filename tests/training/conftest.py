@@ -16,5 +16,5 @@ def one_thread():
 @pytest.fixture
 def folder(tmp_path):
     """With data for a tiny target."""
-    write_data(tmp_path / "data.jsonl", 14)
+    write_data(tmp_path / "data.xz", 14)
     return tmp_path

@@ -26,7 +26,7 @@ GRID = [
 @pytest.fixture
 def folder(tmp_path):
     write_random_target(tmp_path / "target", num_layers=4)
-    write_data(tmp_path / "data.jsonl", 14, vocab_size=512)
+    write_data(tmp_path / "data.xz", 14, vocab_size=512)
     return tmp_path
 
 
@@ -85,7 +85,7 @@ def test_runs_under_other_conditions_are_not_mixed(folder, changes, named):
     run(folder, GRID[:1])
     before = (folder / "ablation/results.jsonl").read_bytes()
     if changes.pop("data", None):
-        write_data(folder / "data.jsonl", 14, seed=1, vocab_size=512)
+        write_data(folder / "data.xz", 14, seed=1, vocab_size=512)
     with pytest.raises(ConfigError, match=named):
         run(folder, GRID, **changes)
     assert (folder / "ablation/results.jsonl").read_bytes() == before

@@ -65,7 +65,7 @@ LEAN = {"run__checkpoint_activations": True, "run__accumulate": 2}
 @pytest.mark.slow
 def test_a_reduced_vocabulary_is_compiled_once(tmp_path):
     """Each step has another number of rows; recomputing and micro-batches are part of it."""
-    write_data(tmp_path / "data.jsonl", 40, vocab_size=512)
+    write_data(tmp_path / "data.xz", 40, vocab_size=512)
     (eager, losses), (compiled, same) = (
         train(tmp_path, "cpu", compiled, **REDUCED, **LEAN) for compiled in (False, True)
     )
@@ -81,7 +81,7 @@ def test_a_reduced_vocabulary_is_compiled_once(tmp_path):
 @pytest.mark.parametrize("memory", [{}, LEAN], ids=["plain", "lean"])
 @pytest.mark.parametrize("window", [None, 16], ids=["full", "sliding"])
 def test_compiled_training_is_eager_training(tmp_path, window, memory, vocabulary):
-    write_data(tmp_path / "data.jsonl", 40, vocab_size=512)
+    write_data(tmp_path / "data.xz", 40, vocab_size=512)
     changes = {"drafter__sliding_window": window, **memory, **vocabulary}
     start = starts(tmp_path)
     (eager, losses), (compiled, same) = (
@@ -96,7 +96,7 @@ def test_compiled_training_is_eager_training(tmp_path, window, memory, vocabular
 @pytest.mark.slow
 @needs_gpu
 def test_a_whole_run_on_a_gpu_learns_saves_and_goes_on(tmp_path):
-    write_data(tmp_path / "data.jsonl", 40, vocab_size=512)
+    write_data(tmp_path / "data.xz", 40, vocab_size=512)
     changes = {
         "data__anchors": 32,
         "optimizer__learning_rate": 5e-3,

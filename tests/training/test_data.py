@@ -1,8 +1,7 @@
 """Corpora, batches and anchors."""
 
-import gzip
 import itertools
-import json
+import lzma
 
 import numpy as np
 import pytest
@@ -11,15 +10,22 @@ from hypothesis import strategies as st
 
 from dflare.training.data.batches import draw_anchors, epoch_batches, make_batch
 from dflare.training.data.corpus import Corpus, check_mask_token, load_corpus, split
+from dflare.training.data.files import (
+    FORMAT,
+    DataFile,
+    Record,
+    read_header,
+    read_records,
+    write_records,
+)
 from dflare.training.errors import ConfigError, DataError
 from dflare.training.loss.vocabulary import LossVocabulary
 
-HEADER = {"dflare_data": 1, "target": "t", "vocab_size": 100}
 
-
-def write(path, *records, header=HEADER):
-    lines = [json.dumps(record) for record in (header, *records)]
-    path.write_text("\n".join(lines) + "\n")
+def write(path, *sequences, vocab_size=100):
+    """Write sequences, each its ids and the ranges that are answers."""
+    header = {"target": "t", "vocab_size": vocab_size}
+    write_records(path, header, [Record(ids, answers) for ids, answers in sequences])
     return path
 
 
@@ -31,58 +37,89 @@ def corpus_of(*sequences: tuple[list[int], list[int]]) -> Corpus:
 
 
 def test_a_file_gives_tokens_and_what_is_supervised(tmp_path):
-    path = write(tmp_path / "d.jsonl", {"ids": [5, 6, 7, 8, 9], "loss": [[1, 3], [4, 5]]})
+    path = write(tmp_path / "d.xz", ([5, 6, 7, 8, 9], [(1, 3), (4, 5)]))
     corpus = load_corpus([path], 100, max_length=4)
     assert corpus.tokens(0).tolist() == [5, 6, 7, 8]
     assert corpus.mask(0).tolist() == [False, True, True, False]
 
 
-def test_compressed_files_are_read(tmp_path):
-    plain = write(tmp_path / "d.jsonl", {"ids": [5, 6], "loss": [[0, 2]]})
-    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
-        file.write(plain.read_text())
-    packed = load_corpus([tmp_path / "d.jsonl.gz"], 100, 8)
-    assert packed.fingerprint() == load_corpus([plain], 100, 8).fingerprint()
+@pytest.mark.parametrize("vocab_size", [100, 2**16, 200_000])
+def test_what_is_written_is_read(tmp_path, vocab_size):
+    last = vocab_size - 1
+    records = [
+        Record([1, last, 3], [(1, 2), (2, 3)], key=2**64 - 1, cut=True),
+        Record([], []),
+        Record([last], [(0, 1)], key=5),
+    ]
+    header = {"target": "t", "vocab_size": vocab_size, "generation": {"seed": 3}}
+    write_records(tmp_path / "d.xz", header, records)
+    assert read_header(tmp_path / "d.xz") == {"dflare_data": FORMAT, **header}
+    read = list(read_records(tmp_path / "d.xz"))
+    assert [(list(r.ids), r.answers, r.key, r.cut) for r in read] == [
+        (r.ids, r.answers, r.key, r.cut) for r in records
+    ]
 
 
-def test_a_line_cut_short_by_an_interruption_is_left_out(tmp_path):
-    path = write(tmp_path / "d.jsonl", {"ids": [5, 6], "loss": [[0, 2]]})
-    path.write_text(path.read_text() + '{"ids": [1, 2')
-    assert len(load_corpus([path], 100, 8)) == 1
+def test_a_file_that_grows_survives_an_interruption_at_any_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr("dflare.training.data.files._STREAM_SEQUENCES", 2)
+    header, path = {"target": "t", "vocab_size": 100}, tmp_path / "d.xz"
+    file = DataFile(path, header)
+    for number in range(4):
+        file.add(Record([5, 6, number], [(0, 3)], key=number))
+    whole = path.read_bytes()
+    sizes = set()
+    for cut in range(len(whole), len(whole) - 60, -7):
+        path.write_bytes(whole[:cut])
+        again = DataFile(path, header)
+        sizes.add(len(again.keys))
+        again.add(Record([5, 6, 9], [(0, 3)], key=9))
+        again.close()
+        assert {r.key for r in read_records(path)} == again.keys
+    assert sizes == {4, 2}
+
+
+def test_a_closed_file_is_one_stream_and_small(tmp_path, monkeypatch):
+    monkeypatch.setattr("dflare.training.data.files._STREAM_SEQUENCES", 8)
+    file = DataFile(tmp_path / "d.xz", {"target": "t", "vocab_size": 49152})
+    rng = np.random.default_rng(0)
+    for number in range(64):
+        file.add(Record(rng.integers(256, size=200), [(0, 200)], key=number))
+    grown = (tmp_path / "d.xz").stat().st_size
+    file.close()
+    assert (tmp_path / "d.xz").stat().st_size < 0.95 * grown
+    assert (tmp_path / "d.xz").stat().st_size < 1.2 * 64 * 200  # a byte of entropy each
 
 
 @pytest.mark.parametrize(
-    ("records", "hint"),
+    ("sequences", "hint"),
     [
-        ([{"ids": [5, 6, 7], "loss": []}], "nothing to learn"),
-        ([{"ids": [5, 6, 7], "loss": [[0, 1], [2, 3]]}], "nothing to learn"),
-        ([{"ids": [5, 600], "loss": [[0, 2]]}], "vocabulary of 100"),
-        ([{"ids": [5, -1], "loss": [[0, 2]]}], "vocabulary of 100"),
-        ([{"tokens": [5]}], r"d.jsonl:2.*\"ids\""),
+        ([([5, 6, 7], [])], "nothing to learn"),
+        ([([5, 6, 7], [(0, 1), (2, 3)])], "nothing to learn"),
+        ([([5, 600], [(0, 2)])], "vocabulary of 100"),
     ],
 )
-def test_data_that_cannot_be_learned_from_is_refused(tmp_path, records, hint):
-    path = write(tmp_path / "d.jsonl", *records)
+def test_data_that_cannot_be_learned_from_is_refused(tmp_path, sequences, hint):
+    path = write(tmp_path / "d.xz", *sequences)
     with pytest.raises(DataError, match=hint):
         load_corpus([path], 100, 8)
 
 
 def test_data_of_another_vocabulary_is_refused(tmp_path):
-    path = write(tmp_path / "d.jsonl", {"ids": [5, 6], "loss": [[0, 2]]})
+    path = write(tmp_path / "d.xz", ([5, 6], [(0, 2)]))
     with pytest.raises(DataError, match=r"vocabulary of 100 .*the target has 200"):
         load_corpus([path], 200, 8)
 
 
-@pytest.mark.parametrize("content", ["", "not json\n{}\n", '{"ids": [1]}\n'])
+@pytest.mark.parametrize("content", [b"", b"not xz", lzma.compress(b"[]"), lzma.compress(b"{}")])
 def test_a_file_of_another_format_is_refused(tmp_path, content):
-    (tmp_path / "d.jsonl").write_text(content)
-    with pytest.raises(DataError, match=r"d\.jsonl"):
-        load_corpus([tmp_path / "d.jsonl"], 100, 8)
+    (tmp_path / "d.xz").write_bytes(content)
+    with pytest.raises(DataError, match=r"d\.xz"):
+        load_corpus([tmp_path / "d.xz"], 100, 8)
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"none\.jsonl"):
-        load_corpus([tmp_path / "none.jsonl"], 100, 8)
+    with pytest.raises(DataError, match=r"none\.xz"):
+        load_corpus([tmp_path / "none.xz"], 100, 8)
 
 
 def test_a_mask_token_in_the_text_is_refused_with_a_proposal():

@@ -30,7 +30,7 @@ from dflare.training.run.trainer import Trainer
         ({"drafter__intermediate_size": 65}, ConfigError, "init=random"),
         ({"drafter__init_layers": [2, 4]}, ConfigError, "layers 0 to 3"),
         ({"data__batch_size": 5, "run__accumulate": 2}, ConfigError, "multiple of"),
-        ({"data__files": ["none.jsonl"]}, DataError, "none.jsonl"),
+        ({"data__files": ["none.xz"]}, DataError, "none.xz"),
         ({"data__max_length": 4}, DataError, "nothing to learn"),
     ],
 )
@@ -46,7 +46,7 @@ def test_a_tap_out_of_range_is_refused():
 
 
 def test_data_of_another_tokenizer_is_refused(folder):
-    write_data(folder / "data.jsonl", 14, vocab_size=32)
+    write_data(folder / "data.xz", 14, vocab_size=32)
     with pytest.raises(DataError, match=r"vocabulary of 32 .*the target has 64"):
         Trainer(train_config(folder), tiny_target())
 
@@ -119,7 +119,7 @@ def test_a_run_is_not_resumed_with_other_settings(folder, changes, hint):
 
 def test_a_run_is_not_resumed_with_other_data(folder):
     Trainer(train_config(folder, run__steps=1), tiny_target()).run()
-    write_data(folder / "data.jsonl", 14, seed=9)
+    write_data(folder / "data.xz", 14, seed=9)
     with pytest.raises(ConfigError, match="other training data"):
         Trainer(train_config(folder), tiny_target(), resume=True)
 
@@ -187,7 +187,7 @@ def test_a_tap_cache_holds_its_room_on_the_disk_before_the_first_step(folder, mo
 def test_a_tap_cache_of_other_data_is_refused(folder):
     config = train_config(folder, data__tap_cache=str(folder / "taps"), run__steps=1)
     Trainer(config, tiny_target()).run()
-    write_data(folder / "data.jsonl", 14, seed=9)
+    write_data(folder / "data.xz", 14, seed=9)
     other = {"data__tap_cache": str(folder / "taps"), "run__output": str(folder / "other")}
     with pytest.raises(ConfigError, match="other data"):
         Trainer(train_config(folder, **other), tiny_target())
@@ -278,7 +278,7 @@ def test_the_command_line_prints_one_line_and_exits_with_1(tmp_path, monkeypatch
 
 def test_commands_without_prompts_say_which_options_give_them(tmp_path):
     for arguments in (
-        ["synth", str(tmp_path / "d.jsonl"), "--target", "x"],
+        ["synth", str(tmp_path / "d.xz"), "--target", "x"],
         ["evaluate", "x", "--target", "y"],
     ):
         result = CliRunner().invoke(app, arguments)

@@ -21,7 +21,7 @@ def folder(tmp_path):
         "target": {"name": str(tmp_path / "target")},
         "drafter": {"layers": 1, "taps": [0, 1], "block_size": 3, "mask_token_id": 3},
         "data": {
-            "files": ["replaced.jsonl"],
+            "files": ["replaced.xz"],
             "max_length": 200,
             "batch_size": 2,
             "anchors": 4,
@@ -67,10 +67,10 @@ def test_all_stages_give_a_drafter_with_its_card_and_numbers(folder, monkeypatch
     monkeypatch.setattr(pipeline, "Trainer", interrupted_once)
     with pytest.raises(TrainingError, match="--resume"):
         run(folder)
-    data = (folder / "work/data.jsonl").read_bytes()
+    data = (folder / "work/data.xz").read_bytes()
     out = run(folder)
     assert trained == [False, True]
-    assert (folder / "work/data.jsonl").read_bytes() == data
+    assert (folder / "work/data.xz").read_bytes() == data
     check_tensors(out, read_config(out))
     report = json.loads((out / "evaluation.json").read_text())
     assert report["questions"]["prompts"] == 2 and report["held_out"]["prompts"] >= 1
@@ -87,7 +87,7 @@ def test_a_drafter_too_large_to_ship_is_refused_before_anything_is_generated(fol
     monkeypatch.setattr(pipeline, "MAX_BYTES", 4096)
     with pytest.raises(ConfigError, match=r"MiB of weights.*lower drafter.intermediate_size"):
         run(folder)
-    assert not (folder / "work/data.jsonl").exists()
+    assert not (folder / "work/data.xz").exists()
 
 
 def test_generation_time_adds_up_over_interruptions(tmp_path):

@@ -54,7 +54,7 @@ def train(folder, ranks, **changes):
 )
 def test_two_ranks_give_the_weights_of_one(tmp_path, changes):
     write_random_target(tmp_path / "target", num_layers=4, vocab_size=512)
-    write_data(tmp_path / "data.jsonl", 14, vocab_size=512)
+    write_data(tmp_path / "data.xz", 14, vocab_size=512)
     one, log = train(tmp_path, 1, **changes)
     for shard in (False, True):
         two, log_of_two = train(tmp_path, 2, run__shard=shard, **changes)
@@ -69,7 +69,7 @@ def test_two_ranks_give_the_weights_of_one(tmp_path, changes):
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_step_at_hand(tmp_path):
     write_random_target(tmp_path / "target", num_layers=4, vocab_size=512)
-    write_data(tmp_path / "data.jsonl", 14, vocab_size=512)
+    write_data(tmp_path / "data.xz", 14, vocab_size=512)
     output = tmp_path / "run"
     changes = {"run__steps": 10**6, "run__log_every": 10**6, "run__validate_every": 1}
     file = write_config(tmp_path, output, **changes)

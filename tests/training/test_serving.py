@@ -1,6 +1,5 @@
 """What training measures is what serving gets: the engine and the training code, step by step."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tiny_models import train_config
 from transformers import AutoTokenizer
 
 from dflare.demo import demo_draft, demo_target
+from dflare.training.data.files import Record, write_records
 from dflare.training.data.generate import Generator, Sampling
 from dflare.training.data.target import load_target
 from dflare.training.drafter.export import load_drafter
@@ -59,9 +59,9 @@ def test_sglang_serves_a_dflash_export_at_the_accept_length_of_training(tmp_path
     prompts = [[5, 6, 7, 8], [40, 41, 42]]
     target = load_target(str(folder), (1, 3, 5))
     (answer,) = Generator(target, 1, 64, Sampling(max_new_tokens=NEW_TOKENS)).run(prompts[:1])
-    header = {"dflare_data": 1, "target": str(folder), "vocab_size": VOCAB_SIZE}
-    line = {"ids": prompts[0] + answer.ids, "loss": [[4, 4 + NEW_TOKENS]]}
-    (tmp_path / "data.jsonl").write_text(json.dumps(header) + "\n" + json.dumps(line) + "\n")
+    record = Record(prompts[0] + answer.ids, [(4, 4 + NEW_TOKENS)])
+    header = {"target": str(folder), "vocab_size": VOCAB_SIZE}
+    write_records(tmp_path / "data.xz", header, [record])
     config = train_config(
         tmp_path,
         drafter__architecture="dflash",

@@ -1,6 +1,7 @@
 """Data generation: what is written, resumed, left out, and who is asked."""
 
 import json
+import lzma
 import shutil
 import sys
 import threading
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from dflare.cli.app import app
 from dflare.errors import DFlareError
 from dflare.training.data.corpus import load_corpus
+from dflare.training.data.files import read_header, read_records
 from dflare.training.data.generate import Sampling
 from dflare.training.data.prompts import encode, key, read_prompts
 from dflare.training.data.server_generator import ServerGenerator, own_server
@@ -31,13 +33,13 @@ def synth(target, output, *arguments):
     common += ["--max-length", "64", "--rows", "4", "--device", "cpu"]
     result = CliRunner().invoke(app, [*common, *arguments], catch_exceptions=False)
     assert result.exit_code == 0
-    return [json.loads(line) for line in output.read_text().splitlines()]
+    return read_header(output), *read_records(output)
 
 
 def test_answers_follow_their_prompts_and_alone_are_supervised(target, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("hello there\nwhat is up\n\nhello  THERE\n")
-    header, *records = synth(target, tmp_path / "data.jsonl", "--prompts", str(prompts))
+    header, *records = synth(target, tmp_path / "data.xz", "--prompts", str(prompts))
     assert header["vocab_size"] == 512 and header["generation"]["temperature"] == 0.0
     made_by = header["generation"]["generator"], header["generation"]["dtype"]
     assert made_by == ("transformers", "float32")
@@ -45,32 +47,32 @@ def test_answers_follow_their_prompts_and_alone_are_supervised(target, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(target)
     expected = {tuple(encode(tokenizer, messages)) for messages in read_prompts(prompts)[:2]}
     for record in records:
-        ((start, end),) = record["loss"]
-        assert tuple(record["ids"][:start]) in expected
-        assert end == len(record["ids"]) and 1 <= end - start <= 8
-        assert record["finish"] == ("stop" if record["ids"][-1] == EOS else "length")
+        ((start, end),) = record.answers
+        assert tuple(record.ids[:start]) in expected
+        assert end == len(record.ids) and 1 <= end - start <= 8
+        assert record.cut == (record.ids[-1] != EOS)
 
 
 def test_an_interrupted_file_is_continued_without_repeating(target, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     lines = [json.dumps({"prompt": f"question number {n}"}) for n in range(6)]
     prompts.write_text("\n".join(lines[:3]) + "\n")
-    output = tmp_path / "data.jsonl"
+    output = tmp_path / "data.xz"
     synth(target, output, "--prompts", str(prompts))
-    before = output.read_text()
-    output.write_text(before + '{"key": "cut in the mid')
+    before = [list(record.ids) for record in read_records(output)]
+    output.write_bytes(output.read_bytes() + lzma.compress(b"cut in the middle")[:20])
     prompts.write_text("\n".join(lines) + "\n")
     records = synth(target, output, "--prompts", str(prompts))[1:]
-    assert output.read_text().startswith(before)
-    assert len({record["key"] for record in records}) == len(records) == 6
+    assert [list(record.ids) for record in records[:3]] == before
+    assert len({record.key for record in records}) == len(records) == 6
 
 
 def test_other_settings_do_not_mix_into_a_file(target, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("hello\n")
-    synth(target, tmp_path / "data.jsonl", "--prompts", str(prompts))
+    synth(target, tmp_path / "data.xz", "--prompts", str(prompts))
     with pytest.raises(ConfigError, match="other settings"):
-        synth(target, tmp_path / "data.jsonl", "--prompts", str(prompts), "--temperature", "1")
+        synth(target, tmp_path / "data.xz", "--prompts", str(prompts), "--temperature", "1")
 
 
 def test_the_target_writes_its_own_prompts_after_openers(target, tmp_path):
@@ -78,31 +80,38 @@ def test_the_target_writes_its_own_prompts_after_openers(target, tmp_path):
     openers.write_text("\nwhat is\n")
     arguments = ["--self-written", "3", "--openers", str(openers), "--prompt-min-p", "0"]
     arguments += ["--rows", "16", "--max-length", "256", "--prompt-temperature", "4"]
-    header, *records = synth(target, tmp_path / "data.jsonl", *arguments)
+    header, *records = synth(target, tmp_path / "data.xz", *arguments)
     lines = (tmp_path / "data.prompts.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines[1:]]
     assert len(set(prompts)) == len(prompts) == len(records) == 3
     assert any(prompt.startswith("what is") for prompt in prompts)
     assert header["generation"]["openers"] == ["", "what is"]
-    assert all(record["ids"][0] == TURN for record in records)
+    assert all(record.ids[0] == TURN for record in records)
     # The same command again has nothing left to do; asked for more, it draws other prompts.
-    assert len(synth(target, tmp_path / "data.jsonl", *arguments)) == 4
+    assert len(synth(target, tmp_path / "data.xz", *arguments)) == 4
     arguments[1] = "4"
-    assert len(synth(target, tmp_path / "data.jsonl", *arguments)) == 5
+    assert len(synth(target, tmp_path / "data.xz", *arguments)) == 5
 
 
 def test_a_target_that_repeats_itself_is_given_up(target, tmp_path, monkeypatch):
     monkeypatch.setattr("dflare.training.data.synth._USELESS", 30)
     arguments = ["--self-written", "5", "--prompt-temperature", "0", "--rows", "16"]
     with pytest.raises(DataError, match="--prompt-temperature"):
-        synth(target, tmp_path / "data.jsonl", *arguments)
+        synth(target, tmp_path / "data.xz", *arguments)
+
+
+def test_a_conversation_ends_where_no_room_is_left(target, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"turns": ["hello there", "x" * 60, "bye"]}) + "\n")
+    _, record = synth(target, tmp_path / "data.xz", "--prompts", str(prompts))
+    assert len(record.answers) == 1 and len(record.ids) <= 64
 
 
 def test_excluded_prompts_stay_out(target, tmp_path):
     (tmp_path / "all.txt").write_text("one fish\ntwo fish\n")
     (tmp_path / "bench.txt").write_text("Two  Fish\n")
     arguments = ["--prompts", str(tmp_path / "all.txt"), "--exclude", str(tmp_path / "bench.txt")]
-    assert len(synth(target, tmp_path / "data.jsonl", *arguments)) == 2
+    assert len(synth(target, tmp_path / "data.xz", *arguments)) == 2
 
 
 @pytest.mark.parametrize(
@@ -111,7 +120,6 @@ def test_excluded_prompts_stay_out(target, tmp_path):
         ({"--device": "gpu"}, ConfigError, "device is 'gpu', expected cpu, cuda or auto"),
         ({"--device": "cuda"}, ConfigError, "PyTorch sees no GPU"),
         ({"--target": "./no-such-target"}, DFlareError, "no-such-target: no such folder"),
-        ({"output": "data.jsonl.gz"}, ConfigError, "name it data.jsonl and compress it"),
         ({"--generator": "vllm"}, ConfigError, "expected sglang, transformers or auto"),
         ({"--server": "http://127.0.0.1:9"}, DFlareError, "no SGLang server answers"),
     ],
@@ -119,7 +127,7 @@ def test_excluded_prompts_stay_out(target, tmp_path):
 def test_what_cannot_generate_is_refused(target, tmp_path, monkeypatch, changes, error, hint):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "p.txt").write_text("one fish\n")
-    output = tmp_path / changes.pop("output", "data.jsonl")
+    output = tmp_path / changes.pop("output", "data.xz")
     options = {"--target": str(target), "--prompts": str(tmp_path / "p.txt"), **changes}
     arguments = [part for option in options.items() for part in option]
     with pytest.raises(error, match=hint):
@@ -130,13 +138,13 @@ def test_what_cannot_generate_is_refused(target, tmp_path, monkeypatch, changes,
 def test_a_target_without_a_tokenizer_is_named(target, tmp_path):
     shutil.copytree(target, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(ConfigError, match=r"the tokenizer of target .*bare"):
-        synth(tmp_path / "bare", tmp_path / "data.jsonl", "--self-written", "1")
+        synth(tmp_path / "bare", tmp_path / "data.xz", "--self-written", "1")
 
 
 def test_what_is_written_can_be_trained_on(target, tmp_path):
     (tmp_path / "p.txt").write_text("one fish\ntwo fish\n")
-    synth(target, tmp_path / "data.jsonl", "--prompts", str(tmp_path / "p.txt"))
-    corpus = load_corpus([tmp_path / "data.jsonl"], 512, 64)
+    synth(target, tmp_path / "data.xz", "--prompts", str(tmp_path / "p.txt"))
+    corpus = load_corpus([tmp_path / "data.xz"], 512, 64)
     assert 1 <= len(corpus) <= 2
 
 
@@ -224,9 +232,29 @@ def test_a_server_that_fails_is_named(url):
 def test_data_from_a_server_says_so(target, tmp_path, url):
     (tmp_path / "p.txt").write_text("one fish\n")
     arguments = ["--prompts", str(tmp_path / "p.txt"), "--server", url]
-    header, _ = synth(target, tmp_path / "data.jsonl", *arguments)
+    header, _ = synth(target, tmp_path / "data.xz", *arguments)
     made_by = header["generation"]["generator"], header["generation"]["dtype"]
     assert made_by == ("sglang", "bfloat16")
+
+
+def test_several_user_turns_become_a_conversation(target, tmp_path, url):
+    """Each answer follows what a server would be sent: all turns so far in the chat template."""
+    lines = [{"turns": ["hello there", "and now?", "bye"]}, {"prompt": "only one"}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ["--prompts", str(prompts), "--max-length", "256", "--server", url]
+    _, *records = synth(target, tmp_path / "data.xz", *arguments)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    by_turns = {len(record.answers): record for record in records}
+    assert sorted(by_turns) == [1, 3]
+    turns = []
+    for text, (start, end) in zip(lines[0]["turns"], by_turns[3].answers, strict=True):
+        turns.append({"role": "user", "content": text})
+        assert list(by_turns[3].ids[:start]) == encode(tokenizer, turns)
+        said = [int(token) for token in by_turns[3].ids[start:end] if token != EOS]
+        turns.append({"role": "assistant", "content": tokenizer.decode(said)})
+    _, *again = synth(target, tmp_path / "data.xz", *arguments)
+    assert len(again) == 2
 
 
 FAKE_SERVER = """

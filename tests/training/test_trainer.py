@@ -9,6 +9,7 @@ import torch
 from tiny_models import tiny_causal_lm, train_config, write_data
 
 from dflare.checkpoint import check_tensors, read_config
+from dflare.training.data.files import Record, write_records
 from dflare.training.data.generate import Generator, Sampling
 from dflare.training.data.slot_cache import ATTENTION
 from dflare.training.data.target import Target
@@ -64,7 +65,7 @@ def stop_after(trainer: Trainer, step: int) -> None:
 
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_a_resumed_run_ends_with_the_same_bits_and_the_same_log(tmp_path, changes):
-    write_data(tmp_path / "data.jsonl", 14)
+    write_data(tmp_path / "data.xz", 14)
     changes = {"run__steps": 7, "run__validate_every": 3, **changes}
     whole = Trainer(train_config(tmp_path, run__output=str(tmp_path / "a"), **changes), target())
     whole.run()
@@ -90,7 +91,7 @@ def test_a_resumed_run_ends_with_the_same_bits_and_the_same_log(tmp_path, change
 
 def test_a_time_budget_is_a_schedule_of_its_own(tmp_path, monkeypatch):
     """Warm-up and end go by the clock of every step, and compiling is not training."""
-    write_data(tmp_path / "data.jsonl", 14)
+    write_data(tmp_path / "data.xz", 14)
     config = train_config(
         tmp_path,
         optimizer__learning_rate=1.0e-3,
@@ -137,7 +138,7 @@ def test_a_clock_whose_budget_goes_into_compiling_ends():
 
 
 def test_micro_batches_do_not_change_the_step(tmp_path):
-    write_data(tmp_path / "data.jsonl", 14)
+    write_data(tmp_path / "data.xz", 14)
     results = []
     for parts in (1, 2, 4):
         config = train_config(
@@ -153,7 +154,7 @@ def test_micro_batches_do_not_change_the_step(tmp_path):
 
 
 def test_recomputed_activations_do_not_change_a_run(tmp_path):
-    write_data(tmp_path / "data.jsonl", 14)
+    write_data(tmp_path / "data.xz", 14)
     results = []
     for recompute in (False, True):
         config = train_config(
@@ -168,7 +169,7 @@ def test_recomputed_activations_do_not_change_a_run(tmp_path):
 
 
 def test_the_tap_cache_gives_the_states_that_the_target_gives(tmp_path):
-    write_data(tmp_path / "data.jsonl", 14)
+    write_data(tmp_path / "data.xz", 14)
     curves = []
     for run in ("plain", "cold", "warm"):
         cache = None if run == "plain" else str(tmp_path / "taps")
@@ -183,7 +184,7 @@ def test_the_tap_cache_gives_the_states_that_the_target_gives(tmp_path):
 
 
 def test_an_export_holds_what_was_trained(tmp_path):
-    write_data(tmp_path / "data.jsonl", 14)
+    write_data(tmp_path / "data.xz", 14)
     variants = {
         "own": {},
         "shared": {"drafter__shared_kv": True},
@@ -211,7 +212,7 @@ def test_an_export_holds_what_was_trained(tmp_path):
     "changes", [{}, {"drafter__shared_kv": True}, {"drafter__architecture": "dflash"}]
 )
 def test_the_size_of_an_export_is_known_before(tmp_path, changes, dtype):
-    write_data(tmp_path / "data.jsonl", 14)
+    write_data(tmp_path / "data.xz", 14)
     config = train_config(tmp_path, drafter__dtype=dtype, run__steps=1, **changes)
     trainer = Trainer(config, target())
     promised = export_size(trainer.drafter)
@@ -221,7 +222,7 @@ def test_the_size_of_an_export_is_known_before(tmp_path, changes, dtype):
 
 
 def test_a_dflash_export_carries_its_projection(tmp_path):
-    write_data(tmp_path / "data.jsonl", 14)
+    write_data(tmp_path / "data.xz", 14)
     config = train_config(tmp_path, drafter__architecture="dflash", run__steps=1)
     Trainer(config, target()).run()
     content = json.loads((tmp_path / "run/drafter/config.json").read_text())
@@ -236,10 +237,9 @@ def test_one_answer_is_learned_to_full_accept_length(tmp_path):
     """After overfitting, decoding that prompt accepts whole blocks in every step."""
     prompt, size = [5, 6, 7, 8], 4
     (answer,) = Generator(target(), 1, 64, Sampling(max_new_tokens=25)).run([prompt])
-    header = {"dflare_data": 1, "target": "tiny", "vocab_size": 64}
-    line = {"ids": prompt + answer.ids, "loss": [[4, 29]]}
-    assert 3 not in line["ids"]  # the mask token
-    (tmp_path / "data.jsonl").write_text(json.dumps(header) + "\n" + json.dumps(line) + "\n")
+    record = Record(prompt + answer.ids, [(4, 29)])
+    assert 3 not in record.ids  # the mask token
+    write_records(tmp_path / "data.xz", {"target": "tiny", "vocab_size": 64}, [record])
     config = train_config(
         tmp_path,
         data__held_out=0,

@@ -1,6 +1,5 @@
 """A tiny target, a tiny drafter and runs of a few seconds."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dflare.checkpoint import DraftConfig, make_config
+from dflare.training.data.files import Record, write_records
 from dflare.training.data.target import Target
 from dflare.training.drafter.model import Drafter
 from dflare.training.run.config import TrainConfig, parse_config
@@ -73,12 +73,11 @@ def tiny_target() -> Target:
 def write_data(path: Path, sequences: int, seed: int = 0, vocab_size: int = 64) -> Path:
     """Random prompts of 4 tokens and answers of 8 to 24, without the mask token 3."""
     rng = np.random.default_rng(seed)
-    lines = [{"dflare_data": 1, "target": "tiny", "vocab_size": vocab_size, "generation": {}}]
+    records = []
     for _ in range(sequences):
         length = int(rng.integers(12, 29))
-        ids = rng.integers(4, vocab_size, size=length).tolist()
-        lines.append({"ids": ids, "loss": [[4, length]], "finish": "stop"})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        records.append(Record(rng.integers(4, vocab_size, size=length), [(4, length)]))
+    write_records(path, {"target": "tiny", "vocab_size": vocab_size}, records)
     return path
 
 
@@ -95,7 +94,7 @@ def train_config(folder: Path, **changes) -> TrainConfig:
             "dtype": "float32",
         },
         "data": {
-            "files": [str(folder / "data.jsonl")],
+            "files": [str(folder / "data.xz")],
             "max_length": 64,
             "batch_size": 4,
             "anchors": 5,

@@ -10,17 +10,23 @@ from dflare.cli.app import app
 
 @app.command("synth")
 def synth_command(
-    output: Annotated[Path, typer.Argument(help="JSONL file to write, or to go on with.")],
+    output: Annotated[Path, typer.Argument(help="File to write, or to go on with.")],
     target: Annotated[str, typer.Option(help="Folder, Hugging Face id, or `demo`.")],
     prompts: Annotated[
         list[Path] | None,
-        typer.Option(help="Prompts to answer: .txt, or JSONL with `prompt` or `messages`."),
+        typer.Option(help="Prompts to answer: .txt, or JSONL with `prompt`, `turns`, `messages`."),
     ] = None,
+    templates: Annotated[
+        Path | None, typer.Option(help="YAML file of templates and word lists for prompts.")
+    ] = None,
+    templated: Annotated[
+        int, typer.Option(help="Answer this many conversations drawn from --templates.")
+    ] = 0,
     self_written: Annotated[
         int, typer.Option(help="Let the target write this many prompts itself.")
     ] = 0,
     exclude: Annotated[
-        list[Path] | None, typer.Option(help="Prompts that must not be in the data.")
+        list[Path] | None, typer.Option(help="Prompts that will be measured: none like them.")
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of the answers; 0 for greedy.")] = 0.0,
     min_p: Annotated[float, typer.Option(help="Of the answers.")] = 0.0,
@@ -47,10 +53,15 @@ def synth_command(
     from dflare.training.data.prompts import read_openers, read_prompts
     from dflare.training.data.synth import SynthSettings, minutes_from_now
     from dflare.training.data.synth_run import open_synth
+    from dflare.training.data.templates import read_templates
     from dflare.training.errors import ConfigError
 
-    if not prompts and not self_written:
-        raise ConfigError("nothing to answer: give --prompts FILE, --self-written N, or both")
+    if not prompts and not self_written and not templated:
+        raise ConfigError(
+            "nothing to answer: give --prompts FILE, --self-written N or --templated N"
+        )
+    if templated and templates is None:
+        raise ConfigError("--templated needs --templates FILE, such as configs/demo/templates.yaml")
     settings = SynthSettings(
         temperature=temperature,
         min_p=min_p,
@@ -75,4 +86,6 @@ def synth_command(
         device=device,
     ) as synth:
         written = synth.write_prompts(self_written) if self_written else []
+        if templates is not None:
+            written += synth.choose(read_templates(templates).conversations(seed), templated)
         synth.answer(given + written)

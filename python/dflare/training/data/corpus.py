@@ -1,73 +1,14 @@
-"""Training text: JSONL with token ids, which of them are supervised, and how they were generated.
+"""Training sequences in memory."""
 
-The first line describes the file, every other line is one sequence:
-
-    {"dflare_data": 1, "target": "...", "vocab_size": 49152, "generation": {...}}
-    {"ids": [1, 9690, ...], "loss": [[28, 49]], "finish": "stop"}
-
-``loss`` lists half-open ranges of tokens that the target wrote; only they are learned. A name that
-ends in ``.gz`` is compressed.
-"""
-
-import gzip
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 
+from dflare.training.data.files import read_header, read_records
 from dflare.training.errors import ConfigError, DataError
-
-FORMAT = 1
-
-
-def open_text(path: Path, mode: str) -> IO[str]:
-    """Open a text file, compressed if its name says so."""
-    if path.suffix == ".gz":
-        return gzip.open(path, mode + "t", encoding="utf-8")  # type: ignore[return-value]
-    return path.open(mode, encoding="utf-8")
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Parse JSONL, with line numbers from 1; a last line that was cut short is left out.
-
-    Raises:
-        DataError: The file is missing, or a line other than the last is not a JSON object.
-    """
-    try:
-        with open_text(path, "r") as lines:
-            broken = None
-            for number, line in enumerate(lines, 1):
-                if broken is not None:
-                    raise DataError(f"{path}:{broken}: not a JSON object; mend or remove the line")
-                try:
-                    content = json.loads(line)
-                except json.JSONDecodeError:
-                    broken = number
-                    continue
-                if not isinstance(content, dict):
-                    raise DataError(f"{path}:{number}: not a JSON object; mend or remove the line")
-                yield number, content
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """Return the first line of a data file.
-
-    Raises:
-        DataError: Not a data file of a known format.
-    """
-    header = next(read_lines(path), (1, {}))[1]
-    if header.get("dflare_data") != FORMAT:
-        raise DataError(
-            f"{path}: not training data of format {FORMAT}: the first line must hold "
-            f'"dflare_data": {FORMAT}; `dflare synth` writes such files'
-        )
-    return header
 
 
 @dataclass(frozen=True)
@@ -127,7 +68,7 @@ def load_corpus(paths: Sequence[Path], vocab_size: int, max_length: int) -> Corp
     """Load data files for a target.
 
     Args:
-        paths: Files of this module's format.
+        paths: Files that `dflare synth` wrote, see :mod:`dflare.training.data.files`.
         vocab_size: The target's.
         max_length: Longer sequences are cut there.
 
@@ -147,24 +88,16 @@ def load_corpus(paths: Sequence[Path], vocab_size: int, max_length: int) -> Corp
                 f"({header.get('target')}), the target has {vocab_size}; "
                 "generate the data with this target"
             )
-        for number, record in read_lines(path):
-            if number == 1:
-                continue
-            try:
-                tokens = np.asarray(record["ids"], dtype=np.int64)
-                spans = [(int(start), int(end)) for start, end in record["loss"]]
-            except (KeyError, TypeError, ValueError) as error:
-                raise DataError(
-                    f'{path}:{number}: a sequence has "ids" and "loss" ranges ({error!r})'
-                ) from error
+        for number, record in enumerate(read_records(path)):
+            tokens = np.asarray(record.ids, dtype=np.int64)
             if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
                 raise DataError(
-                    f"{path}:{number}: ids {tokens.min()} to {tokens.max()} are not all in "
-                    f"the target's vocabulary of {vocab_size}; "
+                    f"{path}: sequence {number}: ids {tokens.min()} to {tokens.max()} are not all "
+                    f"in the target's vocabulary of {vocab_size}; "
                     "generate the data with this target"
                 )
             mask = np.zeros(len(tokens), dtype=bool)
-            for start, end in spans:
+            for start, end in record.answers:
                 mask[start:end] = True
             tokens, mask = tokens[:max_length], mask[:max_length]
             if (mask[1:] & mask[:-1]).any():
@@ -176,7 +109,7 @@ def load_corpus(paths: Sequence[Path], vocab_size: int, max_length: int) -> Corp
         raise DataError(
             f"{', '.join(map(str, paths)) or 'no files'}: nothing to learn: {unsupervised} "
             f"sequences, none with two supervised tokens in a row within {max_length} tokens; "
-            'check "loss" in the files and data.max_length'
+            "check the answers in the files and data.max_length"
         )
     return _join(ids, masks)
 

@@ -1,12 +1,12 @@
 """Prompts from files, as messages and as token ids."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dflare.training.data.corpus import read_lines
 from dflare.training.errors import DataError
 
 Message = dict[str, str]
@@ -14,10 +14,36 @@ _TURNS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 _TURNS |= {"system": "system"}
 
 
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Parse JSONL, with line numbers from 1; a last line that was cut short is left out.
+
+    Raises:
+        DataError: The file is missing, or a line other than the last is not a JSON object.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            broken = None
+            for number, line in enumerate(lines, 1):
+                if broken is not None:
+                    raise DataError(f"{path}:{broken}: not a JSON object; mend or remove the line")
+                try:
+                    content = json.loads(line)
+                except json.JSONDecodeError:
+                    broken = number
+                    continue
+                if not isinstance(content, dict):
+                    raise DataError(f"{path}:{number}: not a JSON object; mend or remove the line")
+                yield number, content
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+
+
 def _messages(record: dict[str, Any], where: str) -> list[Message]:
     for key in ("prompt", "question", "instruction", "text"):
         if isinstance(record.get(key), str):
             return [{"role": "user", "content": record[key]}]
+    if isinstance(own := record.get("turns"), list) and all(isinstance(t, str) for t in own):
+        record = {"messages": [{"role": "user", "content": text} for text in own]}
     turns = record.get("messages", record.get("conversations"))
     try:
         if not isinstance(turns, list):
@@ -31,8 +57,8 @@ def _messages(record: dict[str, Any], where: str) -> list[Message]:
         ]
     except (KeyError, TypeError) as error:
         raise DataError(
-            f'{where}: expected "prompt" (a string) or "messages" (a list of role and content), '
-            f"got keys {sorted(record)}"
+            f'{where}: expected "prompt" (a string), "turns" (a list of strings) or "messages" (a '
+            f"list of role and content), got keys {sorted(record)}"
         ) from error
     # What the target would answer is what training wants; answers of others are dropped.
     while messages and messages[-1]["role"] != "user":
@@ -47,7 +73,8 @@ def read_prompts(path: Path) -> list[list[Message]]:
 
     Args:
         path: ``.txt`` with one user turn a line, or JSONL with ``prompt`` or ``messages``
-            (ShareGPT's ``conversations`` too); the last answer, if there is one, is dropped.
+            (ShareGPT's ``conversations`` too); the last answer, if there is one, is dropped. A line
+            with ``turns`` holds several user turns, each of which is to be answered.
 
     Raises:
         DataError: The file or a line cannot be understood, or there is no prompt.

@@ -1,10 +1,10 @@
 """Training data from a target: it answers prompts, and writes the prompts if there are none."""
 
-import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from dflare.training.data.corpus import FORMAT, read_lines
+from dflare.training.data.files import DataFile, Record, prompt_key
 from dflare.training.data.generate import Answer, Sampling
-from dflare.training.data.prompts import Message, encode, key
+from dflare.training.data.prompt_filter import PromptFilter
+from dflare.training.data.prompts import Message, encode, key, read_lines
 from dflare.training.errors import ConfigError, DataError
 
 _USELESS = 2000  # user turns in a row that make no prompt, after which to give up
@@ -37,7 +38,7 @@ MakeGenerator = Callable[[Sampling, int], AnswersPrompts]
 
 @dataclass(frozen=True)
 class SynthSettings:
-    """How data is generated; kept in the first line of the file.
+    """How data is generated; kept in the file.
 
     Args:
         temperature: Of the answers; 0 for greedy.
@@ -69,10 +70,10 @@ def prompts_file(path: Path) -> Path:
 
 
 class JsonLines:
-    """A JSONL file that grows, and is continued where it was left.
+    """Prompts that a target wrote: JSONL that grows, and is continued where it was left.
 
     Args:
-        path: The file; not compressed.
+        path: The file.
         header: Its first line; a file that is there already must have the same.
 
     Raises:
@@ -133,7 +134,7 @@ class Synth:
         target_name: Noted in the file.
         vocab_size: The target's, noted in the file.
         stop_ids: Tokens that end an answer.
-        excluded: Prompts that must not be in the data, such as those of a benchmark.
+        excluded: Prompts that will be measured: no others with four words in a row of theirs.
         deadline: ``time.monotonic()`` at which to stop; none to go on to the end.
     """
 
@@ -152,9 +153,8 @@ class Synth:
     ) -> None:
         self._path, self._tokenizer, self._make_generator = path, tokenizer, make_generator
         self._settings, self._stop_ids, self.deadline = settings, stop_ids, deadline
-        self._excluded = {key(messages) for messages in excluded}
+        self._filter = PromptFilter(excluded)
         self._header = {
-            "dflare_data": FORMAT,
             "target": target_name,
             "vocab_size": vocab_size,
             "generation": json.loads(json.dumps(asdict(settings))) | made_by,
@@ -200,7 +200,8 @@ class Synth:
         generator = self._make_generator(sampling, longest + settings.prompt_max_tokens)
         file = JsonLines(prompts_file(self._path), self._header)
         prompts = [[{"role": "user", "content": r["prompt"]}] for r in file.records]
-        seen = {key(messages) for messages in prompts} | self._excluded
+        for messages in prompts:
+            self._filter.admit(messages)
 
         def endless() -> Iterator[list[int]]:
             while len(prompts) < count:
@@ -215,8 +216,8 @@ class Synth:
                 messages = [{"role": "user", "content": text}]
                 # A turn that was cut, holds control tokens or is a mere sign makes no prompt.
                 special = set(answer.ids[:-1]) & set(self._tokenizer.all_special_ids)
-                same = key(messages)
-                if answer.finish == "length" or len(text) < 4 or special or same in seen:
+                bad = answer.finish == "length" or len(text) < 4 or special
+                if bad or not self._filter.admit(messages):
                     useless += 1
                     if useless > _USELESS:
                         raise DataError(
@@ -228,7 +229,6 @@ class Synth:
                 if len(prompts) >= count:
                     break
                 useless = 0
-                seen.add(same)
                 prompts.append(messages)
                 file.add({"prompt": text})
                 progress.update(task, completed=len(prompts), rate=_rate(generator))
@@ -252,50 +252,150 @@ class Synth:
             )
         return before, after
 
+    def choose(self, prompts: Iterable[list[Message]], count: int) -> list[list[Message]]:
+        """Take prompts from an endless source: allowed ones, without near-duplicates.
+
+        Args:
+            prompts: Where they come from, see :meth:`Templates.conversations`.
+            count: How many.
+
+        Raises:
+            DataError: The source gives nothing new any more.
+        """
+        chosen: list[list[Message]] = []
+        useless = 0
+        for prompt in prompts:
+            if len(chosen) >= count:
+                break
+            admitted = self._filter.admit(prompt)
+            useless = 0 if admitted else useless + 1
+            if admitted:
+                chosen.append(prompt)
+            elif useless > _USELESS:
+                raise DataError(
+                    f"the last {_USELESS} prompts were all excluded or much like earlier ones; "
+                    f"{len(chosen)} are new. Ask for no more, or write more templates"
+                )
+        return chosen
+
     def answer(self, prompts: Iterable[list[Message]]) -> int:
         """Let the target answer prompts; those answered by an earlier call are skipped.
+
+        A user turn that no answer follows is answered, the one before the next is asked: so a
+        conversation of user turns alone becomes one of several turns.
 
         Args:
             prompts: Conversations that end with a user turn.
 
         Returns:
-            Sequences in the file.
+            Conversations in the file.
         """
         settings = self._settings
-        file = JsonLines(self._path, self._header)
-        done = {record["key"] for record in file.records}
-        waiting: list[tuple[str, list[int]]] = []
+        file = DataFile(self._path, self._header)
+        written = len(file.keys)
+        open_turns: deque[_Conversation] = deque()
+        known = set(file.keys)
         for messages in prompts:
-            if key(messages) in self._excluded:
+            conversation = _Conversation(messages)
+            if conversation.key in known or not self._filter.allows(messages):
                 continue
-            digest = hashlib.sha256(key(messages).encode()).hexdigest()[:16]
-            if digest not in done:
-                done.add(digest)
-                ids = encode(self._tokenizer, messages)
-                if len(ids) < settings.max_length:
-                    waiting.append((digest, ids))
-        written = len(file.records)
+            known.add(conversation.key)
+            if conversation.ask(self._tokenizer, settings.max_length):
+                open_turns.append(conversation)
         sampling = Sampling(
             settings.temperature, settings.min_p, settings.max_new_tokens, self._stop_ids
         )
         generator = self._make_generator(sampling, settings.max_length)
-        total = written + len(waiting)
-        with self._progress() as progress:
-            task = progress.add_task("answers", total=total, completed=written, rate="")
-            for answer in generator.run((ids for _, ids in waiting), self.deadline):
-                digest, ids = waiting[answer.prompt]
-                loss = [[len(ids), len(ids) + len(answer.ids)]]
-                record = {"key": digest, "ids": ids + answer.ids, "loss": loss}
-                file.add({**record, "finish": answer.finish})
-                written += 1
-                progress.update(task, completed=written, rate=_rate(generator))
-        file.close()
+        total = written + len(open_turns)
+        try:
+            with self._progress() as progress:
+                task = progress.add_task("answers", total=total, completed=written, rate="")
+                while open_turns and not self._late():  # again for turns asked when none was open
+                    asked: list[_Conversation] = []
+                    for answer in generator.run(_asking(open_turns, asked), self.deadline):
+                        conversation = asked[answer.prompt]
+                        conversation.add(answer, self._tokenizer, self._stop_ids)
+                        if conversation.ask(self._tokenizer, settings.max_length):
+                            open_turns.appendleft(conversation)
+                            continue
+                        file.add(conversation.record())
+                        written += 1
+                        progress.update(task, completed=written, rate=_rate(generator))
+        finally:
+            file.close()
         self._console.print(
-            f"{self._path}: {written} sequences; {generator.generated} tokens in this call, "
+            f"{self._path}: {written} conversations; {generator.generated} tokens in this call, "
             f"{_rate(generator)}",
             highlight=False,
         )
         return written
+
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def _asking(
+    open_turns: "deque[_Conversation]", asked: "list[_Conversation]"
+) -> Iterator[list[int]]:
+    """Hand out the turns that wait for an answer, and note in which order."""
+    while open_turns:
+        asked.append(open_turns.popleft())
+        yield asked[-1].ids
+
+
+@dataclass
+class _Conversation:
+    """A conversation while it is answered.
+
+    Args:
+        prompt: What was given.
+        ids: Tokens so far, ready for the answer.
+        answers: Ranges of them that are answers.
+        cut: The last answer was cut for its length.
+    """
+
+    prompt: list[Message]
+    ids: list[int] = field(default_factory=list)
+    answers: list[tuple[int, int]] = field(default_factory=list)
+    cut: bool = False
+    _turns: list[Message] = field(default_factory=list)
+    _taken: int = 0
+
+    @property
+    def key(self) -> int:
+        """Identifies the prompt."""
+        return prompt_key(key(self.prompt))
+
+    def ask(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> bool:
+        """Go on to the next user turn without an answer; whether there is one, with room for it."""
+        while self._taken < len(self.prompt):
+            self._turns.append(self.prompt[self._taken])
+            self._taken += 1
+            following = self.prompt[self._taken : self._taken + 1]
+            answered = following and following[0]["role"] == "assistant"
+            if self._turns[-1]["role"] == "user" and not answered:
+                ids = encode(tokenizer, self._turns)
+                # What a server would be sent must go on from what the target said, token for
+                # token; where a template or a tokenizer writes it differently, it ends here.
+                if len(ids) >= max_length or ids[: len(self.ids)] != self.ids:
+                    return False
+                self.ids = ids
+                return True
+        return False
+
+    def add(
+        self, answer: Answer, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]
+    ) -> None:
+        """Take in the answer to the turn that was asked."""
+        self.answers.append((len(self.ids), len(self.ids) + len(answer.ids)))
+        self.ids = self.ids + answer.ids
+        self.cut = answer.finish == "length"
+        said = answer.ids[:-1] if answer.ids[-1] in stop_ids else answer.ids
+        self._turns.append({"role": "assistant", "content": str(tokenizer.decode(said))})
+
+    def record(self) -> Record:
+        """Return what is kept."""
+        return Record(self.ids, self.answers, self.key, self.cut)
 
 
 def _rate(generator: AnswersPrompts) -> str:

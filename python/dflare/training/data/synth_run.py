@@ -52,15 +52,9 @@ def open_synth(
         device: For transformers: ``cpu``, ``cuda`` or ``auto``.
 
     Raises:
-        ConfigError: An unknown generator or device, SGLang where it is not installed, or an output
-            that would be compressed.
+        ConfigError: An unknown generator or device, or SGLang where it is not installed.
         DFlareError: A target or a server that cannot be used.
     """
-    if output.suffix == ".gz":
-        raise ConfigError(
-            f"{output}: data is written plainly, so that an interrupted file can be continued; "
-            f"name it {output.with_suffix('').name} and compress it when it is complete"
-        )
     has_sglang = importlib.util.find_spec("sglang") is not None
     if generator not in ("sglang", "transformers", "auto"):
         raise ConfigError(f"--generator is {generator!r}, expected sglang, transformers or auto")

@@ -1,6 +1,5 @@
 """The model card of a demo drafter: what it is, what it learned from, what was measured."""
 
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 
 import dflare
 from dflare.processor import device_name
-from dflare.training.data.corpus import open_text
+from dflare.training.data.files import read_records
 from dflare.training.run.config import TrainConfig
 
 _CARD = """---
@@ -52,15 +51,9 @@ prompts that were set aside before training.
 
 def _count(data: Path) -> tuple[int, int, int]:
     """Sequences, tokens and supervised tokens of a data file."""
-    sequences = tokens = answers = 0
-    with open_text(data, "r") as lines:
-        next(lines)
-        for line in lines:
-            record = json.loads(line)
-            sequences += 1
-            tokens += len(record["ids"])
-            answers += sum(end - start for start, end in record["loss"])
-    return sequences, tokens, answers
+    records = list(read_records(data))
+    tokens = sum(len(record.ids) for record in records)
+    return len(records), tokens, sum(b - a for record in records for a, b in record.answers)
 
 
 def model_card(

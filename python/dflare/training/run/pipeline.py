@@ -214,7 +214,7 @@ def run_pipeline(config_file: Path, work: Path, output: Path, overrides: list[st
     """
     config, folder = load_pipeline(config_file), config_file.parent
     work.mkdir(parents=True, exist_ok=True)
-    data, trained = work / "data.jsonl", work / "train"
+    data, trained = work / "data.xz", work / "train"
     places = [f"data.files=[{data}]", f"run.output={trained}"]
     train = load_config(folder / config.train, [*places, *overrides])
     if train.data.tap_cache is not None:
