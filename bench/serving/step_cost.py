@@ -58,7 +58,6 @@ def main() -> None:
     os.environ.setdefault(VARIABLE, "off")
     with tempfile.TemporaryDirectory() as folder:
         os.environ[TRACE_ENV] = folder
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         draft = write_random_drafter(Path(folder) / "draft", read_config(demo_draft()))
         generate(demo_target(), draft, options.tokens, options.batches)
         print_report(Path(folder))

@@ -9,6 +9,7 @@
 
 #include "cpu/checks.h"
 #include "cpu/isa.h"
+#include "cpu/team.h"
 
 namespace dflare::cpu {
 namespace {
@@ -117,12 +118,13 @@ void append_context_kv_as(const at::Tensor& target_hidden, const at::Tensor& fus
     p.rows = rows.data() + first;
     p.num_rows = std::min(kPanelRows, num_rows - first);
     p.chunk_rows = choose_chunk_rows(p.num_rows, p.fused_stride * 4, p.layers * heads);
-    at::parallel_for(0, p.num_rows, grain,
-                     [&](int64_t begin, int64_t end) { kernel.fuse_norm(p, begin, end); });
+    parallel_for(at::get_num_threads(), p.num_rows, grain,
+                 [&](int64_t begin, int64_t end) { kernel.fuse_norm(p, begin, end); });
     const int64_t chunks = (p.num_rows + p.chunk_rows - 1) / p.chunk_rows;
     const int64_t task_cost = p.chunk_rows * p.head_dim * p.hidden;
-    at::parallel_for(0, p.layers * chunks * heads, std::max<int64_t>(1, kThreadCost / task_cost),
-                     [&](int64_t begin, int64_t end) { kernel.project(p, begin, end); });
+    parallel_for(at::get_num_threads(), p.layers * chunks * heads,
+                 std::max<int64_t>(1, kThreadCost / task_cost),
+                 [&](int64_t begin, int64_t end) { kernel.project(p, begin, end); });
   }
 }
 

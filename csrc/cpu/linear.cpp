@@ -9,6 +9,7 @@
 
 #include "cpu/checks.h"
 #include "cpu/isa.h"
+#include "cpu/team.h"
 
 namespace dflare::cpu {
 namespace {
@@ -55,8 +56,8 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
     const auto run = kernels().get<T>().linear;
     const int64_t tasks = ceil_div(outputs, kLinearOutputs) * ceil_div(rows, kLinearRows);
     const int64_t task_bytes = kLinearOutputs * std::max<int64_t>(inputs, 1) * sizeof(T);
-    at::parallel_for(0, tasks, std::max<int64_t>(1, kThreadBytes / task_bytes),
-                     [&](int64_t begin, int64_t end) { run(p, begin, end); });
+    parallel_for(at::get_num_threads(), tasks, std::max<int64_t>(1, kThreadBytes / task_bytes),
+                 [&](int64_t begin, int64_t end) { run(p, begin, end); });
   });
   return out;
 }

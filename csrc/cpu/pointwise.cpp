@@ -8,6 +8,7 @@
 
 #include "cpu/checks.h"
 #include "cpu/isa.h"
+#include "cpu/team.h"
 
 namespace dflare::cpu {
 namespace {
@@ -18,7 +19,8 @@ constexpr int64_t kThreadElements = 1 << 14;
 template <typename Params, typename Kernel>
 void run_rows(const Params& p, Kernel kernel, int64_t rows, int64_t row_elements) {
   const int64_t grain = std::max<int64_t>(1, kThreadElements / std::max<int64_t>(1, row_elements));
-  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  parallel_for(at::get_num_threads(), rows, grain,
+               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 at::Tensor add_rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& residual,

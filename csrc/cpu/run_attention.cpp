@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "cpu/isa.h"
+#include "cpu/team.h"
 
 namespace dflare::cpu {
 
@@ -109,7 +110,7 @@ void run_attention(const Checker& check, AttentionParams<T>& p,
     piece_data.reset(new float[2 * shares * piece_size]);
     pieces.resize(2 * shares);
   }
-  at::parallel_for(0, shares, 1, [&](int64_t first_share, int64_t last_share) {
+  parallel_for(shares, shares, 1, [&](int64_t first_share, int64_t last_share) {
     for (int64_t share = first_share; share < last_share; ++share) {
       const Cut begin = cut_at(p, plan, total * share / shares);
       const Cut end = cut_at(p, plan, total * (share + 1) / shares);

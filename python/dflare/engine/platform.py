@@ -119,6 +119,9 @@ class CpuPlatform(SRTPlatform):
         # There is no second stream to overlap with.
         server_args.disable_overlap_schedule = True
         os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _cores_by_rank(server_args.tp_size))
+        # For PyTorch's own operators in the scheduler, which are small: threads that spin at their
+        # barriers slow a server beside other work by an order of magnitude (ours: csrc/cpu/team.h).
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     def get_default_attention_backend(self) -> str:
         return ATTENTION_BACKEND

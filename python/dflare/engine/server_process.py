@@ -48,7 +48,7 @@ class ServerProcess:
             stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | (environment or {}),
+            env=os.environ | (environment or {}),
         )
 
     def wait_until_healthy(self, on_tick=lambda: None, seconds: float = START_SECONDS) -> None:
