@@ -1,8 +1,8 @@
 """SGLang with DFLARE on this machine: every draft backend, with and without CUDA graphs.
 
-    python bench/kernels/end_to_end.py > end_to_end.jsonl                     # a random small pair
-    python bench/kernels/end_to_end.py --target Qwen/Qwen3-8B --draft AngelSlim/Qwen3-8b-dflare
-    python bench/kernels/end_to_end.py --device cpu
+    python -m bench.kernels.end_to_end > end_to_end.jsonl                     # a random small pair
+    python -m bench.kernels.end_to_end --target Qwen/Qwen3-8B --draft AngelSlim/Qwen3-8b-dflare
+    python -m bench.kernels.end_to_end --device cpu
 
 Each arm is an engine in a process of its own that answers the same prompts greedily. A JSON line an
 arm: seconds, tokens a second, tokens a verify step, and how many tokens each answer has in common
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from device import environment
+from bench.kernels.timing import environment
 
 BACKEND = "speculative_draft_attention_backend"
 ARMS: dict[str, dict[str, Any] | None] = {
@@ -122,7 +122,8 @@ def main() -> int:
         target, draft = arguments.target, arguments.draft
         if target is None:
             target, draft = write_random_pair(Path(folder))
-        command = [sys.executable, __file__, "--target", target, "--draft", draft]
+        command = [sys.executable, "-m", "bench.kernels.end_to_end"]
+        command += ["--target", target, "--draft", draft]
         for name in ("device", "prompts", "tokens"):
             command += [f"--{name}", str(getattr(arguments, name))]
         chosen = arguments.arms or (CPU_ARMS if arguments.device == "cpu" else ARMS)

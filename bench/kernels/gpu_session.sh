@@ -1,161 +1,129 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call: build, tests, compute-sanitizer, benchmarks, plots.
+# What a GPU is needed for, in two calls of less than ten minutes each; README.md says how to prepare.
 #
-#   bench/kernels/gpu_session.sh OUT [PHASE...]
+#   bench/kernels/gpu_session.sh OUT first     the kernels load, bench (the targets), gpu tests, table
+#   bench/kernels/gpu_session.sh OUT second    sanitize, wide, table
+#   bench/kernels/gpu_session.sh OUT PHASE...  kernels bench tests sanitize wide serve table
 #
-# Phases: build test sanitize bench compile append small large shapes serve plot full. Without any:
-# build, test, sanitize, bench, plot. OUT receives session.log, append.jsonl, attention.jsonl,
-# table.md (the verdicts on the targets first) and roofline.png.
+#   kernels   the library loads; it is built where it does not
+#   bench     the cells that bench/results/README.md asks for, small ones first
+#   tests     tests/kernels on the GPU
+#   sanitize  memcheck, racecheck and synccheck on small shapes through every kernel
+#   wide      other models, pages, batches, torch.compile
+#   serve     SGLang end to end, where it is installed: TARGET and DRAFT name a pair (default: a random
+#             one), ARMS some of its arms
+#   table     OUT/table.md of all that was measured
 #
-#   bench    the cells that the targets speak of, results checked against float64
-#   compile  some of them with torch.compile, which takes longer to compile than to measure
-#   append   append_context_kv: every model, 16 to 8192 rows, whole prompts and committed blocks
-#   small    block_attention: batch 1 to 16, context 512 to 32K
-#   large    the same for batch 32 to 256
-#   shapes   block_attention: pages of 16 and 64, other models
-#   full     append, small, large, shapes, compile, one after the other
-#   serve    SGLang end to end, where it is installed: TARGET and DRAFT name a pair (default: a random
-#            one), ARMS some of its arms
-#
-# A phase that fails does not stop the later ones; the exit status is that of the worst. Every command
-# has a limit, and those of a phase of benchmarks add up to less than ten minutes: where a command may
-# only run for so long, give such phases one by one. What a command measured until then is kept.
-# PYTHON names the interpreter (default python3).
-#
-# Minutes on an H100 with 16 cores, as planned, not as measured: build 2, test 3, sanitize 8, bench 3,
-# append 3, small 4, large 5, shapes 4, compile 3, serve 12.
+# OUT receives session.log, append.jsonl, attention.jsonl, end_to_end.jsonl and table.md; a line is
+# written as soon as it is measured, and the table after every phase, so whatever ends the session
+# costs only what was not measured yet. A command that fails does not stop the later ones; the exit
+# status is 1 then. PYTHON names the interpreter (default python3). REHEARSE=1 runs the same commands
+# on the CPU: small shapes, and the tests that need a GPU skipped.
 set -uo pipefail
 
 cd "$(dirname "$0")/../.."
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
-phases=${*:-build test sanitize bench plot}
 python=${PYTHON:-python3}
-status=0
-export PYTHONPATH=$PWD/python${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 log=$out/session.log
+status=0
+device=${REHEARSE:+cpu}
+device=${device:-cuda}
+export PYTHONPATH=$PWD/python${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 # run LIMIT NAME COMMAND...: at most LIMIT seconds, output to the log, one line on the terminal.
 run() {
-  local limit=$1 name=$2 started=$SECONDS
+  local limit=$1 name=$2 started=$SECONDS code
   shift 2
+  [ $device = cpu ] && limit=$((10 * limit))
   echo "== $name: $*" >>"$log"
-  if timeout --kill-after 10 "$limit" "$@" >>"$log" 2>&1; then
+  timeout --kill-after 10 "$limit" "$@" >>"$log" 2>&1
+  code=$?
+  if [ $code = 0 ]; then
     echo "ok      $name ($((SECONDS - started)) s)"
   else
-    local code=$?
     echo "FAILED  $name (status $code, $((SECONDS - started)) s)"
     tail -n 15 "$log"
     status=1
   fi
 }
 
-# bench LIMIT NAME ARGUMENTS...: the JSON lines of one benchmark script go to OUT/NAME.jsonl.
-bench() {
-  local limit=$1 name=$2
+# measure LIMIT OP ARGUMENTS...: JSON lines go to OUT/OP.jsonl.
+measure() {
+  local limit=$1 op=$2 flags=()
   shift 2
-  run "$limit" "$name" bash -c '"$@" >>"$0"' "$out/$name.jsonl" "$python" "$@"
+  case $device-$op in
+    cpu-append) flags=(--device cpu --model smollm2-135m --rounds 1 --warm --rows 12) ;;
+    cpu-attention) flags=(--device cpu --model smollm2-135m --rounds 1 --warm --batch 2 --context 64) ;;
+  esac
+  run "$limit" "$op $*" bash -c '"$@" >>"$0"' "$out/$op.jsonl" \
+    "$python" -m bench.kernels "$op" "$@" "${flags[@]}"
 }
 
-has_kernels=("$python" -c 'import torch
+kernels() {
+  local loads=("$python" -c 'import sys, torch
 from dflare import ops
-ops.check_support(torch.device("cuda", 0), torch.bfloat16, 128)
-print("torch", torch.__version__, "on", torch.cuda.get_device_name(0))')
-
-build() {
+from dflare.processor import device_name
+ops.check_support(torch.device(sys.argv[1]), torch.bfloat16, 128)
+print("torch", torch.__version__, "on", device_name(cuda=sys.argv[1] == "cuda"))'
+    "$device")
   nvidia-smi >>"$log" 2>&1
-  # A library that was built elsewhere for this torch will do.
-  "${has_kernels[@]}" >>"$log" 2>&1 || run 580 build "$python" setup.py -q build_ext --inplace
-  run 100 kernels "${has_kernels[@]}"
+  "${loads[@]}" >>"$log" 2>&1 || run 100 build "$python" setup.py -q build_ext --inplace
+  run 20 kernels "${loads[@]}"
 }
 
-test() {
-  run 500 tests "$python" -m pytest -q -p no:cacheprovider tests/kernels -m gpu
+bench() {
+  measure 60 append --rows 16 64 256
+  measure 100 attention --batch 1 8 --context 1024 4096
+  measure 80 attention --batch 32 64 --context 4096
+  measure 60 append --rows 1024 4096
+  measure 60 append --rows 16 64 256 640 --commit-lens random
 }
 
-# Small shapes through every kernel: the tools slow a kernel down a hundredfold.
+tests() {
+  run 100 tests "$python" -m pytest -q -p no:cacheprovider tests/kernels -m gpu
+}
+
+# The tools slow a kernel down a hundredfold. memcheck sees no overrun inside a cached segment.
 sanitize() {
-  local tool
+  local tool sanitizer
   for tool in memcheck racecheck synccheck; do
-    run 180 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-      "$python" -m pytest -q -x -p no:cacheprovider tests/kernels/test_cuda_ops.py -k small_shapes
+    sanitizer=(compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all)
+    [ $device = cpu ] && sanitizer=(env)
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run 100 "$tool" "${sanitizer[@]}" "$python" -m pytest \
+      -q -x -p no:cacheprovider tests/kernels/test_cuda_ops.py -k small_shapes
   done
 }
 
-append_script=bench/kernels/append_context_kv.py
-attention_script=bench/kernels/block_attention.py
-
-bench_targets() {
-  local checked=(--refcheck --without compile)
-  bench 130 append $append_script "${checked[@]}" --rows 16 64 256 1024 4096
-  # The first command may have FlashInfer compile its kernels.
-  bench 250 attention $attention_script "${checked[@]}" --batch 1 8 --context 1024 4096
-  bench 110 attention $attention_script "${checked[@]}" --batch 32 64 --context 4096 16384
-  bench 90 append $append_script "${checked[@]}" --rows 16 64 256 640 1024 --commit-lens random
-}
-
-bench_compile() {
-  bench 200 append $append_script --rows 64 1024 --commit-lens none random
-  bench 120 attention $attention_script --batch 8 --context 4096
-  bench 120 attention $attention_script --batch 32 --context 4096
-}
-
-bench_append() {
-  local model rounds=(--without compile --rounds 20)
-  bench 130 append $append_script "${rounds[@]}" --rows 16 64 256 320 384 512 640 704 768 1024 2048 \
-    --commit-lens random full
-  for model in qwen3-4b qwen3-8b qwen3-32b llama-3-70b gpt-oss-20b gemma-3-12b; do
-    bench 70 append $append_script "${rounds[@]}" --model $model \
-      --rows 16 64 256 1024 4096 32 128 320 384 512 2048 8192
-  done
-}
-
-# Each batch in a process of its own, contexts of the targets first.
-bench_batches() {
-  local limit=$1 batch
-  shift
-  for batch in "$@"; do
-    bench "$limit" attention $attention_script --without compile --rounds 20 --batch "$batch" \
-      --context 4096 1024 2048 512 8192 16384 32768
-  done
-}
-
-bench_shapes() {
-  local model rounds=(--without compile --rounds 20)
-  bench 140 attention $attention_script "${rounds[@]}" --batch 8 32 --context 4096 1024 16384 \
-    --page 16 64
-  for model in gpt-oss-20b qwen3-32b gemma-3-12b llama-3-70b; do
-    bench 100 attention $attention_script "${rounds[@]}" --model $model --batch 8 32 1 \
-      --context 4096 1024
-  done
+wide() {
+  measure 60 attention --batch 32 --context 16384
+  measure 60 attention --batch 8 --context 4096 --page 16 64
+  measure 60 append --model qwen3-8b llama-3-70b gpt-oss-20b --rows 16 256
+  measure 60 attention --model gpt-oss-20b llama-3-70b --batch 8 32 --context 4096
+  measure 50 attention --batch 8 --context 4096 --arms dflare compile
 }
 
 serve() {
-  bench 1500 end_to_end bench/kernels/end_to_end.py ${TARGET:+--target "$TARGET" --draft "$DRAFT"} \
-    ${ARMS:+--arms $ARMS}
+  run 1500 end_to_end bash -c '"$@" >>"$0"' "$out/end_to_end.jsonl" "$python" -m \
+    bench.kernels.end_to_end ${TARGET:+--target "$TARGET" --draft "$DRAFT"} ${ARMS:+--arms $ARMS}
 }
 
-plot() {
-  run 100 plot bash -c '"$0" bench/kernels/plot.py "$1"/a*.jsonl --png "$1/roofline.png" \
-    >"$1/table.md"' "$python" "$out"
-  sed -n '/^## Targets/,/^## A/p' "$out/table.md" | grep '^|'
+table() {
+  local files=("$out"/a*.jsonl)
+  [ -s "${files[0]}" ] || return 0
+  "$python" -m bench.kernels table "${files[@]}" >"$out/table.md" 2>>"$log" || status=1
 }
 
-for phase in $phases; do
+for phase in ${*:-first}; do
   case $phase in
-    build | test | sanitize | serve | plot) $phase ;;
-    bench) bench_targets ;;
-    compile | append | shapes) bench_$phase ;;
-    small) bench_batches 110 8 1 4 2 16 ;;
-    large) bench_batches 140 32 64 128 256 ;;
-    full)
-      bench_append
-      bench_batches 110 8 1 4 2 16
-      bench_batches 140 32 64 128 256
-      bench_shapes
-      bench_compile
-      ;;
-    *) echo "unknown phase $phase" && exit 2 ;;
+    first) phases=(kernels bench tests) ;;
+    second) phases=(sanitize wide) ;;
+    kernels | bench | tests | sanitize | wide | serve | table) phases=("$phase") ;;
+    *) echo "unknown phase $phase: the head of $0 lists them" && exit 2 ;;
   esac
+  for part in "${phases[@]}"; do
+    "$part"
+    table
+  done
 done
 exit $status

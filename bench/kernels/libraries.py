@@ -1,4 +1,9 @@
-"""FlashAttention 3 and FlashInfer as arms of the block_attention benchmark: attention alone."""
+"""FlashAttention 3 and FlashInfer as arms of the block_attention benchmark: attention alone.
+
+Arms: `fa3`, SGLang's FlashAttention 3; `flashinfer_fa2` and `flashinfer_fa3`, the paged prefill
+wrapper with its plan made before; `flashinfer_uniform`, its decode wrapper, which knows that all
+queries are equally long but masks causally. A plan is host work, once a step: `plan_us`.
+"""
 
 import functools
 import statistics
@@ -7,38 +12,41 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from attention_arms import ATTENTION_ONLY, BlockInputs, Shape
-from measure import Arm
 from torch import Tensor
+
+from bench.kernels.timing import Arm
+
+ARMS = ("fa3", "flashinfer_fa2", "flashinfer_fa3", "flashinfer_uniform")
+ATTENTION_ONLY = "attention only: without norm, RoPE and the block's K/V write"
 
 WORKSPACE_BYTES = 512 << 20  # as SGLang gives FlashInfer for large models
 
 
-def page_tables(inputs: BlockInputs) -> list[Tensor]:
+def page_tables(inputs: Any) -> list[Tensor]:
     """Page of each of a request's pages, [batch, pages] int32."""
-    page = inputs.shape.page
+    page = inputs.page
     return [(x["req_to_token"][:, ::page] // page).contiguous() for x in inputs.sets]
 
 
-def pools_of(x: dict[str, Any], shape: Shape) -> tuple[Tensor, Tensor]:
+def pools_of(x: dict[str, Any], inputs: Any) -> tuple[Tensor, Tensor]:
     """[pages, page, KV, hd] each."""
-    paged = (-1, shape.page, shape.pair.kv_heads, shape.pair.head_dim)
+    paged = (-1, inputs.page, inputs.pair.kv_heads, inputs.pair.head_dim)
     return x["k_pool"].view(paged), x["v_pool"].view(paged)
 
 
-def fa3_arm(inputs: BlockInputs) -> Arm:
+def fa3_arm(inputs: Any) -> Arm:
     from sgl_kernel.flash_attn import flash_attn_with_kvcache, is_fa3_supported
 
     if not is_fa3_supported():
         major, minor = torch.cuda.get_device_capability()
         raise NotImplementedError(f"SGLang has no FA3 kernels for sm_{major}{minor}")
-    shape, queries, tables = inputs.shape, inputs.queries, page_tables(inputs)
-    pair, device = shape.pair, shape.device
-    lens = torch.full((shape.batch,), shape.context + pair.block, device=device).int()
-    starts = torch.arange(shape.batch + 1, device=device).int() * pair.block
+    queries, tables = inputs.queries, page_tables(inputs)
+    pair, device = inputs.pair, inputs.device
+    lens = torch.full((inputs.batch,), inputs.context + pair.block, device=device).int()
+    starts = torch.arange(inputs.batch + 1, device=device).int() * pair.block
 
     def run(i: int) -> Tensor:
-        k_cache, v_cache = pools_of(inputs.sets[i], shape)
+        k_cache, v_cache = pools_of(inputs.sets[i], inputs)
         return flash_attn_with_kvcache(
             q=queries[i],
             k_cache=k_cache,
@@ -51,39 +59,39 @@ def fa3_arm(inputs: BlockInputs) -> Arm:
             causal=False,
         ).flatten(1)
 
-    return Arm("fa3", run, shape.work(), note=ATTENTION_ONLY)
+    return Arm("fa3", run, inputs.work, note=ATTENTION_ONLY)
 
 
 class Pages:
     """A buffer set's pages as FlashInfer wants them, all int32 on the device."""
 
-    def __init__(self, table: Tensor, shape: Shape) -> None:
-        pages_each = shape.tokens // shape.page
-        counts = torch.arange(shape.batch + 1, device=shape.device).int()
-        last = (shape.context + shape.pair.block - 1) % shape.page + 1
-        self.query_starts = counts * shape.pair.block
+    def __init__(self, table: Tensor, inputs: Any) -> None:
+        pages_each = inputs.tokens // inputs.page
+        counts = torch.arange(inputs.batch + 1, device=inputs.device).int()
+        last = (inputs.context + inputs.pair.block - 1) % inputs.page + 1
+        self.query_starts = counts * inputs.pair.block
         self.starts = counts * pages_each
         self.indices = table.flatten()
-        self.last = torch.full((shape.batch,), last, device=shape.device).int()
+        self.last = torch.full((inputs.batch,), last, device=inputs.device).int()
 
 
 Plan = Callable[[], None]
 
 
-def plan_arguments(pages: Pages, shape: Shape) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def plan_arguments(pages: Pages, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What both wrappers' `plan` take, in place and by name."""
-    pair = shape.pair
-    sizes = (pair.heads, pair.kv_heads, pair.head_dim, shape.page)
+    pair = inputs.pair
+    sizes = (pair.heads, pair.kv_heads, pair.head_dim, inputs.page)
     named = {
         "sm_scale": pair.head_dim**-0.5,
-        "q_data_type": shape.dtype,
-        "kv_data_type": shape.dtype,
+        "q_data_type": inputs.dtype,
+        "kv_data_type": inputs.dtype,
     }
     return (pages.starts, pages.indices, pages.last, *sizes), named
 
 
 def prefill_wrapper(
-    backend: str, flashinfer: Any, workspace: Tensor, pages: Pages, shape: Shape
+    backend: str, flashinfer: Any, workspace: Tensor, pages: Pages, inputs: Any
 ) -> tuple[Any, Plan]:
     """Paged prefill, which is told each request's queries; not causal."""
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
@@ -96,12 +104,12 @@ def prefill_wrapper(
         paged_kv_last_page_len_buf=torch.empty_like(pages.last),
         backend=backend,
     )
-    positional, named = plan_arguments(pages, shape)
+    positional, named = plan_arguments(pages, inputs)
     return wrapper, lambda: wrapper.plan(pages.query_starts, *positional, causal=False, **named)
 
 
 def uniform_wrapper(
-    flashinfer: Any, workspace: Tensor, pages: Pages, shape: Shape
+    flashinfer: Any, workspace: Tensor, pages: Pages, inputs: Any
 ) -> tuple[Any, Plan]:
     """Decode with as many queries a request as the block has; causal within it."""
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
@@ -114,19 +122,19 @@ def uniform_wrapper(
         paged_kv_last_page_len_buffer=torch.empty_like(pages.last),
         backend="fa2",  # the only one that takes several queries a request on every architecture
     )
-    positional, named = plan_arguments(pages, shape)
-    return wrapper, lambda: wrapper.plan(*positional, q_len_per_req=shape.pair.block, **named)
+    positional, named = plan_arguments(pages, inputs)
+    return wrapper, lambda: wrapper.plan(*positional, q_len_per_req=inputs.pair.block, **named)
 
 
-def flashinfer_arm(name: str, make: Callable[..., tuple[Any, Plan]], inputs: BlockInputs) -> Arm:
+def flashinfer_arm(name: str, make: Callable[..., tuple[Any, Plan]], inputs: Any) -> Arm:
     """One wrapper a set, planned before; they share the workspace, for they never overlap."""
     import flashinfer
 
-    shape, queries = inputs.shape, inputs.queries
-    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=shape.device)
+    queries = inputs.queries
+    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=inputs.device)
     wrappers, plan_us = [], []
     for table in page_tables(inputs):
-        wrapper, plan = make(flashinfer, workspace, Pages(table, shape), shape)
+        wrapper, plan = make(flashinfer, workspace, Pages(table, inputs), inputs)
         plan()  # the first of all compiles the kernel
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -135,19 +143,19 @@ def flashinfer_arm(name: str, make: Callable[..., tuple[Any, Plan]], inputs: Blo
         wrappers.append(wrapper)
 
     def run(i: int) -> Tensor:
-        return wrappers[i].run(queries[i], pools_of(inputs.sets[i], shape)).flatten(1)
+        return wrappers[i].run(queries[i], pools_of(inputs.sets[i], inputs)).flatten(1)
 
     planned = statistics.median(plan_us)
-    return Arm(name, run, shape.work(), note=ATTENTION_ONLY, plan_us=planned)
+    return Arm(name, run, inputs.work, note=ATTENTION_ONLY, plan_us=planned)
 
 
-def library_makers(inputs: BlockInputs) -> dict[str, Callable[[], Arm]]:
+def makers(inputs: Any) -> dict[str, Callable[[], Arm]]:
     wrappers: dict[str, Callable[..., tuple[Any, Plan]]] = {
         "flashinfer_fa2": functools.partial(prefill_wrapper, "fa2"),
         "flashinfer_fa3": functools.partial(prefill_wrapper, "fa3"),
         "flashinfer_uniform": uniform_wrapper,
     }
-    makers: dict[str, Callable[[], Arm]] = {"fa3": lambda: fa3_arm(inputs)}
+    found: dict[str, Callable[[], Arm]] = {"fa3": lambda: fa3_arm(inputs)}
     for name, make in wrappers.items():
-        makers[name] = functools.partial(flashinfer_arm, name, make, inputs)
-    return makers
+        found[name] = functools.partial(flashinfer_arm, name, make, inputs)
+    return found

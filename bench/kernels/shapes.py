@@ -1,4 +1,4 @@
-"""Sizes that the kernel benchmarks run at: published targets, each with a drafter as large as the
+"""Sizes that the benchmarks run at: published targets, each with a drafter as large as the
 published DFlare drafters (7 layers, 9 taps, blocks of 16) unless it has its own."""
 
 from dataclasses import dataclass

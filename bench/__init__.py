@@ -1,0 +1,1 @@
+"""What is measured: kernels, serving, the policy, training."""
