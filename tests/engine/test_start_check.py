@@ -57,7 +57,7 @@ def test_a_drafter_within_the_limits_starts(check):
         ({"block": 33, "heads": 8}, "block size 33"),
         ({"heads": 128}, "128 query heads a KV head in blocks of 16"),
         ({"head_dim": 96}, "head_dim 96"),
-        ({"cache": torch.float8_e5m2}, "serve without --kv-cache-dtype"),
+        ({"cache": torch.float8_e5m2}, "serve without --speculative-draft-kv-cache-dtype"),
     ],
 )
 def test_what_the_operators_would_refuse_is_refused_at_start(check, change, message):

@@ -81,6 +81,15 @@ class DFlareAlgorithm(CustomSpecAlgo):
             server_args.speculative_num_draft_tokens = draft.block_size
         if server_args.speculative_draft_attention_backend is None:
             server_args.speculative_draft_attention_backend = ATTENTION_BACKEND
+        if server_args.speculative_draft_kv_cache_dtype is None:
+            # Not the target's --kv-cache-dtype: our kernels read K/V in the drafter's own dtype.
+            server_args.speculative_draft_kv_cache_dtype = "auto"
+        if server_args.speculative_draft_window_size is not None:
+            logger.info(
+                "DFLARE: the drafter sees the last %d tokens (--speculative-draft-window-size); "
+                "a warning that this has no effect knows SGLang's own algorithms only",
+                server_args.speculative_draft_window_size,
+            )
         if server_args.min_free_slots_delay is None and server_args.pp_size == 1:
             # DFLASH holds requests back until several slots are free, because every admission costs
             # it a prefill of the drafter; ours is one operator, and the wait was 20 steps.

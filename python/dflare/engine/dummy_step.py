@@ -72,6 +72,10 @@ def dummy_step(worker: Any, batch: int) -> None:
     )
     if torch.device(device).type != "cpu":
         torch.get_device_module(device).synchronize()
+    # The scheduler would take these for the marks of a batch of its own, and let a prefill's writes
+    # go ahead of the reads that they stand before.
+    for runner in (target, worker.draft_model_runner):
+        runner.shared_read_done_event = None
 
 
 def _draft(worker: Any, shared: dict[str, Any], plan: Any) -> None:

@@ -1,55 +1,54 @@
-"""Hooks into SGLang where it offers no other way in; each says why it is needed.
+"""Everything that we replace inside SGLang's code, in one list; each entry says why it is needed.
 
 `HookRegistry` (sglang/srt/plugins/hook_registry.py) patches the function and every module that
-imported it by name.
+imported it by name, and only logs a hook that it could not apply. So the worker calls
+`check_hooks` before it loads anything.
 """
+
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from dflare.engine.plugin import ALGORITHM
-from dflare.engine.request_guard import register_guard
+from dflare.engine.request_guard import GUARDS
+from dflare.errors import UnsupportedError
 
 
-def register_hooks() -> None:
-    """Register what every device needs and, on our CPU platform, what only that one needs."""
-    # Two places know the DFLASH family by name only, not through the algorithm object.
-    HookRegistry.register(
-        "sglang.srt.arg_groups.model_override_base._forces_eagle_topk_one",
-        _forces_eagle_topk_one,
-        HookType.AROUND,
-    )
-    HookRegistry.register(
-        "sglang.srt.speculative.spec_utils.spec_need_hidden_states",
-        _spec_need_hidden_states,
-        HookType.AROUND,
-    )
-    # Its caller is in the middle of a long method: penalties come before logit bias and grammar.
-    HookRegistry.register(
-        "sglang.srt.speculative.dflash_utils.apply_dflash_verify_logits_adjustments",
-        _apply_penalties_first,
-        HookType.AROUND,
-    )
-    register_guard()
-    from sglang.srt.platforms import current_platform
+@dataclass(frozen=True)
+class Hook:
+    """A function of SGLang that ours stands in for.
 
-    from dflare.engine.platform import CpuPlatform
+    Attributes:
+        target: dotted name of SGLang's function.
+        function: ours; an AROUND hook gets the original first.
+        kind: AROUND or REPLACE.
+        parameters: the original's parameter names in the tested SGLang, separated by spaces.
+    """
 
-    if isinstance(current_platform, CpuPlatform):
-        _register_cpu_hooks()
+    target: str
+    function: Callable[..., Any]
+    kind: HookType
+    parameters: str
 
 
 def _forces_eagle_topk_one(original, speculative_algorithm) -> bool:
+    """The list of algorithms in it knows the DFLASH family by name only."""
     return str(speculative_algorithm).upper() == ALGORITHM or original(speculative_algorithm)
 
 
 def _spec_need_hidden_states(original) -> bool:
+    """As above; like DFLASH's, the drafter's context lives in its own pool, nothing is relayed."""
     from sglang.srt.runtime_context import get_spec
 
-    # Like DFLASH, the drafter's context lives in its own pool: nothing is relayed between steps.
     return get_spec().speculative_algorithm != ALGORITHM and original()
 
 
 def _apply_penalties_first(original, *, next_token_logits, sampling_info, draft_token_num) -> None:
+    """Its caller is in the middle of a long method: penalties come before bias and grammar."""
     penalise = getattr(sampling_info, "dflare_penalise", None)
     if penalise is not None:
         penalise(next_token_logits, draft_token_num)
@@ -60,27 +59,161 @@ def _apply_penalties_first(original, *, next_token_logits, sampling_info, draft_
     )
 
 
-def _register_cpu_hooks() -> None:
-    from sglang.srt.mem_cache.allocation import get_last_loc_torch
+def _sample_prefill(original, *args, **kwargs):
+    """It knows seeds with --enable-deterministic-inference only, and never beside min_p."""
+    from sglang.srt.runtime_context import get_spec
 
+    if get_spec().speculative_algorithm != ALGORITHM:
+        return original(*args, **kwargs)
+    from dflare.engine.sampling import sample_prefill
+
+    return sample_prefill(original, *args, **kwargs)
+
+
+def _runners_to_update(*args, **kwargs):
+    """Updates of the target would be loaded into the drafter too."""
+    from dflare.engine.online_update import runners_to_update
+
+    return runners_to_update(*args, **kwargs)
+
+
+def _assign_req_to_token_pool(*args) -> None:
+    """The original launches a Triton kernel for any attention backend not called torch_native."""
     from dflare.engine.cpu_memory import assign_req_to_token_pool
 
-    # Both launch Triton kernels for any attention backend that is not called torch_native.
-    HookRegistry.register(
-        "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func",
-        assign_req_to_token_pool,
-        HookType.REPLACE,
-    )
-    HookRegistry.register(
-        "sglang.srt.mem_cache.allocation.get_last_loc", get_last_loc_torch, HookType.REPLACE
-    )
-    # Its custom op is registered for SGLang's own devices only.
-    HookRegistry.register(
-        "sglang.srt.distributed.parallel_state.GroupCoordinator.all_gather_into_tensor",
-        _all_gather_into_tensor,
-        HookType.REPLACE,
-    )
+    assign_req_to_token_pool(*args)
+
+
+def _get_last_loc(*args):
+    """As above."""
+    from sglang.srt.mem_cache.allocation import get_last_loc_torch
+
+    return get_last_loc_torch(*args)
+
+
+def _murmur_hash32(*args):
+    """Its CPU kernel is not in SGLang's wheel."""
+    from dflare.engine.cpu_seeds import murmur_hash32
+
+    return murmur_hash32(*args)
 
 
 def _all_gather_into_tensor(group, output, input) -> None:
+    """The original's custom op is registered for SGLang's own devices only."""
     group._all_gather_into_tensor(output, input)
+
+
+_EVERYWHERE = (
+    Hook(
+        "sglang.srt.arg_groups.model_override_base._forces_eagle_topk_one",
+        _forces_eagle_topk_one,
+        HookType.AROUND,
+        "speculative_algorithm",
+    ),
+    Hook(
+        "sglang.srt.speculative.spec_utils.spec_need_hidden_states",
+        _spec_need_hidden_states,
+        HookType.AROUND,
+        "",
+    ),
+    Hook(
+        "sglang.srt.speculative.dflash_utils.apply_dflash_verify_logits_adjustments",
+        _apply_penalties_first,
+        HookType.AROUND,
+        "next_token_logits sampling_info draft_token_num",
+    ),
+    Hook(
+        "sglang.srt.layers.sampler.Sampler._sample_from_probs",
+        _sample_prefill,
+        HookType.AROUND,
+        "self probs sampling_info positions simple_sampling_case",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler_components.weight_updater"
+        ".SchedulerWeightUpdaterManager._select_runners",
+        _runners_to_update,
+        HookType.AROUND,
+        "self selector",
+    ),
+)
+_GUARDS = tuple(
+    Hook(f"sglang.srt.{target}", function, HookType.AROUND, parameters)
+    for target, function, parameters in GUARDS
+)
+_ON_THE_CPU_PLATFORM = (
+    Hook(
+        "sglang.kernels.ops.sampling.murmur_hash.murmur_hash32",
+        _murmur_hash32,
+        HookType.REPLACE,
+        "seed positions col_indices",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func",
+        _assign_req_to_token_pool,
+        HookType.REPLACE,
+        "req_pool_indices req_to_token start_offset end_offset out_cache_loc batch_size",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.allocation.get_last_loc",
+        _get_last_loc,
+        HookType.REPLACE,
+        "req_to_token req_pool_indices_tensor prefix_lens_tensor",
+    ),
+    Hook(
+        "sglang.srt.distributed.parallel_state.GroupCoordinator.all_gather_into_tensor",
+        _all_gather_into_tensor,
+        HookType.REPLACE,
+        "self output input",
+    ),
+)
+
+
+def hooks() -> tuple[Hook, ...]:
+    """The hooks of this process: those of every device and, on our CPU platform, its own."""
+    from sglang.srt.platforms import current_platform
+
+    from dflare.engine.platform import CpuPlatform
+
+    on_cpu = isinstance(current_platform, CpuPlatform)
+    return _EVERYWHERE + _GUARDS + (_ON_THE_CPU_PLATFORM if on_cpu else ())
+
+
+def register_hooks() -> None:
+    """Hand the hooks to SGLang, which puts them in place when all plug-ins are loaded."""
+    for hook in hooks():
+        HookRegistry.register(hook.target, hook.function, hook.kind)
+
+
+def check_hooks(expected: tuple[Hook, ...] | None = None) -> None:
+    """Make sure that every hook is in place, on a function that is the one we know.
+
+    Args:
+        expected: the hooks to look at; those of this process by default.
+
+    Raises:
+        UnsupportedError: naming each hook that is missing and each function that has changed.
+    """
+    problems = [problem for hook in expected or hooks() if (problem := _problem(hook))]
+    if problems:
+        raise UnsupportedError(
+            "DFLARE replaces functions of SGLang, and not all of them as expected: "
+            + "; ".join(problems)
+            + ". Look in the log above for 'Failed to apply hooks', unload other plug-ins "
+            "(SGLANG_PLUGINS=dflare), or install the SGLang that README.md names"
+        )
+
+
+def _problem(hook: Hook) -> str | None:
+    try:
+        function = pkgutil.resolve_name(hook.target)
+    except (ImportError, AttributeError):
+        return f"{hook.target} does not exist"
+    found = " ".join(inspect.signature(inspect.unwrap(function)).parameters)
+    if found != hook.parameters:
+        return f"{hook.target} takes ({found}), expected ({hook.parameters})"
+    while function is not None:
+        cells = getattr(function, "__closure__", None) or ()
+        if any(cell.cell_contents is hook.function for cell in cells):
+            return None
+        function = getattr(function, "__wrapped__", None)
+    return f"{hook.target} is not hooked"

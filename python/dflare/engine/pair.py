@@ -30,9 +30,36 @@ def check_server_pair(server_args) -> DraftConfig:
             f"{path} is in the {draft.dialect} dialect; convert it once: dflare convert {path} DST"
         )
     check_finite(folder, draft)
+    _check_flags(server_args)
     _check_block_size(server_args, draft)
     _check_target(server_args, draft)
     return draft
+
+
+# Flags that DFLASH takes and DFLARE does not, with what there is instead. SGLang itself refuses
+# --speculative-use-block-verification, --enable-layernorm-sp and CP/TP group sharing by name.
+_REFUSED_FLAGS = {
+    "enable_lora": "the CUDA graphs of its several widths share SGLang's one set of LoRA metadata; "
+    "serve adapters without speculation or with DFLASH",
+    "lora_paths": "see --enable-lora: serve adapters without speculation or with DFLASH",
+    "enable_unified_memory": "the drafter's kernels index the target's slots, which that pool "
+    "translates; leave it out",
+    "enable_linear_replayssm_spec": "its commit is written for other drafters; leave it out",
+}
+_DRAFT_KV_DTYPES = (None, "auto", "bf16", "bfloat16")
+
+
+def _check_flags(server_args) -> None:
+    for name, instead in _REFUSED_FLAGS.items():
+        if getattr(server_args, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UnsupportedError(f"{flag} does not go with DFLARE: {instead}")
+    dtype = server_args.speculative_draft_kv_cache_dtype
+    if dtype not in _DRAFT_KV_DTYPES:
+        raise UnsupportedError(
+            f"--speculative-draft-kv-cache-dtype is {dtype}, and DFLARE keeps the drafter's K/V in "
+            "its own dtype: leave it out (the target's --kv-cache-dtype may stay as it is)"
+        )
 
 
 def _check_block_size(server_args, draft: DraftConfig) -> None:

@@ -1,32 +1,41 @@
-"""Frequency, presence and repetition penalties and min_new_tokens at every verify position.
+"""Frequency, presence and repetition penalties and min_new_tokens of speculative batches.
 
 SGLang 0.5.23 feeds the tokens of a speculative batch to no penalizer and its DFLASH verification
 reads none. Here each verify position sees what a decode step at that position would see: the
-tokens generated before the step and, in the block, those before it. All counts stay on the
-device, so that overlap scheduling, which knows tokens on the host one step later, is served too.
+tokens generated before the step and, in the block, those before it. The same counts penalise the
+token that a prefill samples, for a request that has generated before (one that was retracted, or
+decodes on in a mixed batch). All counts stay on the device, so that overlap scheduling, which knows
+tokens on the host one step later, is served too, and no method waits for the device.
 """
 
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from sglang.srt.utils import async_h2d
+
+from dflare.engine.swapping import swapped
 
 _CHUNK = 16  # requests whose logits are copied at a time
 
 
 @dataclass(frozen=True)
-class _Penalised:
+class Penalised:
     """The requests of a batch that ask for a penalty; tensors on the device.
 
     Attributes:
         at: [p] rows of the batch.
-        slots: [p] rows of the counts.
+        rows: [p] rows of the counts.
         frequency, presence, repetition: [p, 1] float32.
         min_new_tokens: [p, 1].
         stops: for each stop token of each of them [2, s]: which of the p, which token.
     """
 
     at: torch.Tensor
-    slots: torch.Tensor
+    rows: torch.Tensor
     frequency: torch.Tensor
     presence: torch.Tensor
     repetition: torch.Tensor
@@ -34,73 +43,132 @@ class _Penalised:
     stops: torch.Tensor
 
 
-class VerifyPenalties:
+class Penalties:
     """Counts the generated tokens of penalised requests and applies their penalties.
 
-    Args:
-        vocab_size: V.
-        device: of the logits.
+    The counts of a request live in a row that belongs to its row of SGLang's `req_to_token`, which
+    it keeps until it ends or is retracted. Whose the counts are is written down beside them: a
+    request that comes from a prefill elsewhere (disaggregation) or from a backup on the host never
+    meets a prefill here, and starts at its first decode step.
     """
 
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
-        self._vocab_size, self._device = vocab_size, device
-        # By row of req_to_token, which a request keeps from its prefill to its end.
-        self._slots: dict[int, int] = {}
+        """
+        Args:
+            vocab_size: V.
+            device: of the logits.
+        """
+        self._vocab_size, self._device = vocab_size, torch.device(device)
+        self._rows: dict[int, int] = {}  # row of the counts by row of req_to_token
+        self._owners: dict[int, tuple[weakref.ref, int]] = {}  # by row of the counts
         self._counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
 
-    def select(self, reqs) -> _Penalised | None:
-        """Return what verification needs of a batch's requests, or None if none is penalised."""
-        chosen = [(at, req) for at, req in enumerate(reqs) if _is_penalised(req.sampling_params)]
+    def select(self, batch: Any) -> Penalised | None:
+        """Find the requests of a batch that ask for a penalty, and see to it that they are counted.
+
+        Args:
+            batch: SGLang's `ScheduleBatch`, any mode.
+
+        Returns:
+            What the other methods need of them, or None if there are none.
+        """
+        chosen = [
+            (at, req)
+            for at, req in enumerate(batch.reqs or ())
+            if _is_penalised(req.sampling_params)
+        ]
         if not chosen:
             return None
-        params = [req.sampling_params for _, req in chosen]
+        reqs = [req for _, req in chosen]
+        rows = [self._row(req.kv.req_pool_idx) for req in reqs]
+        # A prefill starts a request, but not those that decode on in a mixed batch.
+        prefill = batch.forward_mode.is_extend() or batch.is_extend_in_batch
+        decoding = {id(req) for req in batch.decoding_reqs or ()} if prefill else set(map(id, reqs))
+        self._start(
+            (row, req)
+            for row, req in zip(rows, reqs, strict=True)
+            if id(req) not in decoding or not self._is_owner(row, req)
+        )
+        params = [req.sampling_params for req in reqs]
         stops = [
-            (row, token)
-            for row, (_, req) in enumerate(chosen)
+            (i, token)
+            for i, req in enumerate(reqs)
             if req.sampling_params.min_new_tokens > 0
             for token in sorted(_stop_tokens(req))
             if token < self._vocab_size
         ]
-
-        def put(values: list, dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
-
-        return _Penalised(
-            at=put([at for at, _ in chosen], torch.long),
-            slots=put([self._slot(req.kv.req_pool_idx) for _, req in chosen], torch.long),
-            frequency=put([[p.frequency_penalty] for p in params], torch.float32),
-            presence=put([[p.presence_penalty] for p in params], torch.float32),
-            repetition=put([[p.repetition_penalty] for p in params], torch.float32),
-            min_new_tokens=put([[p.min_new_tokens] for p in params], torch.long),
-            stops=put(stops, torch.long).reshape(-1, 2).T,
+        return Penalised(
+            at=self._put([at for at, _ in chosen], torch.long),
+            rows=self._put(rows, torch.long),
+            frequency=self._put([[p.frequency_penalty] for p in params], torch.float32),
+            presence=self._put([[p.presence_penalty] for p in params], torch.float32),
+            repetition=self._put([[p.repetition_penalty] for p in params], torch.float32),
+            min_new_tokens=self._put([[p.min_new_tokens] for p in params], torch.long),
+            stops=self._put(stops, torch.long).reshape(-1, 2).T,
         )
 
-    def _slot(self, pool_row: int) -> int:
-        slot = self._slots.setdefault(pool_row, len(self._slots))
-        if slot >= len(self._counts):
+    def _put(self, values: list, dtype: torch.dtype) -> torch.Tensor:
+        return async_h2d(values, dtype=dtype, device=self._device)
+
+    def _row(self, pool_row: int) -> int:
+        row = self._rows.setdefault(pool_row, len(self._rows))
+        if row >= len(self._counts):
             more = max(1, len(self._counts))
             self._counts = torch.nn.functional.pad(self._counts, (0, 0, 0, more))
-        return slot
+        return row
 
-    def start(self, chosen: _Penalised, reqs, first_tokens: torch.Tensor) -> None:
-        """Begin to count after a prefill.
+    def _is_owner(self, row: int, req: Any) -> bool:
+        """Whether the counts are this request's, since it was last retracted."""
+        owner = self._owners.get(row)
+        return owner is not None and owner == (weakref.ref(req), req.retraction_count)
+
+    def _start(self, starting: Iterable[tuple[int, Any]]) -> None:
+        """Count what requests have generated so far: at such a moment the host knows it all."""
+        rows: list[int] = []
+        counted_in: list[int] = []
+        tokens: list[int] = []
+        for row, req in starting:
+            self._owners[row] = weakref.ref(req), req.retraction_count
+            rows.append(row)
+            counted_in += [row] * len(req.output_ids)
+            tokens += req.output_ids
+        if rows:
+            self._counts.index_fill_(0, self._put(rows, torch.long), 0)
+        if tokens:
+            ids = self._put(tokens, torch.long)
+            self._add(self._put(counted_in, torch.long), ids, torch.ones_like(ids))
+
+    @contextmanager
+    def in_prefill(self, chosen: Penalised, sampling_info: Any) -> Iterator[None]:
+        """Let SGLang's sampler apply the penalties to the token after a prefill.
 
         Args:
-            chosen: of these requests.
-            reqs: the batch's requests; what they have generated before (a retracted request has)
-                is known to the host when they are prefilled.
-            first_tokens: [bs] the token that the prefill gave each.
+            chosen: of the batch's requests.
+            sampling_info: the batch's `SamplingBatchInfo` of bs requests.
         """
-        self._counts[chosen.slots] = 0
-        known = [req.output_ids for req in reqs if _is_penalised(req.sampling_params)]
-        lengths = torch.tensor([len(ids) for ids in known], device=self._device)
-        if lengths.any():
-            tokens = torch.tensor([t for ids in known for t in ids], device=self._device)
-            self._add(chosen.slots.repeat_interleave(lengths), tokens, torch.ones_like(tokens))
-        first = first_tokens[chosen.at].long()
-        self._add(chosen.slots, first, torch.ones_like(first))
+        size = len(sampling_info), self._vocab_size
+        counts = self._counts[chosen.rows]
+        lower = counts * -chosen.frequency - (counts > 0) * chosen.presence
+        if chosen.stops.numel():
+            self._hold_stops_back(chosen, lower[:, None], chosen.stops[0])
+        additive = torch.zeros(size, device=self._device).index_copy_(0, chosen.at, lower)
+        scale = torch.where(counts > 0, chosen.repetition, 1.0)
+        scaling = torch.ones(size, device=self._device).index_copy_(0, chosen.at, scale)
+        with swapped(
+            sampling_info,
+            penalizer_orchestrator=None,
+            acc_additive_penalties=additive,
+            acc_scaling_penalties=scaling,
+        ):
+            yield
 
-    def commit(self, chosen: _Penalised, tokens: torch.Tensor, lengths: torch.Tensor) -> None:
+    def commit_prefill(self, chosen: Penalised, next_tokens: torch.Tensor) -> None:
+        """Count the tokens [bs] that a prefill gave; after a chunk that is not the last, it starts
+        anew anyway."""
+        first = next_tokens[chosen.at].long()
+        self._add(chosen.rows, first, torch.ones_like(first))
+
+    def commit(self, chosen: Penalised, tokens: torch.Tensor, lengths: torch.Tensor) -> None:
         """Count the tokens that a verification committed.
 
         Args:
@@ -110,15 +178,15 @@ class VerifyPenalties:
         tokens = tokens[chosen.at].long()
         column = torch.arange(tokens.shape[1], device=tokens.device)
         counted = column < lengths[chosen.at, None]
-        slots = chosen.slots[:, None].expand_as(tokens)
+        rows = chosen.rows[:, None].expand_as(tokens)
         # Uncommitted columns hold whatever was there: they add nothing to token 0.
-        self._add(slots, torch.where(counted, tokens, 0), counted)
+        self._add(rows, torch.where(counted, tokens, 0), counted)
 
-    def _add(self, slots: torch.Tensor, tokens: torch.Tensor, by: torch.Tensor) -> None:
-        index = slots.flatten() * self._vocab_size + tokens.flatten()
+    def _add(self, rows: torch.Tensor, tokens: torch.Tensor, by: torch.Tensor) -> None:
+        index = rows.flatten() * self._vocab_size + tokens.flatten()
         self._counts.view(-1).index_add_(0, index, by.flatten().int())
 
-    def apply(self, chosen: _Penalised, logits: torch.Tensor, block: torch.Tensor) -> None:
+    def apply(self, chosen: Penalised, logits: torch.Tensor, block: torch.Tensor) -> None:
         """Penalise the logits of a verification in place.
 
         Args:
@@ -130,11 +198,11 @@ class VerifyPenalties:
         by_request = logits.view(-1, width, logits.shape[-1])
         for begin in range(0, len(chosen.at), _CHUNK):
             part = slice(begin, begin + _CHUNK)
-            at, slots = chosen.at[part], chosen.slots[part]
+            at, rows = chosen.at[part], chosen.rows[part]
             strength = [
                 x[part, :, None] for x in (chosen.frequency, chosen.presence, chosen.repetition)
             ]
-            counts = self._counts[slots]
+            counts = self._counts[rows]
             before = by_request[at]
             after = _penalise(before, counts[:, None], *strength)
             # The block's own tokens count more at later positions.
@@ -146,16 +214,21 @@ class VerifyPenalties:
             exact = counts.gather(1, drafted)[:, None] + more
             after.scatter_(2, tokens, _penalise(before.gather(2, tokens), exact, *strength))
             by_request[at] = after
-        self._hold_stops_back(chosen, by_request)
+        if chosen.stops.numel():
+            self._hold_stops_back(chosen, by_request, chosen.at[chosen.stops[0]])
 
-    def _hold_stops_back(self, chosen: _Penalised, logits: torch.Tensor) -> None:
-        if not chosen.stops.numel():
-            return
+    def _hold_stops_back(self, chosen: Penalised, logits: torch.Tensor, at: torch.Tensor) -> None:
+        """Forbid stop tokens before min_new_tokens, in place.
+
+        Args:
+            chosen: of the batch's requests.
+            logits: [n, B, V], of B successive positions.
+            at: [s] the row of `logits` for each stop token.
+        """
         row, token = chosen.stops
-        generated = self._counts[chosen.slots].sum(1, keepdim=True)
+        generated = self._counts[chosen.rows].sum(1, keepdim=True)
         position = torch.arange(logits.shape[1], device=logits.device)
         early = generated + position < chosen.min_new_tokens  # [p, B]
-        at = chosen.at[row]
         held = logits[at, :, token].masked_fill(early[row], float("-inf"))
         logits[at, :, token] = held
 

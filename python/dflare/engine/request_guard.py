@@ -160,19 +160,6 @@ def _check_logprobs(request: Any, limits: Limits) -> None:
         )
 
 
-def register_guard() -> None:
-    """Register the hooks; they act where DFLARE or this package's CPU platform serves."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    for target, hook in (
-        ("managers.io_struct.GenerateReqInput.normalize_batch_and_arguments", _normalize),
-        ("managers.tokenizer_manager.TokenizerManager._create_tokenized_object", _tokenized),
-        ("constrained.base_grammar_backend.BaseGrammarBackend._init_value_dispatch", _compile),
-        ("managers.tokenizer_control_mixin.TokenizerControlMixin.start_profile", _start_profile),
-    ):
-        HookRegistry.register(f"sglang.srt.{target}", hook, HookType.AROUND)
-
-
 def is_active() -> bool:
     """Whether this process serves with DFLARE or on this package's CPU platform."""
     from sglang.srt.platforms import current_platform
@@ -264,3 +251,25 @@ def _is_int(value: Any) -> bool:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# (SGLang's function below sglang.srt, the hook around it, the function's parameters); the hooks act
+# where DFLARE or this package's CPU platform serves. `dflare.engine.hooks` puts them in place.
+GUARDS = (
+    ("managers.io_struct.GenerateReqInput.normalize_batch_and_arguments", _normalize, "self"),
+    (
+        "managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        _tokenized,
+        "self obj input_text input_ids input_embeds mm_inputs token_type_ids",
+    ),
+    (
+        "constrained.base_grammar_backend.BaseGrammarBackend._init_value_dispatch",
+        _compile,
+        "self key require_reasoning",
+    ),
+    (
+        "managers.tokenizer_control_mixin.TokenizerControlMixin.start_profile",
+        _start_profile,
+        "self req",
+    ),
+)

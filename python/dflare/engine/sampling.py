@@ -1,52 +1,126 @@
-"""Sampling the target's token at every verify position, for devices without SGLang's kernels."""
+"""Sampling the target's tokens where SGLang's verification kernel is missing or says too little.
+
+The kernel knows temperature, top-k and top-p. Requests with min_p or a seed of their own, and
+devices without the kernel, are sampled here.
+"""
+
+import random
+from typing import Any
 
 import torch
 from sglang.srt.layers.sampler import (
     sampling_from_probs_torch,
     top_k_top_p_min_p_sampling_from_probs_torch,
 )
+from sglang.srt.utils import async_h2d
+
+_SEED_BITS = 2**63 - 1
 
 
-def sample_verify_positions(
-    logits: torch.Tensor, sampling_info, positions: torch.Tensor, width: int
-) -> torch.Tensor:
-    """Draw one token of the target's own sampling distribution at every verify position.
+def seeds_of(batch: Any) -> torch.Tensor | None:
+    """The seeds of a batch in which some request gives one.
 
-    The drafter proposes its argmax, a point mass, so speculative sampling (arXiv 2211.17192)
-    reduces to: draw y_j from the target's p_j and keep the draft while it equals y_j. Draft token
-    x is kept with probability p_j(x), and the first token that differs follows p_j without x.
+    SGLang itself looks at `sampling_seed` with --enable-deterministic-inference only, and drops it
+    without a word otherwise.
 
     Args:
-        logits: [bs * width, V], penalties and masks applied; not modified.
-        sampling_info: SGLang's `SamplingBatchInfo` of the bs requests.
-        positions: [bs * width] int64, for seeded sampling.
-        width: verify positions a request.
+        batch: SGLang's `ScheduleBatch`.
+
+    Returns:
+        [bs] int64, at random for requests that give none; None if no request does, or all are
+        greedy.
+    """
+    info = batch.sampling_info
+    if info is None or info.is_all_greedy:
+        return None
+    if info.sampling_seed is not None:
+        return info.sampling_seed
+    given = [req.sampling_params.sampling_seed for req in batch.reqs]
+    if all(seed is None for seed in given):
+        return None
+    seeds = [random.getrandbits(63) if seed is None else seed & _SEED_BITS for seed in given]
+    return async_h2d(seeds, dtype=torch.int64, device=info.temperatures.device)
+
+
+def sample_tokens(
+    probs: torch.Tensor, sampling_info: Any, positions: torch.Tensor, width: int = 1
+) -> torch.Tensor:
+    """Draw one token of each row's distribution after top-k, top-p and min-p.
+
+    Args:
+        probs: [bs * width, V] after temperature.
+        sampling_info: SGLang's `SamplingBatchInfo` of the bs requests; its seeds are honoured.
+        positions: [bs * width] int64, of the tokens whose successors are drawn: with the seed they
+            say which noise a draw sees, whatever the width of the step in which it happens.
+        width: rows a request.
 
     Returns:
         [bs * width] int64 tokens; for greedy requests (top-k 1) the argmax.
     """
 
     def rows(per_request: torch.Tensor) -> torch.Tensor:
-        return per_request.repeat_interleave(width, dim=0)
+        return per_request.repeat_interleave(width, dim=0, output_size=len(probs))
 
-    probs = torch.softmax(logits.float() / rows(sampling_info.temperatures), dim=-1)
-    seed = sampling_info.sampling_seed
-    seed = None if seed is None else rows(seed)
-    filtered = (
-        sampling_info.need_top_p_sampling
-        or sampling_info.need_top_k_sampling
-        or sampling_info.need_min_p_sampling
-    )
-    if filtered:
-        sampled = top_k_top_p_min_p_sampling_from_probs_torch(
-            probs,
-            rows(sampling_info.top_ks),
-            rows(sampling_info.top_ps),
-            rows(sampling_info.min_ps),
-            sampling_info.need_min_p_sampling,
-            seed,
-            positions,
-        )
-    else:
-        sampled = sampling_from_probs_torch(probs, seed, positions)
-    return sampled.long()
+    seeds = sampling_info.sampling_seed
+    seeds = None if seeds is None else rows(seeds)
+    min_p = sampling_info.need_min_p_sampling
+    if min_p and seeds is not None:
+        # SGLang's function refuses both together. What min-p drops comes last in the order in which
+        # top-k and top-p count, so it may go first.
+        least = probs.amax(-1, keepdim=True) * rows(sampling_info.min_ps)[:, None]
+        probs, min_p = probs.masked_fill(probs < least, 0.0), False
+    if not (min_p or sampling_info.need_top_p_sampling or sampling_info.need_top_k_sampling):
+        return sampling_from_probs_torch(probs, seeds, positions).long()
+    return top_k_top_p_min_p_sampling_from_probs_torch(
+        probs,
+        rows(sampling_info.top_ks),
+        rows(sampling_info.top_ps),
+        rows(sampling_info.min_ps),
+        min_p,
+        seeds,
+        positions,
+    ).long()
+
+
+def sample_verify_positions(
+    logits: torch.Tensor, sampling_info: Any, positions: torch.Tensor, width: int
+) -> torch.Tensor:
+    """Draw one token of the target's own sampling distribution at every verify position.
+
+    The drafter proposes its argmax, a point mass, so speculative sampling (arXiv 2211.17192)
+    reduces to: draw y_j from the target's p_j and keep the draft while it equals y_j. Draft token
+    x is kept with probability p_j(x), and the first token that differs follows p_j without x. The
+    drafter draws nothing, so no noise is shared between proposal and verification.
+
+    Args:
+        logits: [bs * width, V], penalties and masks applied; not modified.
+        sampling_info: SGLang's `SamplingBatchInfo` of the bs requests.
+        positions: [bs * width] int64, absolute.
+        width: verify positions a request.
+
+    Returns:
+        [bs * width] int64 tokens; for greedy requests (top-k 1) the argmax.
+    """
+    temperatures = sampling_info.temperatures.repeat_interleave(width, 0, output_size=len(logits))
+    probs = torch.softmax(logits.float() / temperatures, dim=-1)
+    return sample_tokens(probs, sampling_info, positions, width)
+
+
+def sample_prefill(
+    original: Any, sampler: Any, probs: torch.Tensor, sampling_info: Any, positions, simple_case
+):
+    """Hook on the draw of SGLang's sampler: a seeded prefill draws as verification does.
+
+    Args:
+        original: `Sampler._sample_from_probs`, which refuses seeds beside FlashInfer's kernels.
+        sampler: its `self`.
+        probs: [bs, V]; positions: [bs].
+        sampling_info: of the bs requests.
+        simple_case: whether no request filters.
+
+    Returns:
+        [bs] int32 tokens, and None for a capture of the sampling mask.
+    """
+    if sampling_info.sampling_seed is None or sampling_info.sampling_mask_batch_indices is not None:
+        return original(sampler, probs, sampling_info, positions, simple_case)
+    return sample_tokens(probs, sampling_info, positions).int(), None

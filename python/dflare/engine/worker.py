@@ -1,6 +1,7 @@
 """The speculative worker: SGLang's DFLASH worker with DFlare's context K/V."""
 
 import logging
+from contextlib import ExitStack
 
 import torch
 from sglang.srt.runtime_context import get_parallel, get_spec
@@ -10,9 +11,11 @@ from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dflare import ops
 from dflare.engine.cpu_layers import greedy_tokens
-from dflare.engine.penalties import VerifyPenalties
-from dflare.engine.sampling import sample_verify_positions
+from dflare.engine.hooks import check_hooks
+from dflare.engine.penalties import Penalties
+from dflare.engine.sampling import sample_verify_positions, seeds_of
 from dflare.engine.step_timing import trace_steps
+from dflare.engine.swapping import swapped
 from dflare.engine.widths import AdaptiveWidths
 from dflare.errors import UnsupportedError
 
@@ -26,6 +29,10 @@ class DFlareWorker(AdaptiveWidths, DFlashWorkerV2):
     on devices where SGLang has no kernel for it.
     """
 
+    def __init__(self, *args, **kwargs) -> None:
+        check_hooks()
+        super().__init__(*args, **kwargs)
+
     def alloc_memory_pool(self, *args, **kwargs) -> None:
         """Allocate the drafter's pool and keep its per-layer K and V buffers at hand."""
         super().alloc_memory_pool(*args, **kwargs)
@@ -36,7 +43,7 @@ class DFlareWorker(AdaptiveWidths, DFlashWorkerV2):
         self._v_pools = [v for _, v in buffers]
         self._check_kernels()
         vocab_size = self.model_runner.model_config.vocab_size
-        self._penalties = VerifyPenalties(vocab_size, self.device)
+        self._penalties = Penalties(vocab_size, self.device)
         trace_steps(self)
         if get_parallel().tp_rank == 0:
             self._log_once()
@@ -63,8 +70,7 @@ class DFlareWorker(AdaptiveWidths, DFlashWorkerV2):
         if pool.dtype != dtype:
             raise UnsupportedError(
                 f"the drafter's K/V cache is {pool.dtype} and its weights are {dtype}; DFLARE "
-                "keeps both in one dtype: serve without --kv-cache-dtype and "
-                "--speculative-draft-kv-cache-dtype"
+                "keeps both in one dtype: serve without --speculative-draft-kv-cache-dtype"
             )
 
     def _log_once(self) -> None:
@@ -139,24 +145,27 @@ class DFlareWorker(AdaptiveWidths, DFlashWorkerV2):
         )
 
     def forward_batch_generation(self, batch, *args, **kwargs):
-        """As DFLASH's, with penalties (see `dflare.engine.penalties`)."""
-        penalised = self._penalties.select(batch.reqs or ())
-        if penalised is None:
-            return super().forward_batch_generation(batch, *args, **kwargs)
-        extend = batch.forward_mode.is_extend() or batch.is_extend_in_batch
-        if not extend:
+        """As DFLASH's, with the requests' seeds and penalties."""
+        with ExitStack() as stack:
+            seeds = seeds_of(batch)
+            if seeds is not None:
+                stack.enter_context(swapped(batch.sampling_info, sampling_seed=seeds))
+            penalised = self._penalties.select(batch)
+            if penalised is None:
+                return super().forward_batch_generation(batch, *args, **kwargs)
+            if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+                with self._penalties.in_prefill(penalised, batch.sampling_info):
+                    result = super().forward_batch_generation(batch, *args, **kwargs)
+                self._penalties.commit_prefill(penalised, result.next_token_ids)
+                return result
             # Called by the hook on DFLASH's logit adjustments.
             batch.sampling_info.dflare_penalise = lambda logits, width: self._penalties.apply(
                 penalised, logits, self._draft_block_tokens_buf[: logits.shape[0] // width]
             )
-        result = super().forward_batch_generation(batch, *args, **kwargs)
-        if extend:
-            self._penalties.start(penalised, batch.reqs, result.next_token_ids)
-        else:
-            width = result.speculative_num_draft_tokens
-            tokens = result.next_token_ids.view(-1, width)
+            result = super().forward_batch_generation(batch, *args, **kwargs)
+            tokens = result.next_token_ids.view(-1, result.speculative_num_draft_tokens)
             self._penalties.commit(penalised, tokens, result.accept_lens)
-        return result
+            return result
 
     def _can_skip_verify_logits(self, batch, sampling_info) -> bool:
         if sampling_info is not None and hasattr(sampling_info, "dflare_penalise"):
@@ -167,11 +176,15 @@ class DFlareWorker(AdaptiveWidths, DFlashWorkerV2):
         """Nothing to refuse: `_accept_block` samples on every device."""
 
     def _accept_block(self, *, next_token_logits, sampling_info, target_predict=None, **kwargs):
-        """As DFLASH's; where SGLang has no kernel to verify samples, sample the target here."""
+        """As DFLASH's; where SGLang's kernel cannot verify samples, sample the target here."""
         if (
             target_predict is None
             and not _is_all_greedy(sampling_info)
-            and not is_dflash_sampling_verify_available()
+            and (
+                not is_dflash_sampling_verify_available()
+                or sampling_info.need_min_p_sampling
+                or sampling_info.sampling_seed is not None
+            )
         ):
             prefix_lens = kwargs["prefix_lens"]
             positions = (prefix_lens[:, None] + self._block_pos_offsets).reshape(-1)

@@ -27,6 +27,7 @@ from sglang.srt.runtime_context import get_parallel, get_spec
 from torch import nn
 
 from dflare.checkpoint.config import DraftConfig
+from dflare.checkpoint.folder import find_folder
 from dflare.checkpoint.reader import read_config
 from dflare.engine.attention import BlockAttentionBackend
 from dflare.engine.models.loading import load_strictly
@@ -171,7 +172,11 @@ class QwenDFlareDraftModel(nn.Module):
     def __init__(self, config, quant_config=None, prefix: str = "") -> None:
         super().__init__()
         self.config = config
-        self.draft_config = draft = read_config(get_spec().speculative_draft_model_path)
+        spec = get_spec()
+        folder = find_folder(
+            spec.speculative_draft_model_path, revision=spec.speculative_draft_model_revision
+        )
+        self.draft_config = draft = read_config(folder)
         self.block_size = draft.block_size
         layers = [
             DFlareDecoderLayer(draft, i, quant_config) for i in range(draft.num_hidden_layers)
