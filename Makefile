@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 # Several processes with spinning OpenMP teams on few cores take many times as long as one.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install install-train demo test test-fast test-emulation kernels demo-drafter bench \
+.PHONY: help install install-train demo test test-all test-fast test-emulation kernels demo-drafter bench \
   bench-quick soak lint format
 .DEFAULT_GOAL := help
 
@@ -48,11 +48,14 @@ $(VENV)/.installed-train: pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 demo: $(STAMP)  ## serve the demo pair with and without DFLARE, chat, print a table
 	$(VENV)/bin/dflare demo
 
-test: $(STAMP)  ## run every test
+test: $(STAMP)  ## run the tests, but for the few that take long (15 minutes on two cores)
+	$(PY) -m pytest --durations=25 -m "not long"
+
+test-all: $(STAMP)  ## run every test
 	$(PY) -m pytest --durations=25
 
-test-fast: $(STAMP)  ## run the tests that start no engine and train no model
-	$(PY) -m pytest -m "not slow"
+test-fast: $(STAMP)  ## run the tests that start no engine and train no model (3 minutes)
+	$(PY) -m pytest -m "not slow and not long"
 
 test-emulation: $(STAMP)  ## run the CUDA kernels' sources on the host
 	$(PY) -m pytest tests/emulation

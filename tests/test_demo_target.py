@@ -65,6 +65,7 @@ def test_a_package_that_cannot_be_fetched_is_refused(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_weights_are_those_of_the_gguf_file(target, tmp_path):
     """transformers' own GGUF reader agrees to the bit, after rounding to bf16."""
     import torch

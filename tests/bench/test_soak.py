@@ -236,6 +236,7 @@ def test_a_soak_that_adapts_nothing_or_retracts_nothing_fails(widths, retracted,
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_short_soak_passes(tmp_path):
     """With a random drafter the policy would soon draft nothing: here widths take turns."""
     target = write_random_target(tmp_path / "target", num_layers=4)

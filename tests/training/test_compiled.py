@@ -1,6 +1,7 @@
 """Compiled training does what eager training does; on a GPU, with flex attention and bfloat16."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -63,8 +64,13 @@ LEAN = {"run__checkpoint_activations": True, "run__accumulate": 2}
 
 
 @pytest.mark.slow
-def test_a_reduced_vocabulary_is_compiled_once(tmp_path):
-    """Each step has another number of rows; recomputing and micro-batches are part of it."""
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_a_reduced_vocabulary_is_compiled_once(tmp_path, monkeypatch, backend):
+    """Each step has another number of rows; recomputing and micro-batches are part of it.
+
+    Dynamo alone, which decides what is compiled anew, is quick; its backend takes minutes.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     write_data(tmp_path / "data.xz", 40, vocab_size=512)
     (eager, losses), (compiled, same) = (
         train(tmp_path, "cpu", compiled, **REDUCED, **LEAN) for compiled in (False, True)

@@ -37,7 +37,7 @@ def write_config(folder, output, **changes):
 def train(folder, ranks, **changes):
     """Run `dflare train` under torchrun; the weights of its snapshot."""
     output = folder / f"run{ranks}-{len(list(folder.iterdir()))}"
-    file = write_config(folder, output, run__steps=4, **changes)
+    file = write_config(folder, output, run__steps=2, **changes)
     command = [*_COMMAND, str(ranks), "--no-python", *_DFLARE, str(file)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -49,7 +49,10 @@ def train(folder, ranks, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"objective__frequent": 40, "objective__random": 9, "run__accumulate": 2}],
+    [
+        pytest.param({}, marks=pytest.mark.long),
+        {"objective__frequent": 40, "objective__random": 9, "run__accumulate": 2},
+    ],
     ids=["plain", "reduced vocabulary, micro-batches"],
 )
 def test_two_ranks_give_the_weights_of_one(tmp_path, changes):
