@@ -161,3 +161,15 @@ def test_a_repository_that_the_hub_does_not_have_fails_in_one_line(tmp_path):
         )
         server.shutdown()
     assert "the hub has no such repository or revision, or it is private" in text
+
+
+def test_a_window_is_explained_where_there_is_one(run, tmp_path):
+    types = ("sliding_attention", "full_attention")
+    windowed = write_random_draft(tmp_path / "windowed", layer_types=types, sliding_window=16)
+    status, out, _ = run("inspect", windowed, "--json")
+    notes = [c for c in json.loads(out)["checks"] if c["status"] == "note"]
+    assert status == 0 and [note["name"] for note in notes] == ["sliding window"]
+    for words in ("layers 0 see 16 tokens", "causal inside the block", "full_attention"):
+        assert words in notes[0]["detail"]
+    _, out, _ = run("inspect", write_random_draft(tmp_path / "full"), "--json")
+    assert "note" not in [check["status"] for check in json.loads(out)["checks"]]

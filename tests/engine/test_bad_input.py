@@ -176,7 +176,7 @@ def test_untested_sglang(monkeypatch):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"\xff\xfe\x00", ["cannot be read"]),
+        (b"\xff\xfe\x00", ["line 1", "0xff", "not UTF-8"]),
         (b"", ["no prompt"]),
         (b"{not json}\n", ["line 1", "not JSON"]),
         (b'{"text": "hello"}\n', ["line 1", "messages", "prompt"]),

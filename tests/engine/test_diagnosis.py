@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import dflare.ops  # noqa: F401  (registered before torch is made to pretend)
 from dflare import _C
 from dflare.engine import diagnosis
 
@@ -22,8 +23,6 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "B200")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
 
-    # Importing SGLang takes half a minute; the plug-in is not what is looked at here.
-    monkeypatch.setattr(diagnosis, "_look_at_plugin", lambda facts, problems: None)
     return play
 
 
@@ -60,7 +59,21 @@ def test_a_cpu_needs_no_cuda_kernels(monkeypatch):
     built = _C.build_info() | {"cuda_archs": [], "cuda_missing": "nvcc is not on the PATH"}
     monkeypatch.setattr(_C, "build_info", lambda: built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(diagnosis, "_look_at_plugin", lambda facts, problems: None)
     report = diagnosis.diagnose()
     assert report["problems"] == []
     assert report["facts"]["CUDA kernels"] == "not built (nvcc is not on the PATH)"
+
+
+def test_a_plug_in_that_sglang_is_told_to_leave_out_is_a_problem(monkeypatch):
+    monkeypatch.setenv("SGLANG_PLUGINS", "other")
+    report = diagnosis.diagnose()
+    assert any("SGLANG_PLUGINS='other' leaves the plug-in out" in p for p in report["problems"])
+    monkeypatch.setenv("SGLANG_PLUGINS", "other, dflare")
+    assert diagnosis.diagnose()["facts"]["plug-in"] == "--speculative-algorithm DFLARE"
+
+
+@pytest.mark.slow
+def test_loaded_into_sglang_it_is_registered():
+    report = diagnosis.diagnose(load=True)
+    assert report["problems"] == []
+    assert report["facts"]["platform"] == "CpuPlatform"

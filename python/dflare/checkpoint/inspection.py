@@ -72,7 +72,7 @@ def inspect_draft(draft: str | Path, target: str | Path | None = None) -> Inspec
     """
     folder = find_folder(draft)
     config = read_config(folder)
-    checks = [Check("configuration", "ok", f"{config.dialect} dialect")]
+    checks = [Check("configuration", "ok", f"{config.dialect} dialect"), *_window_notes(config)]
     fusion = None
     try:
         count = len(check_tensors(folder, config))
@@ -82,12 +82,32 @@ def inspect_draft(draft: str | Path, target: str | Path | None = None) -> Inspec
         fusion = _softmax(load_tensors(folder, config, [FUSION_WEIGHTS])[FUSION_WEIGHTS].tolist())
     except CheckpointError as error:
         detail = str(error).removeprefix(f"{folder}: ")
-        checks.append(Check("tensors" if len(checks) == 1 else "values", "failed", detail))
+        sound = any(check.name == "tensors" for check in checks)
+        checks.append(Check("values" if sound else "tensors", "failed", detail))
     kv_bytes = None
     if target is not None:
         kv_bytes = target_kv_bytes_per_token(read_target_config(target))
         checks += pair_checks(config, target, folder)
     return Inspection(folder, config, draft_sizes(config), fusion, kv_bytes, checks)
+
+
+def _window_notes(config: DraftConfig) -> list[Check]:
+    """Programs differ on what a window means in a block of drafts; only its trainer knows."""
+    sliding = [i for i, kind in enumerate(config.layer_types) if kind == "sliding_attention"]
+    if not sliding:
+        return []
+    return [
+        Check(
+            "sliding window",
+            "note",
+            f"layers {', '.join(map(str, sliding))} see {config.sliding_window} tokens. Served, as "
+            "by SGLang, that window is causal inside the block, which is how `dflare train` "
+            "trains. AngelSlim's training ignores it with eager, sdpa and flex attention, and "
+            "FlashAttention 2 there looks as far ahead as back. For a drafter trained with the "
+            'window ignored, make every entry of `layer_types` "full_attention" and '
+            "`use_sliding_window` false; else many drafts differ from what it learned",
+        )
+    ]
 
 
 def _softmax(logits: list[list[float]]) -> list[list[float]]:

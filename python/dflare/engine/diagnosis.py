@@ -14,8 +14,12 @@ from dflare.errors import DFlareError
 _PACKAGES = ("sglang-dflare", "sglang", "torch", "transformers", "triton")
 
 
-def diagnose() -> dict[str, Any]:
+def diagnose(*, load: bool = False) -> dict[str, Any]:
     """Look at everything that serving needs.
+
+    Args:
+        load: whether to load the plug-in into SGLang too, as a server would; that takes SGLang's
+            own imports, about 15 s.
 
     Returns:
         `facts`: names and values to print; `problems`: what is wrong and how to fix it, one
@@ -31,7 +35,9 @@ def diagnose() -> dict[str, Any]:
     except DFlareError as error:
         problems.append(str(error))
     else:
-        _look_at_plugin(facts, problems)
+        _look_at_entry_points(facts, problems)
+        if load:
+            _look_at_loaded_plugin(facts, problems)
     _look_at_demo(facts)
     return {"facts": facts, "problems": problems}
 
@@ -95,12 +101,23 @@ def _look_at_kernels_for(device: Any, problems: list[str]) -> None:
         )
 
 
-def _look_at_plugin(facts: dict[str, str], problems: list[str]) -> None:
+def _look_at_entry_points(facts: dict[str, str], problems: list[str]) -> None:
+    facts["plug-in"] = f"--speculative-algorithm {ALGORITHM}"
+    allowed = os.environ.get("SGLANG_PLUGINS", "")
+    if allowed and "dflare" not in [name.strip() for name in allowed.split(",")]:
+        facts["plug-in"] = "left out"
+        problems.append(
+            f"SGLANG_PLUGINS={allowed!r} leaves the plug-in out: name dflare in it, or unset it"
+        )
     for group in ("sglang.srt.plugins", "sglang.srt.platforms"):
         if not any(entry.value.startswith("dflare.") for entry in entry_points(group=group)):
+            facts["plug-in"] = "not installed"
             problems.append(
                 f"the entry point in {group} is missing; install the package: pip install -e ."
             )
+
+
+def _look_at_loaded_plugin(facts: dict[str, str], problems: list[str]) -> None:
     # SGLang announces every plug-in that it loads; here only the outcome matters.
     logging.getLogger("sglang").setLevel(logging.ERROR)
     from sglang.srt.platforms import current_platform
@@ -109,13 +126,10 @@ def _look_at_plugin(facts: dict[str, str], problems: list[str]) -> None:
 
     load_plugins()
     facts["platform"] = type(current_platform).__name__
-    registered = get_spec(ALGORITHM) is not None
-    facts["plug-in"] = f"--speculative-algorithm {ALGORITHM}" if registered else "not registered"
-    if not registered:
-        allowed = os.environ.get("SGLANG_PLUGINS")
-        hint = f"; SGLANG_PLUGINS={allowed!r} must name dflare too" if allowed else ""
+    if get_spec(ALGORITHM) is None:
+        facts["plug-in"] = "not registered"
         problems.append(
-            f"SGLang did not register {ALGORITHM}{hint}; its log above says why the plug-in failed"
+            f"SGLang did not register {ALGORITHM}; its log above says why the plug-in failed"
         )
 
 

@@ -1,12 +1,15 @@
 """Starting SGLang with a pair: from the command line and for `dflare verify`."""
 
-import json
+import argparse
+import socket
 from pathlib import Path
 
+from dflare.adaptive import AdaptiveConfig
 from dflare.checkpoint import check_finite, check_pair, read_config
 from dflare.engine.plugin import ALGORITHM
 from dflare.engine.version import check_sglang_version
 from dflare.errors import CheckpointError, DFlareError
+from dflare.text_file import parse_json_line, read_text_lines
 
 # Chat questions of `make demo` and of `dflare verify` without --prompts; kept out of training data.
 QUESTIONS_FILE = "questions.jsonl"
@@ -49,6 +52,7 @@ def check_before_start(target: str, draft: str) -> None:
     """
     check_sglang_version()
     config = read_config(draft)
+    AdaptiveConfig.from_environment(config.block_size)
     check_finite(draft, config)
     folder = Path(target)
     if folder.exists():
@@ -65,6 +69,7 @@ def serve_pair(target: str, draft: str, sglang_args: list[str]) -> None:
     Raises:
         DFlareError: the pair or the arguments are wrong.
     """
+    _check_port(sglang_args)
     check_before_start(target, draft)
     from sglang.srt.plugins import load_plugins
 
@@ -84,6 +89,35 @@ def serve_pair(target: str, draft: str, sglang_args: list[str]) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
+def _check_port(sglang_args: list[str]) -> None:
+    """Refuse an address that is taken: SGLang would notice after loading everything, and hang.
+
+    Raises:
+        DFlareError: nothing can listen there.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=30000)
+    try:
+        given, _ = parser.parse_known_args(sglang_args)
+    except argparse.ArgumentError:
+        return  # SGLang's own parser says what is wrong with it
+    try:
+        with socket.create_server(
+            (given.host, given.port), family=_family(given.host, given.port), backlog=1
+        ):
+            pass
+    except (OSError, OverflowError) as error:
+        raise DFlareError(
+            f"cannot listen on {given.host} port {given.port} ({error}); choose another with "
+            "--port, or end the program that has it"
+        ) from error
+
+
+def _family(host: str, port: int) -> socket.AddressFamily:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+
+
 def pair_args(draft: str) -> list[str]:
     """SGLang's flags that turn DFLARE on."""
     return ["--speculative-algorithm", ALGORITHM, "--speculative-draft-model-path", draft]
@@ -100,15 +134,8 @@ def read_prompts(file: Path, tokenizer) -> list[list[int]]:
     Raises:
         DFlareError: naming the file, the line and what is wrong with it.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DFlareError(
-            f"{file}: cannot be read ({error}); expected a UTF-8 JSON Lines file of "
-            '{"messages": [...]} or {"prompt": "..."}'
-        ) from error
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in read_text_lines(file, DFlareError):
         if line.strip():
             prompts.append(_prompt_ids(f"{file}, line {number}", line, tokenizer))
     if not prompts:
@@ -119,8 +146,8 @@ def read_prompts(file: Path, tokenizer) -> list[list[int]]:
 def _prompt_ids(where: str, line: str, tokenizer) -> list[int]:
     expected = 'expected {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": "..."}'
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
+        entry = parse_json_line(line)
+    except ValueError as error:
         raise DFlareError(f"{where}: not JSON ({error}); {expected}") from error
     if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
         ids = tokenizer(entry["prompt"])["input_ids"]

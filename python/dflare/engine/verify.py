@@ -1,13 +1,19 @@
 """`dflare verify`: one pair with and without speculation in the same engine configuration."""
 
 import asyncio
+import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dflare.engine.interrupt import ends_quietly_at_ctrl_c
 from dflare.engine.launch import QUESTIONS_FILE, check_before_start, read_prompts
 from dflare.engine.plugin import ALGORITHM
 from dflare.errors import DFlareError
@@ -61,16 +67,33 @@ def verify_pair(options: VerifyOptions) -> dict[str, Any]:
     Raises:
         DFlareError: the pair, a flag or the prompts file is wrong.
     """
-    if options.concurrency < 1 or options.max_new_tokens < 1 or options.temperature < 0:
+    if (
+        options.concurrency < 1
+        or options.max_new_tokens < 1
+        or not 0 <= options.temperature < math.inf
+    ):
         raise DFlareError(
             f"got --concurrency {options.concurrency}, --max-new-tokens {options.max_new_tokens}, "
-            f"--temperature {options.temperature}; expected at least 1, at least 1 and at least 0"
+            f"--temperature {options.temperature}; expected at least 1, at least 1, 0 or more"
         )
-    check_before_start(options.target, options.draft)
-    prompts = _load_prompts(options)
-    baseline = _run_arm(options, prompts, speculative=False)
-    dflare = _run_arm(options, prompts, speculative=True)
-    return _report(options, baseline, dflare)
+    with ends_quietly_at_ctrl_c():
+        check_before_start(options.target, options.draft)
+        prompts = _load_prompts(options)
+        with _progress() as progress:
+            baseline = _run_arm(options, prompts, progress, speculative=False)
+            dflare = _run_arm(options, prompts, progress, speculative=True)
+        return _report(options, baseline, dflare)
+
+
+def _progress() -> Progress:
+    """A line an arm: tokens generated, and the time left if every answer takes all it may."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[tokens]} tokens"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=Console(stderr=True),
+    )
 
 
 def _load_prompts(options: VerifyOptions) -> list[list[int]]:
@@ -81,7 +104,11 @@ def _load_prompts(options: VerifyOptions) -> list[list[int]]:
     return read_prompts(file, tokenizer)
 
 
-def _run_arm(options: VerifyOptions, prompts: list[list[int]], *, speculative: bool) -> Arm:
+def _run_arm(
+    options: VerifyOptions, prompts: list[list[int]], progress: Progress, *, speculative: bool
+) -> Arm:
+    name = "with DFLARE" if speculative else "without"
+    task = progress.add_task(f"{name}: loading", total=None, tokens=0)
     import sglang
 
     arguments: dict[str, Any] = {"model_path": options.target, "log_level": "warning"}
@@ -95,8 +122,15 @@ def _run_arm(options: VerifyOptions, prompts: list[list[int]], *, speculative: b
         warm_up = {"temperature": 0, "max_new_tokens": _WARM_UP_TOKENS, "ignore_eos": True}
         engine.generate(input_ids=prompts[: options.concurrency], sampling_params=warm_up)
         engine.flush_cache()
+        total = len(prompts) * options.max_new_tokens
+        progress.reset(task, description=name, total=total, tokens=0)
+
+        def answered(tokens: int) -> None:
+            before = progress.tasks[task].fields["tokens"]
+            progress.update(task, advance=options.max_new_tokens, tokens=before + tokens)
+
         start = time.perf_counter()
-        answers = engine.loop.run_until_complete(_generate_all(engine, options, prompts))
+        answers = engine.loop.run_until_complete(_generate_all(engine, options, prompts, answered))
         seconds = time.perf_counter() - start
     finally:
         engine.shutdown()
@@ -108,14 +142,16 @@ def _run_arm(options: VerifyOptions, prompts: list[list[int]], *, speculative: b
 
 
 async def _generate_all(
-    engine, options: VerifyOptions, prompts: list[list[int]]
+    engine, options: VerifyOptions, prompts: list[list[int]], answered: Callable[[int], None]
 ) -> list[dict[str, Any]]:
     sampling = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens}
     slots = asyncio.Semaphore(options.concurrency)
 
     async def generate(ids: list[int]) -> dict[str, Any]:
         async with slots:
-            return await engine.async_generate(input_ids=ids, sampling_params=sampling)
+            answer = await engine.async_generate(input_ids=ids, sampling_params=sampling)
+            answered(len(answer["output_ids"]))
+            return answer
 
     return await asyncio.gather(*(generate(ids) for ids in prompts))
 

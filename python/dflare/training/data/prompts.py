@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dflare.text_file import parse_json_line, read_text, read_text_lines
 from dflare.training.errors import DataError
 
 Message = dict[str, str]
@@ -20,22 +21,20 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         DataError: The file is missing, or a line other than the last is not a JSON object.
     """
-    try:
-        with path.open(encoding="utf-8") as lines:
-            broken = None
-            for number, line in enumerate(lines, 1):
-                if broken is not None:
-                    raise DataError(f"{path}:{broken}: not a JSON object; mend or remove the line")
-                try:
-                    content = json.loads(line)
-                except json.JSONDecodeError:
-                    broken = number
-                    continue
-                if not isinstance(content, dict):
-                    raise DataError(f"{path}:{number}: not a JSON object; mend or remove the line")
-                yield number, content
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+    broken = None
+    for number, line in read_text_lines(path, DataError):
+        if broken is not None:
+            raise DataError(f"{path}:{broken}: not a JSON object; mend or remove the line")
+        try:
+            content = parse_json_line(line)
+        except json.JSONDecodeError:
+            broken = number
+            continue
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: {error}; mend or remove the line") from error
+        if not isinstance(content, dict):
+            raise DataError(f"{path}:{number}: not a JSON object; mend or remove the line")
+        yield number, content
 
 
 def _messages(record: dict[str, Any], where: str) -> list[Message]:
@@ -80,10 +79,7 @@ def read_prompts(path: Path) -> list[list[Message]]:
         DataError: The file or a line cannot be understood, or there is no prompt.
     """
     if path.suffix == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error})") from error
+        lines = read_text(path, DataError).splitlines()
         prompts = [[{"role": "user", "content": line.strip()}] for line in lines if line.strip()]
     else:
         prompts = [_messages(record, f"{path}:{number}") for number, record in read_lines(path)]
@@ -98,10 +94,7 @@ def read_openers(path: Path) -> tuple[str, ...]:
     Raises:
         DataError: The file cannot be read or is empty.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+    lines = read_text(path, DataError).splitlines()
     if not lines:
         raise DataError(f"{path}: holds no openers")
     return tuple(lines)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from dflare.text_file import read_text
 from dflare.training.drafter.section import DrafterSection, Section
 from dflare.training.errors import ConfigError
 from dflare.training.loss.objective import Objective
@@ -198,9 +199,9 @@ def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
         ConfigError: Unreadable, not YAML, or with settings that make no sense.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
+        content = yaml.safe_load(read_text(path, ConfigError))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds no settings; see configs/ for examples")
     for assignment in overrides or []:

@@ -17,6 +17,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dflare.text_file import read_text
 from dflare.training.data.prompts import read_openers, read_prompts
 from dflare.training.data.synth import SynthSettings
 from dflare.training.data.synth_run import open_synth
@@ -142,8 +143,8 @@ def load_pipeline(path: Path) -> PipelineConfig:
         ConfigError: It cannot be read or has settings that make no sense.
     """
     try:
-        return PipelineConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+        return PipelineConfig.model_validate(yaml.safe_load(read_text(path, ConfigError)))
+    except (yaml.YAMLError, ValidationError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
