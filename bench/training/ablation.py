@@ -33,7 +33,7 @@ from dflare.training.drafter.init import draft_config
 from dflare.training.drafter.model import Drafter
 from dflare.training.errors import ConfigError
 from dflare.training.run.config import TrainConfig, load_config
-from dflare.training.run.evaluate import evaluate, held_out_prompts
+from dflare.training.run.evaluate import evaluate, held_out_prompts, known_answers
 from dflare.training.run.trainer import Trainer, compute_dtype
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -120,13 +120,15 @@ def run_variant(
     prompts = held_out_prompts(trainer.held_out)
     device = target.device.type
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-        decoded = evaluate(target, trainer.drafter.eval(), prompts, new_tokens, stops, rows=rows)
+        answers = known_answers(target, prompts, new_tokens, stops, rows=rows)
+        decoded = evaluate(target, trainer.drafter.eval(), answers)
     return {
         "variant": variant.key(),
         "parameters": sum(p.numel() for p in trainer.drafter.parameters()),
         "intermediate_size": section.intermediate_size,
         "accept_length": decoded["drafter"]["accept_length"],
         "reached": decoded["drafter"]["reached"],
+        "by_prompt": decoded["by_prompt"],
         "prompt_lookup": decoded["prompt_lookup"]["accept_length"],
         "teacher_forced": teacher_forced.accept_length if teacher_forced else None,
         "prompts": len(prompts),

@@ -18,7 +18,7 @@ def target(tmp_path_factory):
     return write_random_target(tmp_path_factory.mktemp("target"))
 
 
-def evaluate(draft, target, folder):
+def evaluate(draft, target, folder, **options):
     (folder / "questions.txt").write_text("what is a fish\nwho are you\n")
     return run_evaluation(
         str(draft),
@@ -31,6 +31,7 @@ def evaluate(draft, target, folder):
         limit=None,
         rows=2,
         device="cpu",
+        **options,
     )
 
 
@@ -59,6 +60,16 @@ def test_drafters_of_both_architectures_are_measured(target, tmp_path, write):
     score = report["questions"]["drafter"]
     assert score["tokens"] >= score["steps"] > 0
     assert json.loads((tmp_path / "evaluation.json").read_text()) == report
+
+
+def test_two_drafters_are_compared_on_the_same_answers(target, tmp_path, capsys):
+    drafts = [write_random_draft(tmp_path / "a"), write_dflash(tmp_path / "b")]
+    report = evaluate(drafts[0], target, tmp_path, against=str(drafts[1]), check=2)
+    low, high = report["questions"]["against"]["interval"]
+    assert low <= report["questions"]["against"]["gain"] <= high
+    assert "against" in capsys.readouterr().out
+    itself = evaluate(drafts[1], target, tmp_path, against=str(drafts[1]))
+    assert itself["questions"]["against"]["interval"] == [0.0, 0.0]
 
 
 def test_a_broken_dflash_drafter_is_described(tmp_path):

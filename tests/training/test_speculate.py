@@ -11,7 +11,7 @@ from tiny_models import random_drafter, tiny_causal_lm, tiny_draft_config
 from dflare.training.data.generate import Generator, Sampling
 from dflare.training.data.slot_cache import ATTENTION
 from dflare.training.data.target import Target
-from dflare.training.run.evaluate import Score, evaluate, write_report
+from dflare.training.run.evaluate import Score, evaluate, known_answers, write_report
 from dflare.training.run.prompt_lookup import propose, simulate
 from dflare.training.run.speculate import decode
 
@@ -96,11 +96,13 @@ def test_a_report_has_numbers_and_a_plot(tmp_path):
     torch.manual_seed(2)
     prompts = [torch.randint(64, (5,)).tolist() for _ in range(3)]
     drafter = random_drafter(tiny_draft_config())
-    result = evaluate(make_target(), drafter, prompts, 8, STOP, rows=2)
+    answers = known_answers(make_target(), prompts, 8, STOP, rows=2)
+    result = evaluate(make_target(), drafter, answers) | {"temperature": 0.0}
     write_report({"questions": result}, tmp_path)
     loaded = json.loads((tmp_path / "evaluation.json").read_text())["questions"]
     assert (
-        loaded["prompts"] == 3 and loaded["drafter"]["tokens"] == loaded["prompt_lookup"]["tokens"]
+        loaded["prompts"] == len(answers)
+        and loaded["drafter"]["tokens"] == loaded["prompt_lookup"]["tokens"]
     )
     assert (tmp_path / "evaluation.png").stat().st_size > 1000
 

@@ -1,4 +1,4 @@
-"""`dflare evaluate`: accept length of a drafter by true speculative decoding."""
+"""`dflare evaluate`: accept length of a drafter, for every width and tree."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,13 +21,19 @@ def evaluate_command(
         typer.Option(help="Training configuration whose held-out sequences give prompts."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder of evaluation.json and .png.")] = Path("."),
+    against: Annotated[
+        str | None, typer.Option(help="Another drafter to compare with, on the same answers.")
+    ] = None,
+    check: Annotated[
+        int, typer.Option(help="Decode this many prompts of each set as well; fail if it differs.")
+    ] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 for greedy.")] = 0.0,
     limit: Annotated[int | None, typer.Option(help="Prompts of each set; default all.")] = None,
     rows: Annotated[int, typer.Option(help="Prompts side by side.")] = 16,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
 ) -> None:
-    """Decode prompts speculatively and report accept length, beside prompt lookup."""
+    """Draft at every position of the target's answers; report accept lengths."""
     from dflare.training.run.evaluate import run_evaluation
 
     run_evaluation(
@@ -36,6 +42,8 @@ def evaluate_command(
         prompts or [],
         held_out,
         output,
+        against=against,
+        check=check,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         limit=limit,
