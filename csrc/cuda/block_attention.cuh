@@ -29,14 +29,10 @@
 #include "head_row.cuh"
 #include "launch.cuh"
 #include "params.h"
+#include "seq_len.cuh"
 #include "tile.cuh"
 
 namespace dflare {
-
-__device__ __forceinline__ int load_seq_len(const void* seq_lens, bool is_64bit, int request) {
-  return is_64bit ? static_cast<int>(static_cast<const int64_t*>(seq_lens)[request])
-                  : static_cast<const int32_t*>(seq_lens)[request];
-}
 
 template <class T, int kHeadDim, int kWarps>
 struct BlockAttention {
@@ -86,15 +82,22 @@ struct BlockAttention {
   }
 
   __device__ __forceinline__ void read_item() {
-    const int4 item = reinterpret_cast<const int4*>(p.schedule)[blockIdx.z];
+    const int4* records = reinterpret_cast<const int4*>(p.schedule);
+    const int4 made_for = records[0], item = records[1 + blockIdx.z];
     request = item.x, part = item.y, parts = item.z, first_partial = item.w;
+    if (made_for.x != p.batch_size || made_for.y != p.plan.units ||
+        made_for.z != p.plan.max_items || made_for.w != p.plan.max_partials) {
+      // Of another batch or shape that happens to have a schedule of this size: no request is cut.
+      const int item_index = static_cast<int>(blockIdx.z);
+      request = item_index < p.batch_size ? item_index : -1, part = 0, parts = 1;
+    }
     if (request < 0) return;
     row_tile = blockIdx.x;
     kv_head = blockIdx.y;
     seq_len = load_seq_len(p.seq_lens, p.seq_lens_64bit, request);
     const int all = attention_tiles(seq_len, p.window, kHeadDim);
-    const int first_tile = all * part / parts;
-    tiles = all * (part + 1) / parts - first_tile;
+    const int first_tile = attention_first_tile(all, part, parts);
+    tiles = attention_first_tile(all, part + 1, parts) - first_tile;
     first_key = attention_first_key(seq_len, p.window) + first_tile * kKeys;
     slots = p.req_to_token + p.req_pool_indices[request] * p.req_to_token_stride;
   }
@@ -370,7 +373,7 @@ struct BlockAttention {
 
   // Whether this was the last part of the request's to arrive.
   __device__ __forceinline__ bool draw_ticket() const {
-    int32_t* tickets = p.schedule + 4 * p.plan.max_items;
+    int32_t* tickets = p.schedule + 4 * (1 + p.plan.max_items);
     int32_t* ticket = tickets + first_partial * p.plan.units + unit();
     int* shared_flag = reinterpret_cast<int*>(shared);
     __syncthreads();  // every thread's share of the partial result is written
@@ -450,22 +453,25 @@ struct BlockAttention {
   // ---------------------------------------------------------- all of it
 
   __device__ __forceinline__ void run() {
-    ptx::wait_for_prior_kernels();
-    ptx::launch_dependents();
+    // The context is older than the kernel before, which makes qkv (params.h): it is on its way
+    // before that kernel has finished.
     read_item();
-    if (request < 0) return;
-
+    if (request < 0) {
+      ptx::wait_for_prior_kernels();
+      return;
+    }
     int slot[kStages - 1];
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) slot[i] = find_slot(i);
-    QueryBatch batch;
-    request_query(batch, 0);  // before the slots are needed, so that both latencies pass at once
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
       load_context(i, slot[i]);
       ptx::cp_async_commit();
     }
     int next_slot = find_slot(kStages - 1);
+    ptx::wait_for_prior_kernels();
+    QueryBatch batch;
+    request_query(batch, 0);
     load_query(batch);
     const bool with_block = part == parts - 1;
     if (with_block) load_block();
@@ -487,6 +493,9 @@ struct BlockAttention {
       if (warp_has_rows()) attend(stage, begin, end);
     }
     ptx::cp_async_wait<0>();
+    // Not earlier: what starts now takes the SM from blocks that still read context, and a consumer
+    // that forgot its wait would read rows that nobody has begun to write.
+    ptx::launch_dependents();
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

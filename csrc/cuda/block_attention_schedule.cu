@@ -3,11 +3,13 @@
 #include "launch.cuh"
 #include "params.h"
 #include "ptx.cuh"
+#include "seq_len.cuh"
 
 namespace dflare {
 namespace {
 
-__device__ __forceinline__ int warp_sum(int x) {
+template <class Int>
+__device__ __forceinline__ Int warp_sum(Int x) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
   return x;
@@ -35,9 +37,7 @@ __global__ void __launch_bounds__(32)
     block_attention_schedule_kernel(const __grid_constant__ AttentionScheduleParams p) {
   const int lane = threadIdx.x;
   const auto tiles_of = [&](int request) {
-    const int seq_len = p.seq_lens_64bit
-                            ? static_cast<int>(static_cast<const int64_t*>(p.seq_lens)[request])
-                            : static_cast<const int32_t*>(p.seq_lens)[request];
+    const int seq_len = load_seq_len(p.seq_lens, p.seq_lens_64bit, request);
     return attention_tiles(seq_len, p.window, p.head_dim);
   };
   const auto items_at = [&](int chunk) {
@@ -46,11 +46,12 @@ __global__ void __launch_bounds__(32)
     return warp_sum(items);
   };
 
-  int total = 0, longest = 1;
+  int64_t total = 0;
+  int longest = 1;
   for (int b = lane; b < p.batch_size; b += 32) {
-    const int tiles = tiles_of(b);
-    total += tiles;
-    longest = max(longest, tiles);
+    const int work = attention_work(tiles_of(b));
+    total += work;
+    longest = max(longest, work);
   }
   total = warp_sum(total);
   longest = warp_max(longest);
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(32)
   // Two waves for a batch that is larger than one; else the shortest chunk that makes one wave.
   const bool fits_one_wave = p.batch_size <= p.plan.wave_items;
   const int waves = fits_one_wave ? 1 : 2;
-  int chunk = max(ceil_div(total, waves * p.plan.wave_items), 1);
+  int chunk = max(static_cast<int>(ceil_div<int64_t>(total, waves * p.plan.wave_items)), 1);
   if (fits_one_wave) {
     int too_many = chunk - 1, enough = max(longest, chunk);
     while (enough - too_many > 1) {
@@ -72,7 +73,11 @@ __global__ void __launch_bounds__(32)
     chunk = enough;
   }
 
-  int4* items = reinterpret_cast<int4*>(p.schedule);
+  int4* records = reinterpret_cast<int4*>(p.schedule);
+  if (lane == 0) {
+    records[0] = make_int4(p.batch_size, p.plan.units, p.plan.max_items, p.plan.max_partials);
+  }
+  int4* items = records + 1;
   int next_item = 0, next_partial = 0;
   for (int base = 0; base < p.batch_size; base += 32) {
     const int request = base + lane;
@@ -89,7 +94,7 @@ __global__ void __launch_bounds__(32)
   for (int item = next_item + lane; item < p.plan.max_items; item += 32) {
     items[item] = make_int4(-1, 0, 0, 0);
   }
-  int32_t* tickets = p.schedule + 4 * p.plan.max_items;
+  int32_t* tickets = p.schedule + 4 * (1 + p.plan.max_items);
   for (int i = lane; i < p.plan.max_partials * p.plan.units; i += 32) tickets[i] = 0;
 }
 

@@ -4,7 +4,8 @@
 // A block owns one token and up to kLayers layers. Thread i holds elements 8i .. 8i+7 of the hidden
 // size: it reads them of every tap once (16 bytes a load) and keeps one fp32 sum a layer, so the
 // taps cross memory once and no intermediate exists. The blocks release the projection kernel at
-// once: that one spends the time on prefetching weights.
+// once: that one spends the time on prefetching weights, and its wait for this kernel covers the
+// one before, because this kernel waits for that.
 #include "launch.cuh"
 #include "params.h"
 #include "ptx.cuh"
@@ -37,6 +38,7 @@ template <class T, int kLayers>
 __global__ void __launch_bounds__(kLayers == 8 ? 512 : 1024)
     fuse_norm_kernel(const __grid_constant__ FuseNormParams p) {
   ptx::launch_dependents();
+  ptx::wait_for_prior_kernels();
   DFLARE_DYNAMIC_SHARED_MEMORY(shared_bytes);
   auto& shared = *reinterpret_cast<FuseNormShared<kLayers>*>(shared_bytes);
   const int n = blockIdx.x, first_layer = blockIdx.y * kLayers;
@@ -136,7 +138,7 @@ cudaError_t run(const FuseNormParams& p, cudaStream_t stream) {
   const int threads = ceil_div(p.hidden / 8, 32) * 32;
   const int shared_bytes = fuse_norm_shared_bytes(layers);
   const auto kernel = layers == 8 ? fuse_norm_kernel<T, 8> : fuse_norm_kernel<T, 4>;
-  return launch(kernel, grid, threads, shared_bytes, false, p, stream);
+  return launch(kernel, grid, threads, shared_bytes, p.overlap_launch, p, stream);
 }
 
 }  // namespace

@@ -17,7 +17,8 @@ constexpr int kMaxLayers = 16;    // drafter layers: pool addresses travel in th
 constexpr int kMaxTaps = 32;      // target layers read
 constexpr int kMaxHidden = 8192;  // fuse_norm: 1024 threads of 8 elements
 constexpr int kMaxBlock = 32;     // tokens of a drafter's block
-constexpr int kMaxQueryRows = 1024;  // query heads of a KV head times tokens of a block
+constexpr int kMaxQueryRows = 1024;   // query heads of a KV head times tokens of a block
+constexpr int kMaxContext = 1 << 24;  // tokens; keeps the products of tiles and parts in 31 bits
 
 struct DeviceLimits {
   int sm_count;
@@ -166,23 +167,40 @@ DFLARE_HOST_DEVICE constexpr int attention_tiles(int seq_len, int window, int he
   return ceil_div(seq_len - attention_first_key(seq_len, window), attention_keys(head_dim));
 }
 
-// Parts that a request of `tiles` tiles is cut into when a part should have `chunk` tiles.
+// What a request costs, in half tiles. The block's own keys are one tile more, and normalising and
+// rotating them about one and a half (docs/kernels.md, issue cycles).
+DFLARE_HOST_DEVICE constexpr int attention_work(int tiles) { return 2 * tiles + 5; }
+
+// Parts that a request of `tiles` tiles is cut into when a part should cost `chunk` half tiles.
 // One block reads its part and, if it is the last, every part's partial result; 64 rows of fp32 are
-// as many bytes as one tile of K and V. It moves chunk + tiles / chunk tiles, least at
-// chunk = sqrt(tiles), so a part is never shorter than that.
+// as many bytes as one tile of K and V. It moves length + tiles / length tiles, least at
+// length = sqrt(tiles), so a part is never shorter than that. Nor is a request cut for less than a
+// quarter above the chunk: the merge would cost more than the straggler.
 DFLARE_HOST_DEVICE constexpr int attention_parts(int tiles, int chunk) {
+  const int work = attention_work(tiles);
+  if (4 * int64_t{work} <= 5 * int64_t{chunk}) return 1;
   int below = 0;  // the largest integer whose square is under tiles, bit by bit
   for (int bit = 1 << 14; bit > 0; bit >>= 1) {
     if ((below + bit) * (below + bit) < tiles) below += bit;
   }
-  const int length = chunk > below ? chunk : below + 1;
-  return tiles > length ? ceil_div(tiles, length) : 1;
+  const int most = ceil_div(tiles, below + 1), wanted = ceil_div(work, chunk);
+  const int parts = wanted < most ? wanted : most;
+  return parts > 1 ? parts : 1;
 }
 
-// Schedule layout: max_items records of {request, part, parts, first partial}, then one ticket per
-// (partial, unit), all zero between launches.
+// First tile of a part; of part == parts, the end. Parts cost the same: the last one has fewer
+// tiles, because it has the block too.
+DFLARE_HOST_DEVICE constexpr int attention_first_tile(int tiles, int part, int parts) {
+  if (part == parts) return tiles;
+  const int first = attention_work(tiles) * part / (2 * parts);
+  return first < tiles ? first : tiles;
+}
+
+// Schedule layout: {batch size, units, max_items, max_partials} that it was made for, max_items
+// records of {request, part, parts, first partial}, then one ticket per (partial, unit), all zero
+// between launches.
 constexpr int64_t attention_schedule_size(const AttentionPlan& plan) {
-  return 4 * int64_t{plan.max_items} + int64_t{plan.max_partials} * plan.units;
+  return 4 * (1 + int64_t{plan.max_items}) + int64_t{plan.max_partials} * plan.units;
 }
 
 // Scratch layout: [max_partials, units, rows] x (head_dim sums, then maximum and normaliser).

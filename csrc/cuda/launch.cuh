@@ -5,8 +5,11 @@
 
 namespace dflare {
 
-// Launches kernel(params). With overlap_prior the grid may start while the kernel before it in the
-// stream still runs (programmatic dependent launch; needs sm_90), so the kernel itself must call
+// Launches kernel(params). Every kernel asks for the same split of an SM's memory, all of it
+// shared: an SM cannot change the split while blocks run on it, so a kernel that asked for another
+// one than its predecessor would wait for the SM to drain and could not overlap it. With
+// overlap_prior the grid may start while the kernel before it in the stream still runs
+// (programmatic dependent launch; needs sm_90), so the kernel itself must call
 // ptx::wait_for_prior_kernels in every thread block before it touches anything that may be
 // changing.
 template <class Params>
@@ -19,16 +22,18 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_by
                              cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+  attributes[0].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap_prior ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = overlap_prior ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 

@@ -116,6 +116,7 @@ void append_context_kv(const at::Tensor& target_hidden, const at::Tensor& fusion
     fuse.num_layers = static_cast<int>(layers);
     fuse.hidden = static_cast<int>(hidden);
     fuse.fused = fused.mutable_data_ptr();
+    fuse.overlap_launch = overlap;
     if (commit_lens) {
       fuse.commit_lens = commit_lens->const_data_ptr<int32_t>() + first / block_size;
       fuse.compact_rows = compact_rows.mutable_data_ptr<int32_t>();

@@ -121,6 +121,7 @@ at::Tensor block_attention(const at::Tensor& qkv, const at::Tensor& q_norm_weigh
   p.req_to_token_stride = req_to_token.stride(0);
   p.req_pool_indices = req_pool_indices.const_data_ptr<int64_t>();
   p.seq_lens = seq_lens.const_data_ptr();
+  p.batch_size = static_cast<int>(batch_size);
   p.block_size = static_cast<int>(block_size);
   p.num_heads = static_cast<int>(num_heads);
   p.kv_heads = static_cast<int>(kv_heads);

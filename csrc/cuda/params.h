@@ -27,6 +27,7 @@ struct FuseNormParams {
   int num_rows, block_size, num_taps, num_layers, hidden;
   void* fused;            // [num_layers, num_rows, hidden]
   int32_t* compact_rows;  // out, with commit_lens: [0] valid rows, [1 + m] source row n of m
+  bool overlap_launch;    // start while the kernel before is still running
 };
 cudaError_t run_fuse_norm(const FuseNormParams& params, cudaStream_t stream);
 
@@ -72,8 +73,9 @@ cudaError_t run_norm_rope_write(const NormRopeWriteParams& params, cudaStream_t 
 
 // Which context each thread block of block_attention works on; one launch a step, shared by all
 // layers. A schedule only says how many parts a request is cut into: the attention kernel derives
-// its tiles from its own seq_lens and window, so a schedule made for another window or for older
-// lengths costs balance, never correctness.
+// its tiles from its own seq_lens and window, so a schedule made for another window, for other
+// lengths or for another batch costs balance, never correctness. Lengths are clamped to
+// [0, kMaxContext].
 struct AttentionScheduleParams {
   const void* seq_lens;  // [batch_size], int32 or int64
   bool seq_lens_64bit;
@@ -84,6 +86,8 @@ struct AttentionScheduleParams {
 cudaError_t run_block_attention_schedule(const AttentionScheduleParams& params,
                                          cudaStream_t stream);
 
+// All but qkv must have been written before the kernel that wrote qkv started: an overlapped launch
+// reads the schedule and the context before it waits for that kernel.
 struct BlockAttentionParams {
   ElementType element;
   const void* qkv;  // [batch_size * block_size, (num_heads + 2 * kv_heads) * head_dim]
@@ -101,11 +105,13 @@ struct BlockAttentionParams {
   const int64_t* req_pool_indices;  // [batch_size]
   const void* seq_lens;             // [batch_size], int32 or int64
   bool seq_lens_64bit;
-  int rotary, block_size, num_heads, kv_heads, head_dim, window;
+  int batch_size, rotary, block_size, num_heads, kv_heads, head_dim, window;
   bool causal;
   float scale;
   AttentionPlan plan;
-  int32_t* schedule;    // from run_block_attention_schedule; left as it was found
+  // From run_block_attention_schedule; tickets are drawn in it and put back, so calls that may run
+  // at the same time (on two streams) must not share one.
+  int32_t* schedule;
   float* partials;      // [attention_partials_size(plan, head_dim)], scratch
   void* out;            // [batch_size * block_size, num_heads * head_dim]
   bool overlap_launch;  // start while the kernel before is still running

@@ -81,13 +81,18 @@ T __shfl_xor_sync(uint32_t mask, T value, int lanes) {
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeProgrammaticStreamSerialization,
+  cudaLaunchAttributePreferredSharedMemoryCarveout,
+};
+enum { cudaSharedmemCarveoutDefault = -1, cudaSharedmemCarveoutMaxShared = 100 };
 using cudaStream_t = void*;
 
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
-  struct {
+  union {
     int programmaticStreamSerializationAllowed;
+    int sharedMemCarveout;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -128,10 +133,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       config->gridDim.z > 65535 || config->blockDim.x > 1024) {
     return cudaErrorInvalidValue;
   }
-  dflare::emulation::enqueue({.grid = config->gridDim,
-                              .block = config->blockDim,
-                              .shared_bytes = config->dynamicSmemBytes,
-                              .overlap_prior = config->numAttrs > 0,
-                              .body = [kernel, params] { kernel(params); }});
+  dflare::emulation::Launch launch{.grid = config->gridDim,
+                                   .block = config->blockDim,
+                                   .shared_bytes = config->dynamicSmemBytes,
+                                   .body = [kernel, params] { kernel(params); }};
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+      launch.overlap_prior = attribute.val.programmaticStreamSerializationAllowed != 0;
+    } else {
+      launch.shared_carveout = attribute.val.sharedMemCarveout;
+    }
+  }
+  dflare::emulation::enqueue(std::move(launch));
   return cudaSuccess;
 }

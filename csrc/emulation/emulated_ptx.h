@@ -16,7 +16,7 @@ template <int kPending>
 void cp_async_wait() {
   emulation::cp_async_wait(kPending);
 }
-inline void launch_dependents() {}  // a permission that the emulator does not wait for
+inline void launch_dependents() { emulation::launch_dependents(); }
 inline void wait_for_prior_kernels() { emulation::wait_for_prior_kernels(); }
 
 // ------------------------------------------------------------ conversions and arithmetic

@@ -56,6 +56,9 @@ void warp_operation(const char* name, void* operand, WarpOperation operate) {
 
 void cp_async(void* shared, const void* global, bool valid) {
   Machine& m = machine();
+  if (m.running->launched_dependents) {
+    fail("cp.async after launch_dependents: the next kernel's blocks would take the SM from it");
+  }
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) fail("cp.async to a misaligned address");
   if (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     fail("cp.async from a misaligned address");
@@ -90,8 +93,10 @@ void cp_async_wait(int pending) {
 void wait_for_prior_kernels() {
   Block& block = *machine().running->warp->block;
   block.waited = true;
-  while (!priors_done(*block.grid)) suspend(State::kAwaitingKernels);
+  while (!prior_done(*block.grid)) suspend(State::kAwaitingKernels);
 }
+
+void launch_dependents() { machine().running->launched_dependents = true; }
 
 void fail(const std::string& what) {
   Machine& m = machine();

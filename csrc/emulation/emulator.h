@@ -8,12 +8,16 @@
 //   * cp.async lands at a random moment between its issue and the wait that covers it;
 //   * thread blocks start in random order and several are resident at once;
 //   * a grid launched for programmatic overlap may start as soon as all blocks of the one before
-//     run, so that it may read old values until it calls ptx::wait_for_prior_kernels.
+//     run, so that it may read old values until it calls ptx::wait_for_prior_kernels. As on
+//     hardware, that waits for the grid before it alone: those before that one may still run if
+//     it did not wait for them itself.
 //
 // Shared memory starts as NaN, every buffer ends at unmapped memory (guarded_memory.h). Reported
 // as errors: out-of-bounds and misaligned accesses, lanes of a warp in different warp-wide
 // operations, threads that exit while others wait for them, deadlocks, overlapped blocks that exit
-// without having waited for the kernels before. Not seen: bank conflicts, the memory model, time.
+// without having waited for the kernel before, overlapped grids whose split of an SM's memory
+// differs from that of the grid before, copies after launch_dependents. Not seen: the memory model,
+// time.
 #pragma once
 
 #include <cstddef>
@@ -32,6 +36,7 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;
   bool overlap_prior = false;
+  int shared_carveout = -1;    // percent of an SM's memory asked for as shared; -1: any
   std::function<void()> body;  // the kernel, run once per thread
 };
 
@@ -57,6 +62,9 @@ void cp_async_commit();
 void cp_async_wait(int pending);
 
 void wait_for_prior_kernels();
+
+// A permission that the emulator does not wait for; what copies after it is reported.
+void launch_dependents();
 
 // Ends the run with an error.
 [[noreturn]] void fail(const std::string& what);

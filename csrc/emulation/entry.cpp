@@ -1,5 +1,6 @@
 // C interface of the emulator for tests/emulation: kernels of one element type and head size
 // (DFLARE_EMULATED_ELEMENT, DFLARE_EMULATED_HEAD_DIM) and the pure functions of heuristics.h.
+#include "../cuda/launch.cuh"
 #include "../cuda/params.h"
 #include "emulator.h"
 #include "guarded_memory.h"
@@ -13,6 +14,17 @@ cudaError_t run_block_attention(const BlockAttentionParams& params, cudaStream_t
 
 using dflare::DFLARE_EMULATED_ELEMENT;
 constexpr int kHeadDim = DFLARE_EMULATED_HEAD_DIM;
+
+// Stands for the kernel before an operator's: it writes what that one must wait for, and late.
+struct ProduceParams {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+void produce_kernel(ProduceParams p) {
+  for (int i = 0; i < 64; ++i) __syncthreads();  // where the kernels after it may overtake it
+  if (threadIdx.x == 0) std::memcpy(p.to, p.from, p.bytes);
+}
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -29,6 +41,10 @@ const char* emu_synchronize(uint64_t seed) {
   return error.empty() ? nullptr : error.c_str();
 }
 
+int emu_produce(void* to, const void* from, size_t bytes) {
+  return dflare::launch(produce_kernel, dim3(1), 32, 0, false, ProduceParams{to, from, bytes},
+                        nullptr);
+}
 int emu_fuse_norm(const dflare::FuseNormParams* p) { return dflare::run_fuse_norm(*p, nullptr); }
 int emu_kv_project_write(const dflare::KvProjectWriteParams* p) {
   return dflare::run_kv_project_write<DFLARE_EMULATED_ELEMENT, kHeadDim>(*p, nullptr);
@@ -47,6 +63,9 @@ dflare::AttentionPlan emu_plan_attention(int batch_size, int block_size, int num
                                          int kv_heads, int sm_count, int shared_memory_per_sm) {
   return dflare::plan_attention(batch_size, block_size, num_heads, kv_heads, kHeadDim,
                                 {sm_count, shared_memory_per_sm});
+}
+int emu_attention_first_tile(int tiles, int part, int parts) {
+  return dflare::attention_first_tile(tiles, part, parts);
 }
 int64_t emu_attention_schedule_size(const dflare::AttentionPlan* plan) {
   return dflare::attention_schedule_size(*plan);

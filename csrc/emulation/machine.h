@@ -32,6 +32,7 @@ struct Thread {
   dim3 thread_index, block_index;
   State state = State::kDone;
   Warp* warp = nullptr;
+  bool launched_dependents = false;
   std::vector<AsyncCopy> uncommitted;
   std::deque<std::vector<AsyncCopy>> groups;
 };
@@ -50,6 +51,7 @@ struct Grid {
   Launch launch;
   std::vector<unsigned> order;  // in which its blocks start
   size_t started = 0, finished = 0;
+  const Grid* prior = nullptr;  // the one before it in the stream
   bool done() const { return finished == order.size(); }
 };
 
@@ -101,8 +103,8 @@ void for_each_thread(Block& block, Visit visit) {
   }
 }
 
-// Whether all kernels before this one have finished.
-bool priors_done(const Grid& grid);
+// Whether the kernel before this one has finished: all that a dependent launch waits for.
+inline bool prior_done(const Grid& grid) { return grid.prior == nullptr || grid.prior->done(); }
 
 // "(block x,y,z, thread t)", for messages.
 std::string describe(const Thread& thread);

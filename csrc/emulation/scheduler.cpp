@@ -26,14 +26,6 @@ void make_ready(Thread& thread) {
   }
 }
 
-bool priors_done(const Grid& grid) {
-  for (const Grid& prior : machine().grids) {
-    if (&prior == &grid) return true;
-    if (!prior.done()) return false;
-  }
-  return true;
-}
-
 std::string describe(const Thread& thread) {
   const dim3 b = thread.block_index;
   return " (block " + std::to_string(b.x) + "," + std::to_string(b.y) + "," + std::to_string(b.z) +
@@ -51,15 +43,15 @@ void enter() {
 }
 
 bool may_start(size_t index) {
-  Machine& m = machine();
-  for (size_t i = index; i > 0; --i) {
-    const Grid& prior = m.grids[i - 1];
-    if (prior.done()) continue;
-    // CUDA starts an overlapped grid when every block of the one before has launched dependents or
-    // exited, but promises nothing of what their writes look like before the wait. Starting it as
-    // soon as they all run shows every state that it could see.
-    const bool overlaps = m.grids[i].launch.overlap_prior && prior.started == prior.order.size();
-    if (!overlaps) return false;
+  const Grid& grid = machine().grids[index];
+  // CUDA starts an overlapped grid when every block of the one before has launched dependents or
+  // exited, but promises nothing of what their writes look like before the wait. Starting it as
+  // soon as they all run shows every state that it could see.
+  if (grid.launch.overlap_prior) {
+    return grid.prior == nullptr || grid.prior->started == grid.prior->order.size();
+  }
+  for (const Grid* prior = grid.prior; prior != nullptr; prior = prior->prior) {
+    if (!prior->done()) return false;
   }
   return true;
 }
@@ -89,6 +81,7 @@ void start_block(Grid& grid) {
       thread->thread_index = dim3(static_cast<unsigned>(w) * 32 + lane, 0, 0);
       thread->block_index =
           dim3(linear % dims.x, linear / dims.x % dims.y, linear / dims.x / dims.y);
+      thread->launched_dependents = false;
       thread->uncommitted.clear();
       thread->groups.clear();
       thread->stack_pointer = thread->stack.prepare(enter);
@@ -121,7 +114,7 @@ void finish_block(Block& block) {
   if (block.grid->launch.overlap_prior && !block.waited) {
     m.error =
         "a block of an overlapped launch exits without wait_for_prior_kernels: the kernel "
-        "after it could start before the one before it has finished";
+        "after it waits for this one alone and could run before the one before it has finished";
     return;
   }
   ++block.grid->finished;
@@ -140,7 +133,7 @@ void finish_block(Block& block) {
   std::erase_if(m.ready, [&](const Warp* warp) { return warp->block == &block; });
   std::erase_if(m.resident, [&](const auto& b) { return b.get() == &block; });
   for (auto& other : m.resident) {
-    if (!priors_done(*other->grid)) continue;
+    if (!prior_done(*other->grid)) continue;
     for_each_thread(*other, [](Thread& t) {
       if (t.state == State::kAwaitingKernels) make_ready(t);
     });
@@ -231,6 +224,15 @@ void prepare(uint64_t seed) {
     m.grids.push_back(std::move(grid));
   }
   m.queue.clear();
+  for (size_t i = 1; i < m.grids.size(); ++i) {
+    m.grids[i].prior = &m.grids[i - 1];
+    const Launch &launch = m.grids[i].launch, &before = m.grids[i - 1].launch;
+    if (launch.overlap_prior && launch.shared_carveout != before.shared_carveout) {
+      m.error =
+          "an overlapped launch asks for another split of an SM's memory than the one before it: "
+          "the SM would have to drain first";
+    }
+  }
 }
 
 void run() {

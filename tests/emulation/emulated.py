@@ -51,6 +51,7 @@ class FuseNormParams(ctypes.Structure):
         ("hidden", c_int),
         ("fused", c_void_p),
         ("compact_rows", c_void_p),
+        ("overlap_launch", c_bool),
     ]
 
 
@@ -139,6 +140,7 @@ class BlockAttentionParams(ctypes.Structure):
         ("req_pool_indices", c_void_p),
         ("seq_lens", c_void_p),
         ("seq_lens_64bit", c_bool),
+        ("batch_size", c_int),
         ("rotary", c_int),
         ("block_size", c_int),
         ("num_heads", c_int),
@@ -308,6 +310,7 @@ class Emulator:
         library.emu_allocate.restype = c_void_p
         library.emu_allocate.argtypes = [c_size_t, c_char_p]
         library.emu_release.argtypes = [c_void_p]
+        library.emu_produce.argtypes = [c_void_p, c_void_p, c_size_t]
         library.emu_synchronize.restype = c_char_p
         library.emu_synchronize.argtypes = [ctypes.c_uint64]
         library.emu_plan_attention.restype = AttentionPlan
@@ -340,6 +343,11 @@ class Emulator:
         """Queues a kernel; `synchronize` runs it."""
         status = getattr(self.library, f"emu_{kernel}")(byref(params))
         assert status == 0, f"{kernel}: launch refused"
+
+    def produce(self, target: Tensor, source: Tensor) -> None:
+        """Queues a kernel that copies `source` to `target`, late: the one before an operator's."""
+        size = target.numel() * target.itemsize
+        self.library.emu_produce(target.data_ptr(), source.data_ptr(), size)
 
     def synchronize(self, seed: int) -> None:
         """Runs all queued kernels with the thread schedule that the seed draws."""

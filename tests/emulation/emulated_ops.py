@@ -27,7 +27,10 @@ def attention_output(
     sm_count: int = 4,
     scheduled_lens: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """[layers, rows, heads * head_dim], with one schedule made for `scheduled_lens` if given."""
+    """[layers, rows, heads * head_dim], with one schedule made for `scheduled_lens` if given.
+
+    As in a drafter, the kernel before each layer's attention writes its qkv.
+    """
     emu = on or emulator(case.dtype, case.head_dim)
     with emu.memory() as memory:
         return _attend(case, seed, emu, memory, sm_count, scheduled_lens).clone()
@@ -48,26 +51,33 @@ def _attend(
     )
     schedule = memory.empty("schedule", (emu.schedule_size(plan),), torch.int32)
     partials = memory.empty("partials", (emu.partials_size(plan),), torch.float32)
-    lens = memory.copy("lens", torch.tensor(scheduled_lens or case.lens).to(x["seq_lens"]))
+    scheduled_lens = scheduled_lens or case.lens
+    scheduled_plan = emu.plan_attention(
+        len(scheduled_lens), case.block, case.heads, case.kv_heads, sm_count, shared=228 << 10
+    )
+    assert emu.schedule_size(scheduled_plan) == emu.schedule_size(plan)
+    lens = memory.copy("lens", torch.tensor(scheduled_lens).to(x["seq_lens"]))
     emu.launch(
         "block_attention_schedule",
         AttentionScheduleParams(
             seq_lens=lens.data_ptr(),
             seq_lens_64bit=case.lens_64bit,
-            batch_size=batch,
+            batch_size=len(scheduled_lens),
             head_dim=case.head_dim,
             window=case.window,
-            plan=plan,
+            plan=scheduled_plan,
             schedule=schedule.data_ptr(),
         ),
     )
     shape = (case.layers, batch * case.block, case.heads * case.head_dim)
     out = memory.empty("out", shape, case.dtype)
     for layer in range(case.layers):
+        qkv = memory.empty("qkv", tuple(x["qkv"][layer].shape), case.dtype)
+        emu.produce(qkv, x["qkv"][layer])
         params = BlockAttentionParams(
             element=emu.element,
-            qkv=x["qkv"][layer].data_ptr(),
-            qkv_stride=x["qkv"].stride(1),
+            qkv=qkv.data_ptr(),
+            qkv_stride=qkv.stride(0),
             q_norm_weight=x["q_norm_weight"].data_ptr(),
             k_norm_weight=x["k_norm_weight"].data_ptr(),
             eps=1e-6,
@@ -83,6 +93,7 @@ def _attend(
             req_pool_indices=x["req_pool_indices"].data_ptr(),
             seq_lens=x["seq_lens"].data_ptr(),
             seq_lens_64bit=case.lens_64bit,
+            batch_size=batch,
             block_size=case.block,
             num_heads=case.heads,
             kv_heads=case.kv_heads,
@@ -124,6 +135,9 @@ def _append(
     case: AppendCase, seed: int, emu: Emulator, memory: Memory, fused: bool
 ) -> tuple[Tensor, Tensor]:
     x = {name: memory.copy(name, tensor) for name, tensor in case.inputs().items()}
+    # The kernel before, a verification, writes the states.
+    target_hidden = memory.empty("target_hidden", tuple(x["target_hidden"].shape), case.dtype)
+    emu.produce(target_hidden, x["target_hidden"])
     states = memory.empty("fused", (case.layers, case.num_rows, case.hidden), case.dtype)
     compact_rows = None
     if case.commit_lens is not None:
@@ -132,8 +146,8 @@ def _append(
         "fuse_norm",
         FuseNormParams(
             element=emu.element,
-            target_hidden=x["target_hidden"].data_ptr(),
-            target_hidden_stride=x["target_hidden"].stride(0),
+            target_hidden=target_hidden.data_ptr(),
+            target_hidden_stride=target_hidden.stride(0),
             probs=x["fusion_probs"].data_ptr(),
             norm_weight=x["norm_weight"].data_ptr(),
             eps=1e-6,
@@ -145,6 +159,7 @@ def _append(
             hidden=case.hidden,
             fused=states.data_ptr(),
             compact_rows=address(compact_rows),
+            overlap_launch=True,
         ),
     )
     out = ContextKvOutput(

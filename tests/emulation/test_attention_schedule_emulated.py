@@ -1,6 +1,7 @@
 """The schedule kernel: every part of every request exactly once, within the space it is given."""
 
 import math
+from itertools import pairwise
 
 import torch
 from emulated import AttentionScheduleParams, emulator
@@ -34,13 +35,21 @@ def schedule(
         )
         emu.launch("block_attention_schedule", params)
         emu.synchronize(seed=0)
-        items = out[: 4 * plan.max_items].view(-1, 4).tolist()
-        return [x for x in items if x[0] >= 0], out[4 * plan.max_items :].clone(), plan
+        records, tickets = out.clone().split(
+            [4 * (1 + plan.max_items), len(out) - 4 * (1 + plan.max_items)]
+        )
+        made_for, *items = records.view(-1, 4).tolist()
+        assert made_for == [len(lens), plan.units, plan.max_items, plan.max_partials]
+        return [x for x in items if x[0] >= 0], tickets, plan
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    lens=st.lists(st.integers(0, 3000) | st.integers(0, 200_000), min_size=1, max_size=200),
+    lens=st.lists(
+        st.integers(0, 3000) | st.integers(0, 200_000) | st.integers(-(2**63), 2**63 - 1),
+        min_size=1,
+        max_size=200,
+    ),
     group=st.integers(1, 16),
     kv_heads=st.integers(1, 8),
     sm_count=st.integers(1, 160),
@@ -49,6 +58,7 @@ def schedule(
 def test_every_part_has_one_item_and_its_own_scratch(
     lens: list[int], group: int, kv_heads: int, sm_count: int, window: int
 ) -> None:
+    """Whatever the lengths are: garbage makes a schedule of no use, never a write beyond it."""
     items, tickets, plan = schedule(lens, 16, group * kv_heads, kv_heads, sm_count, window)
     parts = {request: n for request, _, n, _ in items}
     expected = [(request, i) for request, n in sorted(parts.items()) for i in range(n)]
@@ -81,9 +91,24 @@ def test_the_shared_memory_of_an_sm_says_how_many_blocks_a_wave_has() -> None:
 
 def test_a_long_request_among_short_ones_is_cut() -> None:
     items, _, plan = schedule([32768] + [1024] * 63, 16, 32, 8, sm_count=132, window=-1)
-    lengths = [tiles_of(32768, -1) / n for request, _, n, _ in items if request == 0]
-    total = tiles_of(32768, -1) + 63 * tiles_of(1024, -1)
-    assert max(lengths) <= math.ceil(total / (2 * plan.wave_items))
+    parts = max(n for request, _, n, _ in items if request == 0)
+    block = 2.5  # tiles that a block costs
+    total = tiles_of(32768, -1) + 63 * tiles_of(1024, -1) + 64 * block
+    assert (tiles_of(32768, -1) + block) / parts <= math.ceil(total / (2 * plan.wave_items))
+
+
+def test_a_batch_of_equal_lengths_is_not_cut_for_a_small_excess() -> None:
+    """64 requests on 2 x 33 places: each is a few percent longer than its share of two waves."""
+    items, _, _ = schedule([64 * TILE] * 64, 16, 32, 8, sm_count=132, window=-1)
+    assert len(items) == 64
+
+
+def test_the_part_with_the_block_has_fewer_tiles_of_context() -> None:
+    emu = emulator(torch.bfloat16, 128)
+    first = [emu.library.emu_attention_first_tile(64, part, 8) for part in range(9)]
+    lengths = [end - begin for begin, end in pairwise(first)]
+    assert sum(lengths) == 64 and max(lengths[:-1]) - min(lengths[:-1]) <= 1
+    assert lengths[-1] in (min(lengths[:-1]) - 2, min(lengths[:-1]) - 1)
 
 
 def test_a_window_is_cut_by_what_it_shows() -> None:

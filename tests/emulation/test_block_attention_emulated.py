@@ -74,6 +74,13 @@ def test_a_schedule_of_other_lengths_costs_no_correctness() -> None:
     assert attention_error(case, sm_count=32, scheduled_lens=(20, 900)) < TOLERANCE[case.dtype]
 
 
+@pytest.mark.parametrize("scheduled_lens", [(500, 20, 900), (900,)], ids=str)
+def test_a_schedule_of_another_batch_costs_no_correctness(scheduled_lens: tuple[int, ...]) -> None:
+    """It has the same size, so that no check of shapes tells: its header does."""
+    case = AttentionCase((500, 20), layers=2)
+    assert attention_error(case, sm_count=32, scheduled_lens=scheduled_lens) < TOLERANCE[case.dtype]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_is_not_less_accurate_than_pytorch(dtype: torch.dtype) -> None:
     """At most 1.5 times the error of the op's plain PyTorch reference in the same type."""

@@ -171,23 +171,23 @@ def test_append_refuses_a_block_that_attention_would_not_take(ops) -> None:
         append(ops, AppendCase(commit_lens=(3,), block=33))
 
 
-@pytest.mark.parametrize("major", [7, 12])
-def test_other_architectures_are_refused_by_name(
-    ops, major: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DFLARE_EMULATED_CAPABILITY", str(major))
-    expected = rf"has compute capability {major}\.0, the kernels are built for 8\.x, 9\.x and 10\.x"
+def test_older_architectures_are_refused_by_name(ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DFLARE_EMULATED_CAPABILITY", "7")
+    expected = r"has compute capability 7\.0, the kernels need 8\.0 or later"
     with pytest.raises(RuntimeError, match=f"append_context_kv: cpu {expected}"):
         append(ops, APPEND)
     with pytest.raises(RuntimeError, match=f"block_attention_schedule: cpu {expected}"):
         attend(ops, ATTENTION)
 
 
-@pytest.mark.parametrize("major", [8, 10])
-def test_every_supported_architecture_attends(
+@pytest.mark.parametrize("major", [8, 10, 12, 13])
+def test_every_architecture_from_8_on_attends(
     ops, major: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """sm_80 has no programmatic dependent launch: kernels then start one after the other."""
+    """sm_80 has no programmatic dependent launch: kernels then start one after the other.
+
+    There is machine code up to 12.x and PTX for what comes after it.
+    """
     monkeypatch.setenv("DFLARE_EMULATED_CAPABILITY", str(major))
     x = append(ops, APPEND)
     assert APPEND.error(x["k_pools"], x["v_pools"]) < TOLERANCE[APPEND.dtype]

@@ -12,6 +12,8 @@ ATTENTION = "cuda/block_attention.cuh"
 PROJECT = "cuda/kv_project_write.cuh"
 FUSE = "cuda/fuse_norm.cu"
 WRITE = "cuda/norm_rope_write.cu"
+REQUEST = "    QueryBatch batch;\n    request_query(batch, 0);\n"
+WAIT = "    ptx::wait_for_prior_kernels();\n"
 
 CUT = AttentionCase((600,), layers=2)  # three parts on a large GPU
 RAGGED = AttentionCase((70, 3), block=5)
@@ -53,15 +55,35 @@ SLOW = {
     ),
     "attention: no wait for the kernels before": (
         CUT,
-        Plant(ATTENTION, "    ptx::wait_for_prior_kernels();\n", ""),
+        Plant(ATTENTION, "    ptx::wait_for_prior_kernels();\n    QueryBatch", "    QueryBatch"),
     ),
-    "attention: schedule read before the wait": (
+    "fuse: no wait for the kernel before": (
+        APPEND,
+        Plant(FUSE, "  ptx::wait_for_prior_kernels();\n", ""),
+    ),
+    "launch: kernels that want different splits of an SM's memory": (
+        APPEND,
+        Plant("cuda/launch.cuh", "= cudaSharedmemCarveoutMaxShared", "= shared_bytes > 4096"),
+    ),
+    "attention: the block's heads read before the wait": (
         CUT,
         Plant(
             ATTENTION,
-            "    ptx::wait_for_prior_kernels();\n    ptx::launch_dependents();\n    read_item();\n",
-            "    read_item();\n    ptx::wait_for_prior_kernels();\n    ptx::launch_dependents();\n",
+            WAIT + REQUEST,
+            REQUEST + WAIT,
         ),
+    ),
+    "attention: dependents start before the context has been read": (
+        CUT,
+        Plant(
+            ATTENTION,
+            "    QueryBatch batch;\n",
+            "    ptx::launch_dependents();\n    QueryBatch batch;\n",
+        ),
+    ),
+    "attention: idle blocks do not wait": (
+        CUT,
+        Plant(ATTENTION, "      ptx::wait_for_prior_kernels();\n      return;", "      return;"),
     ),
     "attention: ticket left drawn": (CUT, Plant(ATTENTION, "if (last) *ticket = 0;", "")),
     "attention: merges before the last part has arrived": (

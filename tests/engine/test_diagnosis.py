@@ -46,13 +46,18 @@ def test_a_library_without_cuda_kernels_is_a_problem_and_says_why(gpu):
 def test_a_gpu_that_no_kernel_is_made_for_is_a_problem(gpu):
     gpu((7, 5), ["sm_80", "sm_90", "sm_100"])
     (problem,) = diagnosis.diagnose()["problems"]
-    assert "has compute capability 7.5; the CUDA kernels are built for 8.x" in problem
+    assert "has compute capability 7.5; the CUDA kernels need 8.0 or later" in problem
 
 
 def test_an_architecture_that_the_toolkit_left_out_is_a_problem(gpu):
     gpu((10, 0), ["sm_80", "sm_90"])
     (problem,) = diagnosis.diagnose()["problems"]
     assert "were built for sm_80 sm_90, none of which runs on cuda:0 (B200)" in problem
+
+
+def test_ptx_serves_newer_gpus_than_there_is_machine_code_for(gpu):
+    gpu((13, 0), ["sm_80", "sm_90", "sm_100", "compute_100"])
+    assert not diagnosis.diagnose()["problems"]
 
 
 def test_a_cpu_needs_no_cuda_kernels(monkeypatch):

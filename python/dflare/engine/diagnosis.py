@@ -92,13 +92,18 @@ def _look_at_kernels_for(device: Any, problems: list[str]) -> None:
         return
     # A toolkit that does not know an architecture leaves it out of the build.
     built = _C.build_info()["cuda_archs"]
-    majors = {int(arch.removeprefix("sm_")) // 10 for arch in built}
-    if majors and torch.cuda.get_device_capability(device)[0] not in majors:
+    if built and not any(_runs_on(torch.cuda.get_device_capability(device)[0], a) for a in built):
         problems.append(
             f"the CUDA kernels were built for {' '.join(built)}, none of which runs on {device} "
             f"({torch.cuda.get_device_name(device)}); put a newer nvcc on the PATH and "
             "install the package again: pip install -e . --no-build-isolation"
         )
+
+
+def _runs_on(major: int, architecture: str) -> bool:
+    """Machine code (sm_90) runs on its own major version, PTX (compute_100) from its version on."""
+    kind, number = architecture.split("_")
+    return int(number) // 10 == major if kind == "sm" else int(number) // 10 <= major
 
 
 def _look_at_entry_points(facts: dict[str, str], problems: list[str]) -> None:

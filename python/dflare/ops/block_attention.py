@@ -28,6 +28,8 @@ def block_attention(
 
     The block's keys and values come from `qkv` and never touch the pool, which is read only at
     context indices below `seq_lens[b]` (arXiv 2606.02091, block-parallel drafting).
+    On CUDA everything but `qkv` must be older than the kernel that made `qkv`: the schedule and the
+    context are read while that kernel still runs (programmatic dependent launch).
     Block token i has index seq_lens[b] + i; key j is visible to query i iff
     (window < 0 or j >= i - window) and (not causal or j <= i), indices, not positions.
 
@@ -110,8 +112,9 @@ def block_attention_schedule(
     """Cuts a batch's contexts into parts of about equal length for the thread blocks of CUDA.
 
     Made once a step, on the device and without waiting for it, and shared by all layers of one
-    shape. It says only how many parts a request has: one made for other lengths or another window
-    costs balance, never correctness.
+    shape. It says only how many parts a request has: one made for other lengths, another window or
+    another batch costs balance, never correctness. A call of `block_attention` draws tickets in it
+    and puts them back, so calls that share one must follow one another on one stream.
 
     Args:
         seq_lens: [bs] int64 or int32 on CUDA, context length before the block.

@@ -58,11 +58,11 @@ def check_support(device: torch.device, dtype: torch.dtype, head_dim: int) -> No
             f"{device}; put nvcc on the PATH (`dflare doctor` says what was missing) and rebuild "
             f"it with: {_BUILD_COMMAND}"
         )
-    if cuda and not 8 <= torch.cuda.get_device_capability(device)[0] <= 10:
+    if cuda and torch.cuda.get_device_capability(device)[0] < 8:
         raise OperatorLibraryError(
             f"{torch.cuda.get_device_name(device)} has compute capability "
-            f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; the CUDA kernels are "
-            "built for 8.x, 9.x and 10.x (A100, H100, B200 and their relatives)"
+            f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; the CUDA kernels "
+            "need 8.0 or later (A100, H100, B200 and their relatives)"
         )
     dtypes = (torch.bfloat16, torch.float16) if cuda else (torch.float32, torch.bfloat16)
     if dtype not in dtypes:
