@@ -60,6 +60,23 @@ def lazy(seed: int) -> Iterator[None]:
 
 
 @contextmanager
+def no_races() -> Iterator[None]:
+    """Fails if two accesses inside are not ordered by streams, events, graphs or host waits.
+
+    Raises:
+        AssertionError: the accesses and their call sites.
+    """
+    device = load()
+    device.watch_races(True)
+    try:
+        yield
+    finally:
+        device.watch_races(False)
+    if reports := device.races():
+        raise AssertionError("\n".join(reports))
+
+
+@contextmanager
 def count_waits() -> Iterator[Counter[tuple[str, str]]]:
     """Counts the host's waits for the device by (operation, call site)."""
     waits: Counter[tuple[str, str]] = Counter()

@@ -6,6 +6,7 @@
 #include <map>
 #include <unordered_set>
 
+#include "../runtime/races.h"
 #include "fallback.h"
 
 namespace py = pybind11;
@@ -201,6 +202,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::call_guard<py::gil_scoped_release>());
   m.def("set_memory_size", &set_memory_size);
   m.def("set_wait_callback", [](py::object callback) { wait_callback() = std::move(callback); });
+  m.def("watch_races", &races::watch, py::call_guard<py::gil_scoped_release>());
+  m.def("races", &races::reports);
   m.def("stats", &stats_dict);
 }
 

@@ -148,10 +148,12 @@ CUDA_API cudaError_t cudaGraphInstantiate(cudaGraphExec_t* out, cudaGraph_t grap
 }
 
 CUDA_API cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t handle) {
+  const char* where = site();
   Lock lock;
   CUstream_st& stream = stream_of(handle);
   if (stream.graph) return missing("a graph launch inside a capture");
   if (const cudaError_t error = sticky()) return error;
+  races::on_graph(stream, *graph->graph, where);
   push(stream, {.kind = Item::kGraph, .graph = graph->graph});
   return sticky();
 }

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "host_access.h"
 #include "state.h"
 
 using namespace testdevice;
@@ -57,6 +58,9 @@ cudaError_t unmap(void* pointer, bool device) {
     return refuse(cudaErrorInvalidValue, "an address is freed that was not allocated");
   }
   drain();  // freeing waits for the device
+  const auto begin = reinterpret_cast<uintptr_t>(pointer);
+  races::on_free(begin, begin + found->second.size);
+  host_access::on_free(begin, begin + found->second.size);
   if (device) state().stats.live_bytes -= static_cast<long>(found->second.size);
   munmap(pointer, found->second.size);
   blocks().erase(found);

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "host_access.h"
 #include "state.h"
 
 namespace testdevice {
@@ -14,6 +15,7 @@ void run_deferred(const Work& work, const char* site) {
   State& s = state();
   if (!s.failure.empty()) return;  // the device is lost
   try {
+    const host_access::DeviceRights rights(work.accesses);
     work.run();
   } catch (const std::exception& error) {
     s.failure = work.name + " failed on the test device, enqueued at " + site + ": " + error.what();
@@ -148,6 +150,7 @@ cudaError_t enqueue(cudaStream_t handle, Work work) {
     return cudaSuccess;
   }
   if (const cudaError_t error = sticky()) return error;
+  races::on_work(stream, work, where);
   if (s.lazy || s.running > 0) {
     push(stream, {.kind = Item::kWork, .work = std::move(work), .site = where});
     return cudaSuccess;
@@ -158,6 +161,7 @@ cudaError_t enqueue(cudaStream_t handle, Work work) {
   };
   {
     Running running;
+    const host_access::DeviceRights rights(work.accesses);
     s.stats.tasks += 1;
     work.run();
   }
@@ -175,6 +179,7 @@ cudaError_t wait(cudaStream_t handle, const char* why) {
                     std::string(why) + " waits for a stream that is captured");
     }
     drain(stream);
+    races::on_host_wait(stream.clock);
   }
   count_wait(why);
   return sticky();

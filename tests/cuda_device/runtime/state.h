@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "device.h"
+#include "races.h"
 
 #define CUDA_API extern "C" __attribute__((visibility("default")))
 
@@ -26,6 +27,10 @@ struct CUgraph_st {
   unsigned long long id;
   std::vector<std::unique_ptr<CUgraphNode_st>> nodes;
   std::vector<std::shared_ptr<CUuserObject_st>> retained;
+  // What a launch touches, and the node that does (races.cpp).
+  std::vector<std::pair<testdevice::Access, const CUgraphNode_st*>> footprint;
+  std::set<std::string> conflicts;  // between its branches
+  bool analysed = false;
   // While it is captured:
   cudaStream_t origin;
   std::set<cudaStream_t> streams;
@@ -40,6 +45,7 @@ struct CUgraphExec_st {
 struct CUevent_st {
   unsigned long long recorded = 0, completed = 0;
   std::chrono::steady_clock::time_point when;
+  testdevice::Clock clock;  // of the last record
   // In a capture: what had been captured when it was recorded.
   CUgraph_st* graph = nullptr;
   std::vector<CUgraphNode_st*> after;
@@ -60,10 +66,14 @@ struct Item {
 
 struct CUstream_st {
   int priority = 0;
+  const uint32_t id = next_id++;
+  testdevice::Clock clock;
   std::deque<testdevice::Item> queue;
   unsigned long long enqueued = 0, done = 0;
   CUgraph_st* graph = nullptr;  // that it is captured into
   std::vector<CUgraphNode_st*> after;
+
+  static inline uint32_t next_id = 1;
 };
 
 namespace testdevice {

@@ -60,7 +60,9 @@ CUDA_API cudaError_t cudaStreamQuery(cudaStream_t stream) {
   Lock lock;
   if (!stream_of(stream).queue.empty()) run_one();
   if (const cudaError_t error = sticky()) return error;
-  return stream_of(stream).queue.empty() ? cudaSuccess : fail(cudaErrorNotReady);
+  if (!stream_of(stream).queue.empty()) return fail(cudaErrorNotReady);
+  races::on_host_wait(stream_of(stream).clock);
+  return cudaSuccess;
 }
 
 CUDA_API cudaError_t cudaDeviceSynchronize() {
@@ -68,6 +70,7 @@ CUDA_API cudaError_t cudaDeviceSynchronize() {
     Lock lock;
     if (const cudaError_t error = check_capture_allows("cudaDeviceSynchronize")) return error;
     drain();
+    races::on_host_wait_for_all();
   }
   count_wait("cudaDeviceSynchronize");
   return sticky();
@@ -110,6 +113,7 @@ CUDA_API cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t where) {
   event->graph = stream.graph;
   event->after = stream.after;
   if (stream.graph) return cudaSuccess;
+  event->clock = stream.clock;
   push(stream, {.kind = Item::kRecord, .event = event, .generation = ++event->recorded});
   return cudaSuccess;
 }
@@ -142,6 +146,7 @@ CUDA_API cudaError_t cudaStreamWaitEvent(cudaStream_t where, cudaEvent_t handle,
     return refuse(cudaErrorStreamCaptureIsolation,
                   "a captured stream waits for an event from outside the capture");
   }
+  races::on_stream_wait(stream, event->clock);
   push(stream, {.kind = Item::kWait, .event = event, .generation = event->recorded});
   return cudaSuccess;
 }
@@ -153,7 +158,9 @@ CUDA_API cudaError_t cudaEventQuery(cudaEvent_t handle) {
   if (const cudaError_t error = check_capture_allows("cudaEventQuery")) return error;
   if (event->completed < event->recorded) run_one();
   if (const cudaError_t error = sticky()) return error;
-  return event->completed >= event->recorded ? cudaSuccess : fail(cudaErrorNotReady);
+  if (event->completed < event->recorded) return fail(cudaErrorNotReady);
+  races::on_host_wait(event->clock);
+  return cudaSuccess;
 }
 
 CUDA_API cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
@@ -162,6 +169,7 @@ CUDA_API cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
     const auto event = event_of(handle);
     if (const cudaError_t error = check_capture_allows("cudaEventSynchronize")) return error;
     run_until_completed(*event, event->recorded);
+    races::on_host_wait(event->clock);
   }
   count_wait("cudaEventSynchronize");
   return sticky();
