@@ -34,6 +34,7 @@ from dflare.training.drafter.model import Drafter
 from dflare.training.errors import ConfigError
 from dflare.training.run.config import TrainConfig, load_config
 from dflare.training.run.evaluate import evaluate, held_out_prompts, known_answers
+from dflare.training.run.loop import train
 from dflare.training.run.trainer import Trainer, compute_dtype
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -114,7 +115,7 @@ def run_variant(
     started = time.monotonic()
     resume = (folder / name / "snapshot.pt").exists()
     trainer = Trainer(own, target, resume=resume)
-    teacher_forced = trainer.run()
+    teacher_forced = train(trainer)
     tokenizer = load_tokenizer(target_path(config.target.name))
     stops = stop_tokens(tokenizer, target.model.generation_config)
     prompts = held_out_prompts(trainer.held_out)

@@ -10,6 +10,7 @@ from tiny_models import tiny_causal_lm, train_config, write_data
 from dflare.training.data.generate import Generator, Sampling
 from dflare.training.data.slot_cache import ATTENTION
 from dflare.training.data.target import Target
+from dflare.training.run.loop import train
 from dflare.training.run.trainer import Trainer
 
 STEPS = 4
@@ -23,7 +24,7 @@ def target(device: str, dtype: torch.dtype = torch.float32) -> Target:
     return Target(model.to(device, dtype), (0, 1, 2))
 
 
-def train(tmp_path, device: str, compiled: bool, **changes) -> tuple[Trainer, list[float]]:
+def some_steps(tmp_path, device: str, compiled: bool, **changes) -> tuple[Trainer, list[float]]:
     """Some steps; their losses. Compiled code must do after the first step without more of it."""
     torch._dynamo.reset()
     config = train_config(
@@ -73,7 +74,7 @@ def test_a_reduced_vocabulary_is_compiled_once(tmp_path, monkeypatch, backend):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     write_data(tmp_path / "data.xz", 40, vocab_size=512)
     (eager, losses), (compiled, same) = (
-        train(tmp_path, "cpu", compiled, **REDUCED, **LEAN) for compiled in (False, True)
+        some_steps(tmp_path, "cpu", compiled, **REDUCED, **LEAN) for compiled in (False, True)
     )
     assert same == pytest.approx(losses, rel=1e-5)
     for name, tensor in eager.drafter.state_dict().items():
@@ -91,7 +92,7 @@ def test_compiled_training_is_eager_training(tmp_path, window, memory, vocabular
     changes = {"drafter__sliding_window": window, **memory, **vocabulary}
     start = starts(tmp_path)
     (eager, losses), (compiled, same) = (
-        train(tmp_path, "cuda", compiled, **changes) for compiled in (False, True)
+        some_steps(tmp_path, "cuda", compiled, **changes) for compiled in (False, True)
     )
     assert same == pytest.approx(losses, rel=1e-2)  # products in bfloat16, in another order
     a, b = moved(eager, start), moved(compiled, start)
@@ -110,10 +111,10 @@ def test_a_whole_run_on_a_gpu_learns_saves_and_goes_on(tmp_path):
         "run__max_minutes": 30.0,
     }
     bfloat16 = torch.bfloat16
-    Trainer(train_config(tmp_path, run__steps=3, **changes), target("cuda", bfloat16)).run()
+    train(Trainer(train_config(tmp_path, run__steps=3, **changes), target("cuda", bfloat16)))
     config = train_config(tmp_path, run__steps=60, **changes)
     resumed = Trainer(config, target("cuda", bfloat16), resume=True)
-    acceptance = resumed.run()
+    acceptance = train(resumed)
     assert resumed.steps_done == 60 and acceptance is not None
     assert 0.0 < resumed.clock.cold_minutes <= resumed.minutes
     log = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())

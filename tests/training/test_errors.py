@@ -17,6 +17,7 @@ from dflare.training.data.target import Target, load_target
 from dflare.training.drafter.export import export_drafter
 from dflare.training.errors import ConfigError, DataError, TrainingError
 from dflare.training.run.config import load_config, parse_config
+from dflare.training.run.loop import train
 from dflare.training.run.snapshot import FILE
 from dflare.training.run.trainer import Trainer
 
@@ -65,14 +66,14 @@ def test_a_target_that_is_nowhere_is_named(tmp_path):
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_snapshot(folder):
     trainer = Trainer(train_config(folder, run__steps=2), tiny_target())
-    trainer.run()
+    train(trainer)
     before = (folder / "run" / FILE).read_bytes()
     config = train_config(folder, run__steps=6)
     trainer = Trainer(config, tiny_target(), resume=True)
     with torch.no_grad():
         trainer.drafter.norm.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match=r"loss is nan after step 4.*learning_rate"):
-        trainer.run()
+        train(trainer)
     assert (folder / "run" / FILE).read_bytes() == before
 
 
@@ -88,17 +89,17 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_is_never_saved(folder):
     with pytest.raises(
         TrainingError, match=r"norm of the gradient is (inf|nan) after step 4; .*is from before"
     ):
-        trainer.run()
+        train(trainer)
     snapshot = torch.load(folder / "run" / FILE, weights_only=True)
     assert snapshot["step"] == 3
     assert all(tensor.isfinite().all() for tensor in snapshot["model"].values())
     resumed = Trainer(config, tiny_target(), resume=True)
-    resumed.run()
+    train(resumed)
     assert resumed.steps_done == 6
 
 
 def test_a_run_is_not_overwritten(folder):
-    Trainer(train_config(folder, run__steps=1), tiny_target()).run()
+    train(Trainer(train_config(folder, run__steps=1), tiny_target()))
     with pytest.raises(ConfigError, match="--resume"):
         Trainer(train_config(folder), tiny_target())
 
@@ -112,13 +113,13 @@ def test_a_run_is_not_overwritten(folder):
     ],
 )
 def test_a_run_is_not_resumed_with_other_settings(folder, changes, hint):
-    Trainer(train_config(folder, run__steps=1), tiny_target()).run()
+    train(Trainer(train_config(folder, run__steps=1), tiny_target()))
     with pytest.raises(ConfigError, match=hint):
         Trainer(train_config(folder, **changes), tiny_target(), resume=True)
 
 
 def test_a_run_is_not_resumed_with_other_data(folder):
-    Trainer(train_config(folder, run__steps=1), tiny_target()).run()
+    train(Trainer(train_config(folder, run__steps=1), tiny_target()))
     write_data(folder / "data.xz", 14, seed=9)
     with pytest.raises(ConfigError, match="other training data"):
         Trainer(train_config(folder), tiny_target(), resume=True)
@@ -130,7 +131,7 @@ def test_there_must_be_something_to_resume(folder):
 
 
 def test_a_full_disk_leaves_the_last_snapshot(folder, monkeypatch):
-    Trainer(train_config(folder, run__steps=2), tiny_target()).run()
+    train(Trainer(train_config(folder, run__steps=2), tiny_target()))
     before = (folder / "run" / FILE).read_bytes()
     trainer = Trainer(train_config(folder, run__steps=4), tiny_target(), resume=True)
 
@@ -142,7 +143,7 @@ def test_a_full_disk_leaves_the_last_snapshot(folder, monkeypatch):
     with pytest.raises(
         TrainingError, match=r"No space left.*GiB are free.*before it is intact.*--resume"
     ):
-        trainer.run()
+        train(trainer)
     assert (folder / "run" / FILE).read_bytes() == before
     assert not list((folder / "run").glob("*.partial"))
 
@@ -169,7 +170,7 @@ def test_a_tap_cache_holds_its_room_on_the_disk_before_the_first_step(folder, mo
 
     trainer = Trainer(config, tiny_target())
     assert 512 * states.stat().st_blocks >= states.stat().st_size > 0, "the file has holes"
-    trainer.run()
+    train(trainer)
     # A file with holes, as `cp --sparse` makes them, is filled up or refused when a run goes on.
     content = states.read_bytes()
     with states.open("r+b") as file:
@@ -186,7 +187,7 @@ def test_a_tap_cache_holds_its_room_on_the_disk_before_the_first_step(folder, mo
 
 def test_a_tap_cache_of_other_data_is_refused(folder):
     config = train_config(folder, data__tap_cache=str(folder / "taps"), run__steps=1)
-    Trainer(config, tiny_target()).run()
+    train(Trainer(config, tiny_target()))
     write_data(folder / "data.xz", 14, seed=9)
     other = {"data__tap_cache": str(folder / "taps"), "run__output": str(folder / "other")}
     with pytest.raises(ConfigError, match="other data"):
@@ -213,7 +214,7 @@ def small_files():
 def test_an_export_without_room_leaves_the_old_one(folder, small_files, architecture):
     changes = {"drafter__architecture": architecture, "run__steps": 1}
     trainer = Trainer(train_config(folder, **changes), tiny_target())
-    trainer.run()
+    train(trainer)
     out = folder / "run" / "drafter"
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     state = trainer.drafter.state_dict()
@@ -227,9 +228,9 @@ def test_an_export_without_room_leaves_the_old_one(folder, small_files, architec
 
     (out / "config.json").unlink()
     with pytest.raises(TrainingError, match=r"drafter: .*not a checkpoint.*--resume exports"):
-        Trainer(train_config(folder, **changes), tiny_target(), resume=True).run()
+        train(Trainer(train_config(folder, **changes), tiny_target(), resume=True))
     shutil.rmtree(out)
-    Trainer(train_config(folder, **changes), tiny_target(), resume=True).run()
+    train(Trainer(train_config(folder, **changes), tiny_target(), resume=True))
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
@@ -283,3 +284,22 @@ def test_commands_without_prompts_say_which_options_give_them(tmp_path):
     ):
         result = CliRunner().invoke(app, arguments)
         assert isinstance(result.exception, DFlareError) and "--prompts" in str(result.exception)
+
+
+def test_snapshots_that_will_not_fit_are_refused_before_the_first_step(folder, monkeypatch):
+    trainer = Trainer(train_config(folder), tiny_target())
+    size = 12 * sum(parameter.numel() for parameter in trainer.drafter.parameters())
+
+    def with_room(room):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, room))
+
+    with_room(2 * size - 1)
+    with pytest.raises(TrainingError, match=r"run.output .*snapshots.*GiB are free.*make room"):
+        train(trainer)
+    assert trainer.steps_done == 0
+    with_room(2 * size)
+    train(trainer)
+    saved = (folder / "run" / FILE).stat().st_size
+    assert size < saved < 1.2 * size + 10_000
+    with_room(size)  # beside the snapshot that is there, one more
+    train(Trainer(train_config(folder, run__steps=7), tiny_target(), resume=True))

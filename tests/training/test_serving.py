@@ -18,6 +18,7 @@ from dflare.training.data.files import Record, write_records
 from dflare.training.data.generate import Generator, Sampling
 from dflare.training.data.target import load_target
 from dflare.training.drafter.export import load_drafter
+from dflare.training.run.loop import train
 from dflare.training.run.speculate import decode
 from dflare.training.run.trainer import Trainer
 
@@ -72,7 +73,7 @@ def test_sglang_serves_a_dflash_export_at_the_accept_length_of_training(tmp_path
         optimizer__learning_rate=5e-3,
         run__steps=150,
     )
-    Trainer(config, target).run()
+    train(Trainer(config, target))
     draft = tmp_path / "run" / "drafter"
     expected = decode(target, load_drafter(draft), prompts, NEW_TOKENS, ())
     assert expected[0].emitted[:5] == [4] * 5 and sum(expected[1].emitted[:5]) < 20

@@ -16,7 +16,7 @@ from dflare.training.data.target import Target
 from dflare.training.drafter.export import export_size, load_drafter
 from dflare.training.run import loop
 from dflare.training.run.clock import Clock
-from dflare.training.run.loop import Interrupted
+from dflare.training.run.loop import Interrupted, train
 from dflare.training.run.speculate import decode
 from dflare.training.run.trainer import Trainer
 
@@ -68,17 +68,17 @@ def test_a_resumed_run_ends_with_the_same_bits_and_the_same_log(tmp_path, change
     write_data(tmp_path / "data.xz", 14)
     changes = {"run__steps": 7, "run__validate_every": 3, **changes}
     whole = Trainer(train_config(tmp_path, run__output=str(tmp_path / "a"), **changes), target())
-    whole.run()
+    train(whole)
 
     config = train_config(tmp_path, run__output=str(tmp_path / "b"), **changes)
     for stop in (1, 3, 4):  # between two lines of the log, at a validation, with a line
         trainer = Trainer(config, target(), resume=stop > 1)
         stop_after(trainer, stop)
         with pytest.raises(Interrupted, match="--resume"):
-            trainer.run()
+            train(trainer)
         assert trainer.steps_done == stop
     last = Trainer(config, target(), resume=True)
-    last.run()
+    train(last)
 
     assert_equal(weights(whole), weights(last))
     assert logged(tmp_path / "a") == logged(tmp_path / "b")
@@ -111,7 +111,7 @@ def test_a_time_budget_is_a_schedule_of_its_own(tmp_path, monkeypatch):
 
     trainer.train_step = train_step
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    trainer.run()
+    train(trainer)
     assert len(rates) == trainer.steps_done == 61
     assert trainer.minutes == pytest.approx(1.5)
     assert rates[0] > 0.0
@@ -163,7 +163,7 @@ def test_recomputed_activations_do_not_change_a_run(tmp_path):
             run__checkpoint_activations=recompute,
         )
         trainer = Trainer(config, target())
-        trainer.run()
+        train(trainer)
         results.append(weights(trainer))
     assert_equal(*results)
 
@@ -176,7 +176,7 @@ def test_the_tap_cache_gives_the_states_that_the_target_gives(tmp_path):
         trainer = Trainer(
             train_config(tmp_path, run__output=str(tmp_path / run), data__tap_cache=cache), target()
         )
-        trainer.run()
+        train(trainer)
         curves.append(weights(trainer))
     assert_equal(curves[1], curves[2])
     for name, tensor in curves[0].items():  # the cache rounds states to bfloat16
@@ -193,7 +193,7 @@ def test_an_export_holds_what_was_trained(tmp_path):
     for name, changes in variants.items():
         config = train_config(tmp_path, run__output=str(tmp_path / name), **changes)
         trainer = Trainer(config, target())
-        trainer.run()
+        train(trainer)
         folder = Path(config.run.output) / "drafter"
         if name != "dflash":
             check_tensors(folder, read_config(folder))
@@ -216,7 +216,7 @@ def test_the_size_of_an_export_is_known_before(tmp_path, changes, dtype):
     config = train_config(tmp_path, drafter__dtype=dtype, run__steps=1, **changes)
     trainer = Trainer(config, target())
     promised = export_size(trainer.drafter)
-    trainer.run()
+    train(trainer)
     size = (tmp_path / "run/drafter/model.safetensors").stat().st_size
     assert size <= promised < size + 5000  # a header's length is estimated from above
 
@@ -224,7 +224,7 @@ def test_the_size_of_an_export_is_known_before(tmp_path, changes, dtype):
 def test_a_dflash_export_carries_its_projection(tmp_path):
     write_data(tmp_path / "data.xz", 14)
     config = train_config(tmp_path, drafter__architecture="dflash", run__steps=1)
-    Trainer(config, target()).run()
+    train(Trainer(config, target()))
     content = json.loads((tmp_path / "run/drafter/config.json").read_text())
     assert content["architectures"] == ["DFlashDraftModel"]
     from safetensors.torch import load_file
@@ -249,7 +249,7 @@ def test_one_answer_is_learned_to_full_accept_length(tmp_path):
         run__log_every=50,
     )
     trainer = Trainer(config, target())
-    trainer.run()
+    train(trainer)
     drafter = load_drafter(tmp_path / "run/drafter")
     (decoded,) = decode(target(), drafter, [prompt], 25, ())
     assert decoded.ids == answer.ids

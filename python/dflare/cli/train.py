@@ -25,6 +25,7 @@ def train_command(
     from dflare.training.run.config import load_config
 
     parsed = load_config(config, overrides)
+    from dflare.training.run.loop import train
     from dflare.training.run.trainer import Trainer
 
-    Trainer(parsed, resume=resume).run()
+    train(Trainer(parsed, resume=resume))

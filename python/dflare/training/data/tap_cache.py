@@ -61,10 +61,6 @@ class TapCache:
         """Return which of these sequences have no states yet."""
         return sequences[self._known[sequences] == 0]
 
-    def missing(self) -> int:
-        """Count the sequences that have no states yet."""
-        return int((self._known[:] == 0).sum())
-
     def put(self, sequences: np.ndarray, states: Tensor) -> None:
         """Keep states ``[n, S, width]`` of sequences that begin at index 0 of each row."""
         bits = states.to(torch.bfloat16).view(torch.int16).cpu().numpy()

@@ -28,6 +28,7 @@ from dflare.training.drafter.model import Drafter
 from dflare.training.errors import ConfigError
 from dflare.training.run.config import TrainConfig, load_config
 from dflare.training.run.evaluate import run_evaluation
+from dflare.training.run.loop import train
 from dflare.training.run.model_card import model_card
 from dflare.training.run.snapshot import FILE
 from dflare.training.run.trainer import Trainer
@@ -149,7 +150,7 @@ def load_pipeline(path: Path) -> PipelineConfig:
 
 
 def _generate(
-    config: PipelineConfig, folder: Path, data: Path, train: TrainConfig, stages: Stages
+    config: PipelineConfig, folder: Path, data: Path, training: TrainConfig, stages: Stages
 ) -> None:
     stage = config.synth
     settings = SynthSettings(
@@ -166,13 +167,13 @@ def _generate(
         stages.counting(),
         open_synth(
             data,
-            train.target.name,
+            training.target.name,
             settings,
             excluded,
             None,
             generator="transformers",
             rows=stage.rows,
-            device=train.run.device,
+            device=training.run.device,
         ) as synth,
     ):
         synth.deadline = started + min(left, 60.0 * _PROMPT_SHARE * stage.minutes)
@@ -183,10 +184,10 @@ def _generate(
     stages.save()
 
 
-def _check_size(train: TrainConfig) -> None:
+def _check_size(training: TrainConfig) -> None:
     """Refuse a drafter that is too large to ship, before hours are spent on it."""
-    target = load_target(train.target.name, attention=train.target.attention)
-    section = train.drafter
+    target = load_target(training.target.name, attention=training.target.attention)
+    section = training.drafter
     with torch.device("meta"):
         drafter = Drafter(draft_config(section, target), section.architecture, section.shared_kv)
     size = export_size(drafter)
@@ -217,24 +218,24 @@ def run_pipeline(config_file: Path, work: Path, output: Path, overrides: list[st
     work.mkdir(parents=True, exist_ok=True)
     data, trained = work / "data.xz", work / "train"
     places = [f"data.files=[{data}]", f"run.output={trained}"]
-    train = load_config(folder / config.train, [*places, *overrides])
-    if train.data.tap_cache is not None:
-        train = load_config(
+    training = load_config(folder / config.train, [*places, *overrides])
+    if training.data.tap_cache is not None:
+        training = load_config(
             folder / config.train, [*places, f"data.tap_cache={work / 'taps'}", *overrides]
         )
     if not (trained / "drafter" / "config.json").exists():
-        _check_size(train)
+        _check_size(training)
     stages = Stages(work / "stages.json")
     if not stages.state["synth_done"]:
-        _generate(config, folder, data, train, stages)
+        _generate(config, folder, data, training, stages)
 
     if not (trained / "drafter" / "config.json").exists():
-        Trainer(train, resume=(trained / FILE).exists()).run()
+        train(Trainer(training, resume=(trained / FILE).exists()))
     train_file = work / "train.yaml"
-    train_file.write_text(yaml.safe_dump(train.model_dump(mode="json"), sort_keys=False))
+    train_file.write_text(yaml.safe_dump(training.model_dump(mode="json"), sort_keys=False))
     report = run_evaluation(
         str(trained / "drafter"),
-        train.target.name,
+        training.target.name,
         [folder / config.evaluate.questions],
         train_file,
         output,
@@ -242,13 +243,13 @@ def run_pipeline(config_file: Path, work: Path, output: Path, overrides: list[st
         temperature=0.0,
         limit=None,
         rows=config.evaluate.rows,
-        device=train.run.device,
+        device=training.run.device,
     )
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(trained / "drafter" / name, output / name)
     shutil.copyfile(trained / "log.jsonl", output / "training.jsonl")
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     last = next(line for line in reversed(log) if line["kind"] == "train")
-    card = model_card(train, config.synth.temperature, last, data, report, " ".join(overrides))
+    card = model_card(training, config.synth.temperature, last, data, report, " ".join(overrides))
     (output / "README.md").write_text(card, encoding="utf-8")
     return output

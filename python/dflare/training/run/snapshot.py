@@ -48,6 +48,27 @@ def write_file(path: Path, content: Any) -> None:
         ) from error
 
 
+def check_disk(folder: Path, drafter: nn.Module) -> None:
+    """Refuse to start a run whose snapshots would not fit on the disk.
+
+    Args:
+        folder: Output folder; it exists. Where it has a snapshot, the next is written beside it
+            before it takes its place; the export, which comes last, needs less.
+        drafter: A snapshot holds its weights and two moments of each in float32.
+
+    Raises:
+        TrainingError: There is less room than that.
+    """
+    size = 3 * 4 * sum(parameter.numel() for parameter in drafter.parameters())
+    needed = size * (1 if (folder / FILE).exists() else 2)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise TrainingError(
+            f"run.output {folder}: snapshots and export need {needed / 2**30:.2f} GiB, "
+            f"{free / 2**30:.2f} GiB are free there; make room, or name another folder"
+        )
+
+
 def full_weights(drafter: nn.Module) -> dict[str, Tensor]:
     """Return the weights, whole and on the CPU; all ranks must call this."""
     state = get_model_state_dict(drafter, options=_OPTIONS)

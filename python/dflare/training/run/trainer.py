@@ -1,4 +1,4 @@
-"""The training loop."""
+"""What a run is made of, and one step of it."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,6 @@ from dflare.training.loss.block_loss import chunk_loss
 from dflare.training.loss.vocabulary import LossVocabulary
 from dflare.training.run.clock import Clock
 from dflare.training.run.config import TrainConfig
-from dflare.training.run.loop import Loop
 from dflare.training.run.optimizer import learning_rate, make_optimizer
 from dflare.training.run.ranks import Ranks, start_ranks
 from dflare.training.run.snapshot import FILE, load_snapshot, save_snapshot
@@ -48,7 +47,7 @@ def compute_dtype(device: torch.device, wanted: str | None) -> torch.dtype:
 
 
 class Trainer:
-    """A run: everything that it needs, and the loop.
+    """The state of a run, and one step of it; the loop is :func:`dflare.training.run.loop.train`.
 
     Args:
         config: What to do.
@@ -192,12 +191,6 @@ class Trainer:
         """Minutes of the run, those before a resume included."""
         return self.clock.minutes
 
-    def steps_reading(self, steps: int) -> int:
-        """Of so many steps to come, about how many read the target: all, or what no cache has."""
-        if self._cache is None:
-            return steps
-        return min(steps, math.ceil(self._cache.missing() / self.config.data.batch_size))
-
     def _batch(self, corpus: Corpus, sequences: np.ndarray, epoch: int) -> Batch:
         batch = make_batch(
             corpus,
@@ -328,15 +321,3 @@ class Trainer:
     def ask_to_stop(self) -> None:
         """End the run after the step at hand, with a snapshot."""
         self.stop_asked = True
-
-    def run(self) -> Acceptance | None:
-        """Train to the end, validate and export to ``<output>/drafter``.
-
-        Returns:
-            Acceptance on the held-out sequences, if there are any.
-
-        Raises:
-            Interrupted: SIGINT or SIGTERM came to any rank; a snapshot is written.
-            TrainingError: Something is not finite, memory or disk is full; the last snapshot stays.
-        """
-        return Loop(self).run()
