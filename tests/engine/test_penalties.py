@@ -134,6 +134,26 @@ def test_the_token_after_a_prefill_is_penalised_too(penalties):
     assert scaling[1].tolist() == [1.5 if token in (5, 6) else 1.0 for token in range(VOCAB)]
 
 
+def test_penalties_end_with_the_step(penalties):
+    """Without overlap scheduling the next step, of other requests, has the same sampling info."""
+    from dflare.engine.hooks import _apply_penalties_first
+
+    req, info = Request(0), SimpleNamespace()
+    prefill(penalties, [5], req)
+
+    def adjusted():
+        logits = torch.ones(2, VOCAB)
+        _apply_penalties_first(
+            lambda **_: None, next_token_logits=logits, sampling_info=info, draft_token_num=2
+        )
+        return logits
+
+    block = torch.tensor([[5, 6], [0, 0]])
+    with penalties.in_verification(penalties.select(batch(req)), info, lambda: block):
+        assert (adjusted()[:, 5] < 0).all()
+    assert (adjusted() == 1).all()
+
+
 class _NoWaits(TorchDispatchMode):
     """Fails on operators that make the host wait for a device."""
 

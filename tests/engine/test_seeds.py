@@ -9,11 +9,18 @@ import pytest
 import torch
 from engines import running_engine
 from scipy.stats import chisquare
+from sglang.srt.plugins import load_plugins
 
 from dflare.engine.cpu_seeds import murmur_hash32
 from dflare.engine.sampling import sample_tokens, sample_verify_positions, seeds_of
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugins():
+    """The hash of seeded draws is a hook of the CPU platform."""
+    load_plugins()
 
 
 def info(n: int, **changes) -> SimpleNamespace:
@@ -73,7 +80,7 @@ def test_min_p_excludes_and_keeps_proportions(seeded):
     )
     counts = torch.bincount(tokens, minlength=4)
     assert counts[0] == 0
-    expected = torch.tensor([0.5, 0.15, 0.3]).double() / 0.95 * n
+    expected = torch.tensor([0.5, 0.15, 0.3], dtype=torch.float64) / 0.95 * n
     assert chisquare(counts[1:].tolist(), expected.tolist()).pvalue > 1e-4
 
 
@@ -93,6 +100,23 @@ def test_a_seed_decides_by_position_and_not_by_width():
     assert torch.equal(block, torch.cat(alone))
     other = sample_verify_positions(logits, info(1, sampling_seed=seed + 1), positions, 12)
     assert not torch.equal(block, other)
+
+
+def test_a_seeded_draw_does_not_depend_on_what_others_ask_for():
+    torch.manual_seed(2)
+    probs = torch.softmax(torch.randn(1, 300), -1)
+    for seed in range(20):
+        seeds, position = torch.tensor([seed]), torch.tensor([9])
+        alone = sample_tokens(probs, info(1, sampling_seed=seeds), position)
+        beside = info(
+            2,
+            sampling_seed=torch.tensor([seed, 1]),
+            top_ks=torch.tensor([1 << 30, 5]),
+            top_ps=torch.tensor([1.0, 0.5]),
+            min_ps=torch.tensor([0.0, 0.1]),
+        )
+        together = sample_tokens(probs.repeat(2, 1), beside, position.repeat(2))
+        assert together[0] == alone
 
 
 def test_requests_without_a_seed_stay_random_beside_seeded_ones():

@@ -9,7 +9,7 @@ tokens on the host one step later, is served too, and no method waits for the de
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -161,6 +161,27 @@ class Penalties:
             acc_scaling_penalties=scaling,
         ):
             yield
+
+    @contextmanager
+    def in_verification(
+        self, chosen: Penalised, sampling_info: Any, block: Callable[[], torch.Tensor]
+    ) -> Iterator[None]:
+        """Let the hook on DFLASH's logit adjustments apply the penalties at every position.
+
+        Args:
+            chosen: of the batch's requests.
+            sampling_info: the batch's; it outlives the step, and the requests may not.
+            block: gives the tokens [>= bs, B] that are verified, once they are drafted.
+        """
+
+        def penalise(logits: torch.Tensor, width: int) -> None:
+            self.apply(chosen, logits, block()[: len(logits) // width])
+
+        sampling_info.dflare_penalise = penalise
+        try:
+            yield
+        finally:
+            del sampling_info.dflare_penalise
 
     def commit_prefill(self, chosen: Penalised, next_tokens: torch.Tensor) -> None:
         """Count the tokens [bs] that a prefill gave; after a chunk that is not the last, it starts

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.sampler import (
+    multinomial_with_seed,
     sampling_from_probs_torch,
     top_k_top_p_min_p_sampling_from_probs_torch,
 )
@@ -61,25 +62,44 @@ def sample_tokens(
     def rows(per_request: torch.Tensor) -> torch.Tensor:
         return per_request.repeat_interleave(width, dim=0, output_size=len(probs))
 
-    seeds = sampling_info.sampling_seed
-    seeds = None if seeds is None else rows(seeds)
-    min_p = sampling_info.need_min_p_sampling
-    if min_p and seeds is not None:
-        # SGLang's function refuses both together. What min-p drops comes last in the order in which
-        # top-k and top-p count, so it may go first.
-        least = probs.amax(-1, keepdim=True) * rows(sampling_info.min_ps)[:, None]
-        probs, min_p = probs.masked_fill(probs < least, 0.0), False
-    if not (min_p or sampling_info.need_top_p_sampling or sampling_info.need_top_k_sampling):
-        return sampling_from_probs_torch(probs, seeds, positions).long()
+    filters = (
+        sampling_info.need_top_k_sampling
+        or sampling_info.need_top_p_sampling
+        or sampling_info.need_min_p_sampling
+    )
+    if sampling_info.sampling_seed is not None:
+        # SGLang's functions number the noise by rank where something is filtered, by token where
+        # nothing is, and refuse min-p: a draw would depend on what other requests ask for.
+        if filters:
+            limits = sampling_info.top_ks, sampling_info.top_ps, sampling_info.min_ps
+            probs = _filtered(probs, *map(rows, limits))
+        seeds = rows(sampling_info.sampling_seed)
+        return multinomial_with_seed(torch.log(probs), seeds, positions).view(-1)
+    if not filters:
+        return sampling_from_probs_torch(probs).long()
     return top_k_top_p_min_p_sampling_from_probs_torch(
         probs,
         rows(sampling_info.top_ks),
         rows(sampling_info.top_ps),
         rows(sampling_info.min_ps),
-        min_p,
-        seeds,
+        sampling_info.need_min_p_sampling,
+        None,
         positions,
     ).long()
+
+
+def _filtered(
+    probs: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, min_ps: torch.Tensor
+) -> torch.Tensor:
+    """Zero what top-k, top-p and min-p exclude, as SGLang's function does; [n, V], limits [n]."""
+    ordered, tokens = probs.sort(dim=-1, descending=True)
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    excluded = (
+        (rank >= top_ks[:, None])
+        | (ordered.cumsum(-1) - ordered > top_ps[:, None])
+        | (ordered < ordered[:, :1] * min_ps[:, None])
+    )
+    return torch.zeros_like(probs).scatter_(-1, tokens, ordered.masked_fill(excluded, 0.0))
 
 
 def sample_verify_positions(

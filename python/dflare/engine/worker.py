@@ -158,9 +158,10 @@ class DFlareWorker(AdaptiveWidths, DFlashWorkerV2):
                     result = super().forward_batch_generation(batch, *args, **kwargs)
                 self._penalties.commit_prefill(penalised, result.next_token_ids)
                 return result
-            # Called by the hook on DFLASH's logit adjustments.
-            batch.sampling_info.dflare_penalise = lambda logits, width: self._penalties.apply(
-                penalised, logits, self._draft_block_tokens_buf[: logits.shape[0] // width]
+            stack.enter_context(
+                self._penalties.in_verification(
+                    penalised, batch.sampling_info, lambda: self._draft_block_tokens_buf
+                )
             )
             result = super().forward_batch_generation(batch, *args, **kwargs)
             tokens = result.next_token_ids.view(-1, result.speculative_num_draft_tokens)
