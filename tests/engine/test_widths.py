@@ -111,6 +111,7 @@ METRICS = {
     "dflare_committed_tokens_total",
     "dflare_drafts_reached_total",
     "dflare_drafts_accepted_total",
+    "dflare_acceptance_low",
 }
 
 

@@ -10,6 +10,8 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
+from dflare.adaptive.watch import AcceptanceWatch
+
 _INTERVAL = 1.0  # seconds between writes; steps in between only count in Python
 
 
@@ -31,15 +33,20 @@ class SpecMetrics:
     dflare_drafts_reached_total     counter   drafted tokens whose predecessors in the block were
                                               all accepted, label ``position`` from 1
     dflare_drafts_accepted_total    counter   of these, accepted
+    dflare_acceptance_low           gauge     1 while hardly any first draft is accepted
     =============================== ========= ====================================================
     """
 
-    def __init__(self, labels: Mapping[str, str] | None):
+    def __init__(
+        self, labels: Mapping[str, str] | None, report: Callable[[str], None] = lambda _: None
+    ):
         """
         Args:
             labels: Constant labels, as SGLang's collectors carry (model_name, tp_rank, ...);
                 None leaves Prometheus alone and gives the lines for the log only.
+            report: Takes the line about a drafter that hardly ever guesses right, once.
         """
+        self._watch = AcceptanceWatch(report)
         self._gauges = None if labels is None else _Gauges(labels)
         self._since = time.perf_counter()
         self._clear()
@@ -61,6 +68,7 @@ class SpecMetrics:
             exploring: Whether the policy called the width slower than another.
             predicted, actual: Step time in seconds; counted where both are known.
         """
+        self._watch.observe(width, commit_lens)
         self._by_width[width] += 1
         self._explored += exploring
         self._commits[width].update(commit_lens)
@@ -108,6 +116,7 @@ class SpecMetrics:
             line += ", acceptance by position " + " ".join(f"{rate:.2f}" for rate in rates)
         if self._gauges:
             self._gauges.write(width, accept, accept_rates(), times)
+            self._gauges.low.set(self._watch.low)
             self._gauges.count_positions(reached, accepted)
             self._gauges.count(
                 self._by_width,
@@ -162,6 +171,7 @@ class _Gauges:
         bound = self._labels
         self._width = gauge("verify_width", "Verified tokens per request and step.").labels(**bound)
         self._accept = gauge("accept_length", "Tokens per request and step.").labels(**bound)
+        self.low = gauge("acceptance_low", "Whether hardly any draft is accepted.").labels(**bound)
         self._position = gauge(
             "accept_rate_position", "Estimated acceptance of a reached position.", "position"
         )

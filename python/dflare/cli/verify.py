@@ -46,6 +46,8 @@ def print_report(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from dflare.adaptive.watch import ADVICE
+
     table = Table(title=f"{report['target']} + {report['draft']}", show_header=False)
     identical = report["identical"]
     rows = {
@@ -61,3 +63,5 @@ def print_report(report: dict[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
+    if report["low_acceptance"]:
+        Console().print(f"[bold]Hardly any draft is accepted.[/bold] {ADVICE}", highlight=False)

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dflare.adaptive.watch import is_low
 from dflare.engine.interrupt import ends_quietly_at_ctrl_c
 from dflare.engine.launch import QUESTIONS_FILE, check_before_start, read_prompts
 from dflare.engine.plugin import ALGORITHM
@@ -178,6 +179,11 @@ def _report(options: VerifyOptions, baseline: Arm, dflare: Arm) -> dict[str, Any
         "verify_steps": steps,
         # Tokens committed by a verify step; the first token of an answer comes from prefill.
         "accept_length": committed / steps if steps else None,
+        # With several requests in flight a drafter that fits may be left out of most steps, and
+        # those commit one token too.
+        "low_acceptance": is_low(1 - histogram[1] / steps)
+        if steps and options.concurrency == 1
+        else None,
         "accept_histogram": {str(tokens): histogram[tokens] for tokens in sorted(histogram)},
         "baseline_tok_s": baseline.tokens / baseline.seconds,
         "dflare_tok_s": dflare.tokens / dflare.seconds,

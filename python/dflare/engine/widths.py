@@ -70,7 +70,8 @@ class AdaptiveWidths:
         self._controller: WidthController | None = None
         if self._width_group.rank_in_group == 0:
             labels = _metric_labels() if get_observability().enable_metrics else None
-            self._controller = WidthController(int(self.block_size), policy, SpecMetrics(labels))
+            metrics = SpecMetrics(labels, lambda line: logger.warning("DFLARE: %s", line))
+            self._controller = WidthController(int(self.block_size), policy, metrics)
 
     def forward_batch_generation(
         self,
