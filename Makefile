@@ -68,13 +68,13 @@ demo-drafter: $(TRAIN_STAMP)  ## train the demo drafter (CONFIG=configs/demo/gpu
 	$(PY) scripts/demo_drafter.py $(CONFIG)
 
 bench: $(STAMP)  ## serving sweep of the demo pair
-	$(PY) bench/serving/sweep.py bench/serving/sweeps/cpu.yaml --out runs/bench
+	$(PY) -m bench.serving.sweep bench/serving/sweeps/cpu.yaml --out runs/bench
 
 bench-quick: $(STAMP)  ## the same, small
-	$(PY) bench/serving/sweep.py --quick --out runs/bench-quick
+	$(PY) -m bench.serving.sweep --quick --out runs/bench-quick
 
 soak: $(STAMP)  ## mixed load for MINUTES (30)
-	$(PY) bench/serving/soak.py --minutes $(or $(MINUTES),30) --out runs/soak
+	$(PY) -m bench.serving.soak --minutes $(or $(MINUTES),30) --out runs/soak
 
 lint: $(STAMP)  ## format, lint and type checks
 	$(VENV)/bin/ruff format --check python tests bench scripts csrc setup.py

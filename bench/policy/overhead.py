@@ -1,4 +1,4 @@
-"""Time that the width policy takes of a decode step: `python bench/policy/overhead.py`.
+"""Time that the width policy takes of a decode step: `python -m bench.policy.overhead`.
 
 With warm caches, and as in a server: between two steps, and between a step's choice and its result,
 a model's weights have passed through the caches.

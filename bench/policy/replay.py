@@ -1,6 +1,6 @@
 """Regret of the width policy on what a drafter really accepts, without the noise of a machine.
 
-    python bench/policy/replay.py DRAFTER [--target demo] [--tokens 96] [--table steps.json]
+    python -m bench.policy.replay DRAFTER [--target demo] [--tokens 96] [--table steps.json]
 
 The target answers the benchmark's prompts; then the drafter proposes a block at every single
 position of the answers. Greedy verification commits the same text whatever the widths, so these
@@ -10,7 +10,6 @@ serve the same requests against given step times; the policy starts knowing noth
 
 import argparse
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +17,8 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import scenarios
-from simulate import best_ragged
-
+from bench.policy import scenarios
+from bench.policy.simulate import best_ragged
 from dflare.adaptive import AdaptiveConfig, WidthPolicy
 from dflare.training.data.generate import Generator, Sampling
 from dflare.training.data.prompts import encode, read_prompts, stop_tokens

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from world import Scenario
 
+from bench.policy.world import Scenario
 from dflare.adaptive import CostTable, StepTime
 
 Seconds = Callable[[int, int], float]

@@ -1,6 +1,6 @@
 """Regret of the width policy against an oracle, and against every fixed width.
 
-    python bench/policy/simulate.py [--shape cpu|gpu] [--table steps.json] [--steps 4000]
+    python -m bench.policy.simulate [--shape cpu|gpu] [--table steps.json] [--steps 4000]
 
 The oracle knows each request's true acceptance and the true mean step times and takes the best
 width of every single step; it has nothing to learn and no noise. Regret is the share of the
@@ -10,17 +10,12 @@ holds the policy's tokens per second over those of the best single width for the
 """
 
 import argparse
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import scenarios
-from world import Scenario, World
-
+from bench.policy import scenarios
+from bench.policy.world import Scenario, World
 from dflare.adaptive import AdaptiveConfig, WidthPolicy
 
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from plan import Cell, Dataset, Sweep
-from server import Server
+from bench.serving.plan import Cell, Dataset, Sweep
+from bench.serving.server import Server
 
 _PERCENTILES = ("p50", "p90", "p99")
 _WARM_UP_TOKENS = 16

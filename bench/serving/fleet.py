@@ -4,9 +4,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from plan import Arm, Sweep
-from server import Server
-
+from bench.serving.plan import Arm, Sweep
+from bench.serving.server import Server
 from dflare.adaptive.config import VARIABLE
 from dflare.errors import DFlareError
 

@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from statistics import mean, stdev
 
-from plan import Sweep
-from records import throughput_by_load
-from sweep_plot import Record
+from bench.serving.plan import Sweep
+from bench.serving.records import throughput_by_load
+from bench.serving.sweep_plot import Record
 
 
 def held_out_ratios(sweep: Sweep, records: Iterable[Record]) -> dict[int, list[float]]:

@@ -178,8 +178,7 @@ class Sweep(_Data):
 
     def pair(self, folder: Path) -> tuple[str, str]:
         """Paths or ids of target and drafter; a random drafter is written into the folder."""
-        from random_drafter import config_for, write_random_drafter
-
+        from bench.serving.random_drafter import config_for, write_random_drafter
         from dflare.demo import demo_draft, demo_target
 
         target = str(demo_target()) if self.model == "demo" else self.model

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from sweep_plot import Record
+from bench.serving.sweep_plot import Record
 
 
 def measured(records: Iterable[Record]) -> list[Record]:

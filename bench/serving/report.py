@@ -6,10 +6,10 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from held_out import held_out_table
-from plan import Cell, Sweep, cell_of, cells
-from records import measured, throughput_by_load
-from sweep_plot import Key, Record, plot
+from bench.serving.held_out import held_out_table
+from bench.serving.plan import Cell, Sweep, cell_of, cells
+from bench.serving.records import measured, throughput_by_load
+from bench.serving.sweep_plot import Key, Record, plot
 
 
 class Ratio(NamedTuple):

@@ -1,6 +1,6 @@
 """Serve mixed load for a long time and check that nothing breaks, leaks or changes.
 
-    python bench/serving/soak.py --minutes 30 --out runs/soak
+    python -m bench.serving.soak --minutes 30 --out runs/soak
 
 A server without speculation first gives the reference answers. Then a server with DFLARE meets
 bursts of greedy and sampled requests, long prompts with common beginnings, grammars, logprobs,
@@ -23,13 +23,10 @@ from pathlib import Path
 
 import requests
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from process_watch import ProcessWatch
-from reference import GREEDY_TOKENS, Reference, ask, collect, greedy_params
-from server import Server
-from traffic import Outcome, Traffic, run, warm_up
-
+from bench.serving.process_watch import ProcessWatch
+from bench.serving.reference import GREEDY_TOKENS, Reference, ask, collect, greedy_params
+from bench.serving.server import Server
+from bench.serving.traffic import Outcome, Traffic, run, warm_up
 from dflare.adaptive.config import VARIABLE
 
 _POOL_SECONDS = 60  # SGLang writes an idle server's gauges every 30 s

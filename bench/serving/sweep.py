@@ -1,6 +1,6 @@
 """Benchmark arms of speculation under concurrent load, on real servers.
 
-    python bench/serving/sweep.py bench/serving/sweeps/quick.yaml --out runs/quick
+    python -m bench.serving.sweep bench/serving/sweeps/quick.yaml --out runs/quick
 
 The plan is a YAML file (see plan.py). Every cell - one arm, one dataset, one concurrency, one
 repeat - is one JSON line in `<out>/cells.jsonl`; a sweep that was interrupted goes on where it
@@ -21,14 +21,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from client import measure
-from fleet import Fleet, reason_of
-from plan import Cell, Sweep, cell_of, cells, read_records
-from provenance import provenance
 from pydantic import ValidationError
-from report import is_whole, missing_cells, write_report
+
+from bench.serving.client import measure
+from bench.serving.fleet import Fleet, reason_of
+from bench.serving.plan import Cell, Sweep, cell_of, cells, read_records
+from bench.serving.provenance import provenance
+from bench.serving.report import is_whole, missing_cells, write_report
 
 QUICK = Path(__file__).parent / "sweeps" / "quick.yaml"
 
@@ -178,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
             )
             print(f"left out: {gaps['repeats']}; the same command goes on", flush=True)
             sweep = sweep.model_copy(update={"repeats": sweep.repeats - late})
-        command = f"python bench/serving/sweep.py {shlex.join(argv)}"
+        command = f"python -m bench.serving.sweep {shlex.join(argv)}"
         print(write_report(sweep, records, gaps, command, out))
     sys.exit(bool(missing_cells(sweep, records)))
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from plan import Sweep
+from bench.serving.plan import Sweep
 
 Record = dict[str, Any]
 Key = tuple[str, int, str]  # dataset, concurrency, arm

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from reference import PATTERN, PATTERN_PARAMS, Reference, greedy_params
+
+from bench.serving.reference import PATTERN, PATTERN_PARAMS, Reference, greedy_params
 
 _LONG_ANSWER = 160  # tokens
 _CROWD_EVERY = 5  # bursts

@@ -1,7 +1,7 @@
 """The replay of a drafter's real acceptance: what it serves, and its record against decoding."""
 
 import pytest
-import replay
+from bench.policy import replay
 
 from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
 

@@ -3,8 +3,7 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
-import scenarios
-import simulate
+from bench.policy import scenarios, simulate
 
 from dflare.adaptive import AdaptiveConfig
 

@@ -1,6 +1,6 @@
 """A small sweep and the records of its cells, for the tests of the benchmark."""
 
-import plan
+from bench.serving import plan
 
 
 def make_sweep(**changes):

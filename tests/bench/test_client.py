@@ -1,6 +1,5 @@
-import client
-import plan
 import pytest
+from bench.serving import client, plan
 from sweep_cells import make_sweep
 
 

@@ -5,9 +5,8 @@ import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import client
-import plan
 import pytest
+from bench.serving import client, plan
 from checkpoints import write_random_target
 from sweep_cells import make_sweep
 

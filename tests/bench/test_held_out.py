@@ -3,7 +3,7 @@ from statistics import mean
 
 import numpy as np
 import pytest
-from held_out import held_out_ratios, held_out_table
+from bench.serving.held_out import held_out_ratios, held_out_table
 from sweep_cells import make_sweep, record
 
 SWEEP = make_sweep(datasets=[{"name": "easy"}])

@@ -1,7 +1,6 @@
-import plan
 import pytest
-import report
-import sweep as sweep_script
+from bench.serving import plan, report
+from bench.serving import sweep as sweep_script
 from sweep_cells import make_sweep, record
 
 

@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 import requests
-import soak
 from aiohttp import web
+from bench.serving import soak
+from bench.serving.process_watch import ProcessWatch
+from bench.serving.reference import Reference
+from bench.serving.traffic import Outcome, Traffic, run, warm_up
 from checkpoints import write_random_draft, write_random_target
-from process_watch import ProcessWatch
-from reference import Reference
-from traffic import Outcome, Traffic, run, warm_up
 
 SCRIPTED_SERVER = Path(__file__).with_name("scripted_server.py")
+ROOT = Path(__file__).parents[2]
 REFERENCE = Reference(
     greedy={"count to three": [1, 2, 3, 4], "say hello": [5, 6, 7, 8]},
     long={"many words and say hello": [9, 10, 11, 12]},
@@ -242,12 +243,11 @@ def test_a_short_soak_passes(tmp_path):
     target = write_random_target(tmp_path / "target", num_layers=4)
     draft = write_random_draft(tmp_path / "draft", num_target_layers=4)
     scripted = (sys.executable, str(SCRIPTED_SERVER))
-    program = (
-        f"import sys; sys.path.insert(0, {str(Path(soak.__file__).parent)!r})\n"
-        f"import soak; soak.Server.COMMAND = {scripted!r}; soak.main()"
-    )
+    program = f"from bench.serving import soak; soak.Server.COMMAND = {scripted!r}; soak.main()"
     command = [sys.executable, "-c", program, "--minutes", "0.5", "--prompts", "8"]
     command += ["--out", str(tmp_path / "out"), "--model", str(target), "--draft", str(draft)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("soak: passed\n")

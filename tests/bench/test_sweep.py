@@ -1,11 +1,11 @@
 import json
 from pathlib import Path
 
-import plan
 import pytest
-import sweep as sweep_script
+from bench.serving import plan
+from bench.serving import sweep as sweep_script
+from bench.serving.random_drafter import config_for, write_random_drafter
 from checkpoints import write_random_target
-from random_drafter import config_for, write_random_drafter
 from sglang.benchmark.datasets.custom import sample_custom_requests
 from sweep_cells import make_sweep, record
 from transformers import AutoTokenizer

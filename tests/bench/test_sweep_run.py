@@ -2,9 +2,9 @@
 
 from typing import ClassVar
 
-import fleet
 import pytest
-import sweep as sweep_script
+from bench.serving import fleet
+from bench.serving import sweep as sweep_script
 from sweep_cells import make_sweep, record
 
 from dflare.errors import DFlareError

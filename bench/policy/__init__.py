@@ -1,0 +1,1 @@
+"""The policy of widths against simulated and recorded load."""

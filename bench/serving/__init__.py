@@ -1,0 +1,1 @@
+"""Servers under load: `python -m bench.serving.sweep --help` and `bench.serving.soak`."""
