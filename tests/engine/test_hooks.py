@@ -10,7 +10,7 @@ from sglang.srt.plugins import load_plugins
 
 from dflare.engine import hooks as module
 from dflare.engine import online_update
-from dflare.engine.hooks import check_hooks, hooks
+from dflare.engine.hooks import apply_scheduler_hooks, check_hooks, hooks
 from dflare.errors import UnsupportedError
 
 pytestmark = pytest.mark.slow  # imports most of SGLang
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow  # imports most of SGLang
 @pytest.fixture(autouse=True)
 def plugins():
     load_plugins()
+    apply_scheduler_hooks()
 
 
 def test_every_hook_is_in_place():
@@ -53,7 +54,8 @@ def failing(cls, target, hooks):
 HookRegistry._apply_target = classmethod(failing)
 from sglang.srt.plugins import load_plugins
 load_plugins()
-from dflare.engine.hooks import check_hooks
+from dflare.engine.hooks import apply_scheduler_hooks, check_hooks
+apply_scheduler_hooks()
 check_hooks()
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

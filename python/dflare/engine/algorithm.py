@@ -104,7 +104,10 @@ def register_algorithm() -> None:
     def _worker_class(_server_args):
         from sglang.srt.models.registry import ModelRegistry
 
+        from dflare.engine.hooks import apply_scheduler_hooks
         from dflare.engine.worker import DFlareWorker
+
+        apply_scheduler_hooks()
 
         ModelRegistry.register("dflare.engine.models", overwrite=True, strict=True)
         return DFlareWorker

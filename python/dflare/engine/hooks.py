@@ -116,6 +116,10 @@ _EVERYWHERE = (
         HookType.AROUND,
         "",
     ),
+)
+# Put in place where a worker is built: their modules are for the scheduler's process alone, and
+# those of users who do not ask for DFLARE import none of them.
+_IN_THE_SCHEDULER = (
     Hook(
         "sglang.srt.speculative.dflash_utils.apply_dflash_verify_logits_adjustments",
         _apply_penalties_first,
@@ -168,8 +172,8 @@ _ON_THE_CPU_PLATFORM = (
 )
 
 
-def hooks() -> tuple[Hook, ...]:
-    """The hooks of this process: those of every device and, on our CPU platform, its own."""
+def _at_load() -> tuple[Hook, ...]:
+    """Those of every process and, on our CPU platform, its own."""
     from sglang.srt.platforms import current_platform
 
     from dflare.engine.platform import CpuPlatform
@@ -178,10 +182,23 @@ def hooks() -> tuple[Hook, ...]:
     return _EVERYWHERE + _GUARDS + (_ON_THE_CPU_PLATFORM if on_cpu else ())
 
 
+def hooks() -> tuple[Hook, ...]:
+    """All hooks of a scheduler's process."""
+    return _at_load() + _IN_THE_SCHEDULER
+
+
 def register_hooks() -> None:
-    """Hand the hooks to SGLang, which puts them in place when all plug-ins are loaded."""
-    for hook in hooks():
+    """Hand those of every process to SGLang, which applies them when all plug-ins are loaded."""
+    for hook in _at_load():
         HookRegistry.register(hook.target, hook.function, hook.kind)
+
+
+def apply_scheduler_hooks() -> None:
+    """Put the others in place, before a worker is built; once a process."""
+    for hook in _IN_THE_SCHEDULER:
+        if _problem(hook):
+            HookRegistry.register(hook.target, hook.function, hook.kind)
+    HookRegistry.apply_hooks()
 
 
 def check_hooks(expected: tuple[Hook, ...] | None = None) -> None:
