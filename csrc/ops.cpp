@@ -1,9 +1,10 @@
 // Schemas of torch.ops.dflare.*; implementations register themselves per device (csrc/cpu,
 // csrc/cuda). The contract of each argument is the docstring of the Python function of the same
 // name (python/dflare/ops).
-#include <torch/library.h>
+#include "build_info.h"
+#include "stable_torch.h"
 
-TORCH_LIBRARY(dflare, m) {
+STABLE_TORCH_LIBRARY(dflare, m) {
   m.def(
       "append_context_kv(Tensor target_hidden, Tensor fusion_probs, Tensor norm_weight, float eps,"
       " Tensor kv_weight, Tensor? kv_bias, Tensor k_norm_weight, float k_norm_eps,"
@@ -29,4 +30,16 @@ TORCH_LIBRARY(dflare, m) {
   m.def("rotate_heads(Tensor(a!) x, Tensor cos_sin_cache, Tensor positions, int head_dim) -> ()");
   // Instruction set that the CPU kernels run with: "baseline", "avx2", "avx512" or "avx512bf16".
   m.def("cpu_isa() -> str");
+  // What was compiled, as JSON: see dflare/ops/library.py.
+  m.def("build_info() -> str");
+}
+
+namespace dflare {
+
+std::string build_info() { return DFLARE_BUILD_INFO; }
+
+}  // namespace dflare
+
+STABLE_TORCH_LIBRARY_IMPL(dflare, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&dflare::build_info));
 }

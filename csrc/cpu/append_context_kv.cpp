@@ -1,8 +1,4 @@
 // torch.ops.dflare.append_context_kv on the CPU.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
@@ -10,6 +6,7 @@
 #include "cpu/checks.h"
 #include "cpu/isa.h"
 #include "cpu/team.h"
+#include "stable_torch.h"
 
 namespace dflare::cpu {
 namespace {
@@ -79,8 +76,8 @@ void append_context_kv_as(const at::Tensor& target_hidden, const at::Tensor& fus
   std::vector<T*> pools;
   std::vector<int64_t> strides;
   int64_t slots = k_pools[0].size(0);
-  for (const at::TensorList& list : {k_pools, v_pools}) {
-    for (const at::Tensor& pool : list) {
+  for (const auto* list : {&k_pools, &v_pools}) {
+    for (const at::Tensor& pool : *list) {
       pools.push_back(static_cast<T*>(pool.mutable_data_ptr()));
       strides.push_back(pool.stride(0));
       slots = std::min(slots, pool.size(0));
@@ -107,8 +104,8 @@ void append_context_kv_as(const at::Tensor& target_hidden, const at::Tensor& fus
   p.k_norm_eps = static_cast<float>(k_norm_eps);
   p.fused_stride = (p.hidden + 31) / 32 * 32;
   const int64_t num_rows = rows.size();
-  const at::Tensor fused =
-      at::empty({p.layers, std::min(num_rows, kPanelRows), p.fused_stride}, at::kFloat);
+  const at::Tensor fused = at::empty({p.layers, std::min(num_rows, kPanelRows), p.fused_stride},
+                                     at::kFloat, target_hidden);
   p.fused = fused.mutable_data_ptr();
 
   const KernelsFor<T>& kernel = kernels().get<T>();
@@ -143,7 +140,9 @@ void append_context_kv(const at::Tensor& target_hidden, const at::Tensor& fusion
   TORCH_CHECK(layers > 0 && taps > 0 && hidden > 0, "append_context_kv: fusion_probs has shape ",
               fusion_probs.sizes(), " and norm_weight ", norm_weight.sizes(),
               ", expected at least one layer, one tap and one channel");
-  for (const auto& [name, list] : {std::pair{"k_pools", k_pools}, std::pair{"v_pools", v_pools}}) {
+  const std::pair<const char*, at::TensorList> pools[] = {{"k_pools", k_pools},
+                                                          {"v_pools", v_pools}};
+  for (const auto& [name, list] : pools) {
     TORCH_CHECK(static_cast<int64_t>(list.size()) == layers, "append_context_kv: ", name, " has ",
                 list.size(), " tensors, expected one for each of the ", layers,
                 " layers of fusion_probs");
@@ -151,7 +150,7 @@ void append_context_kv(const at::Tensor& target_hidden, const at::Tensor& fusion
   kCheck.shape("k_pools[0]", k_pools[0], {kAny, kAny, kAny}, "[slots, kv_heads, head_dim]");
   const int64_t kv_heads = k_pools[0].size(1), head_dim = k_pools[0].size(2);
   kCheck.heads(kv_heads, head_dim);
-  for (const auto& [name, list] : {std::pair{"k_pools", k_pools}, std::pair{"v_pools", v_pools}}) {
+  for (const auto& [name, list] : pools) {
     for (const at::Tensor& pool : list) {
       kCheck.shape(name, pool, {kAny, kv_heads, head_dim}, "[slots, kv_heads, head_dim]");
       kCheck.dtype(name, pool, dtype);
@@ -196,4 +195,6 @@ void append_context_kv(const at::Tensor& target_hidden, const at::Tensor& fusion
 }  // namespace
 }  // namespace dflare::cpu
 
-TORCH_LIBRARY_IMPL(dflare, CPU, m) { m.impl("append_context_kv", &dflare::cpu::append_context_kv); }
+STABLE_TORCH_LIBRARY_IMPL(dflare, CPU, m) {
+  m.impl("append_context_kv", TORCH_BOX(&dflare::cpu::append_context_kv));
+}

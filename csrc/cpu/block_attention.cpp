@@ -1,9 +1,7 @@
 // torch.ops.dflare.block_attention on the CPU.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "cpu/run_attention.h"
+#include "stable_torch.h"
 
 namespace dflare::cpu {
 namespace {
@@ -63,7 +61,7 @@ at::Tensor block_attention_as(const at::Tensor& qkv, const at::Tensor& q_norm_we
   p.window = window;
   p.causal = causal;
   p.scale = static_cast<float>(scale);
-  at::Tensor out = at::empty({rows, q_heads * p.head_dim}, qkv.options());
+  at::Tensor out = at::empty({rows, q_heads * p.head_dim}, qkv);
   p.out = static_cast<T*>(out.mutable_data_ptr());
   run_attention(kCheck, p, requests);
   return out;
@@ -91,4 +89,6 @@ at::Tensor block_attention(const at::Tensor& qkv, const at::Tensor& q_norm_weigh
 }  // namespace
 }  // namespace dflare::cpu
 
-TORCH_LIBRARY_IMPL(dflare, CPU, m) { m.impl("block_attention", &dflare::cpu::block_attention); }
+STABLE_TORCH_LIBRARY_IMPL(dflare, CPU, m) {
+  m.impl("block_attention", TORCH_BOX(&dflare::cpu::block_attention));
+}

@@ -2,9 +2,8 @@
 // given and what was expected; a check that passes builds no string.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include "cpu/params.h"
+#include "stable_torch.h"
 
 namespace dflare::cpu {
 

@@ -1,10 +1,9 @@
 #include "cpu/isa.h"
 
-#include <c10/util/Exception.h>
-#include <torch/library.h>
-
 #include <cstdlib>
 #include <string>
+
+#include "stable_torch.h"
 
 namespace dflare::cpu {
 
@@ -69,6 +68,6 @@ const Kernels& kernels() {
 
 }  // namespace dflare::cpu
 
-TORCH_LIBRARY_IMPL(dflare, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", &dflare::cpu::cpu_isa);
+STABLE_TORCH_LIBRARY_IMPL(dflare, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&dflare::cpu::cpu_isa));
 }

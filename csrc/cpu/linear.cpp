@@ -1,15 +1,11 @@
 // torch.ops.dflare.linear on the CPU.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
 #include "cpu/checks.h"
 #include "cpu/isa.h"
 #include "cpu/team.h"
+#include "stable_torch.h"
 
 namespace dflare::cpu {
 namespace {
@@ -39,9 +35,8 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
     kCheck.shape("bias", *bias, {outputs}, "[outputs]");
     check_weight("bias", *bias);
   }
-  at::Tensor out = at::empty({rows, outputs}, x.options());
-  const at::Tensor padded =
-      inputs % kVector == 0 ? x : at::constant_pad_nd(x, {0, kVector - inputs % kVector});
+  at::Tensor out = at::empty({rows, outputs}, x);
+  const at::Tensor padded = inputs % kVector == 0 ? x : at::pad(x, {0, kVector - inputs % kVector});
   with_element_type(kCheck, "x", x, [&](auto element) {
     using T = decltype(element);
     LinearParams<T> p{};
@@ -65,4 +60,4 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
 }  // namespace
 }  // namespace dflare::cpu
 
-TORCH_LIBRARY_IMPL(dflare, CPU, m) { m.impl("linear", &dflare::cpu::linear); }
+STABLE_TORCH_LIBRARY_IMPL(dflare, CPU, m) { m.impl("linear", TORCH_BOX(&dflare::cpu::linear)); }

@@ -1,11 +1,9 @@
 // torch.ops.dflare.paged_attention: prefill, decode and verify attention of the target on the CPU.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <cstring>
 
 #include "cpu/run_attention.h"
+#include "stable_torch.h"
 
 namespace dflare::cpu {
 namespace {
@@ -54,7 +52,7 @@ at::Tensor paged_attention_as(const at::Tensor& q, const at::Tensor& k_pool,
   p.scale = static_cast<float>(scale);
   p.logit_cap = static_cast<float>(logit_cap);
   const int64_t width = q_heads * p.head_dim;
-  at::Tensor out = at::empty({rows, width}, q.options());
+  at::Tensor out = at::empty({rows, width}, q);
   p.out = static_cast<T*>(out.mutable_data_ptr());
   run_attention(kCheck, p, requests);
   std::memset(p.out + starts[bs] * width, 0, sizeof(T) * (rows - starts[bs]) * width);
@@ -79,4 +77,6 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pool, const 
 }  // namespace
 }  // namespace dflare::cpu
 
-TORCH_LIBRARY_IMPL(dflare, CPU, m) { m.impl("paged_attention", &dflare::cpu::paged_attention); }
+STABLE_TORCH_LIBRARY_IMPL(dflare, CPU, m) {
+  m.impl("paged_attention", TORCH_BOX(&dflare::cpu::paged_attention));
+}

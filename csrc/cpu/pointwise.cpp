@@ -1,14 +1,11 @@
 // torch.ops.dflare.{add_rms_norm, silu_and_mul, rotate_heads} on the CPU.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
 #include "cpu/checks.h"
 #include "cpu/isa.h"
 #include "cpu/team.h"
+#include "stable_torch.h"
 
 namespace dflare::cpu {
 namespace {
@@ -39,7 +36,7 @@ at::Tensor add_rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& re
     check.dtype("residual", *residual, x.scalar_type());
     check.packed("residual", *residual, 1);
   }
-  at::Tensor out = at::empty({x.size(0), hidden}, x.options());
+  at::Tensor out = at::empty({x.size(0), hidden}, x);
   with_element_type(check, "x", x, [&](auto element) {
     using T = decltype(element);
     NormParams<T> p{};
@@ -63,7 +60,7 @@ at::Tensor silu_and_mul(const at::Tensor& x) {
   TORCH_CHECK(x.size(1) % 2 == 0, "silu_and_mul: x has shape ", x.sizes(),
               ", expected an even number of columns: gates, then as many values");
   const int64_t width = x.size(1) / 2;
-  at::Tensor out = at::empty({x.size(0), width}, x.options());
+  at::Tensor out = at::empty({x.size(0), width}, x);
   with_element_type(check, "x", x, [&](auto element) {
     using T = decltype(element);
     GateParams<T> p{};
@@ -102,8 +99,8 @@ void rotate_heads(const at::Tensor& x, const at::Tensor& cos_sin_cache, const at
 }  // namespace
 }  // namespace dflare::cpu
 
-TORCH_LIBRARY_IMPL(dflare, CPU, m) {
-  m.impl("add_rms_norm", &dflare::cpu::add_rms_norm);
-  m.impl("silu_and_mul", &dflare::cpu::silu_and_mul);
-  m.impl("rotate_heads", &dflare::cpu::rotate_heads);
+STABLE_TORCH_LIBRARY_IMPL(dflare, CPU, m) {
+  m.impl("add_rms_norm", TORCH_BOX(&dflare::cpu::add_rms_norm));
+  m.impl("silu_and_mul", TORCH_BOX(&dflare::cpu::silu_and_mul));
+  m.impl("rotate_heads", TORCH_BOX(&dflare::cpu::rotate_heads));
 }

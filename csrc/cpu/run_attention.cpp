@@ -1,12 +1,11 @@
 #include "cpu/run_attention.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <memory>
 
 #include "cpu/isa.h"
 #include "cpu/team.h"
+#include "stable_torch.h"
 
 namespace dflare::cpu {
 

@@ -1,12 +1,11 @@
 // Attention of a batch of requests: splits the work over torch's threads and merges the pieces.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <vector>
 
 #include "cpu/checks.h"
 #include "cpu/params.h"
+#include "stable_torch.h"
 
 namespace dflare::cpu {
 

@@ -3,12 +3,12 @@
 // so values in device memory (positions, slots, lengths) are the caller's promise.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/cuda/CUDAException.h>
-
 #include <limits>
 
 #include "params.h"
+#include "stable_torch.h"
+
+#include <cuda/torch_device.h>
 
 namespace dflare::cuda {
 
@@ -36,7 +36,8 @@ struct Checker {
   void contiguous(const char* name, const at::Tensor& x) const {
     TORCH_CHECK(x.is_contiguous(), op, ": ", name, " of shape ", x.sizes(), " has strides ",
                 x.strides(), ", expected a contiguous tensor: call .contiguous()");
-    if (x.is_floating_point()) aligned(name, x);  // indices are read one by one
+    const bool indices = x.scalar_type() == at::kLong || x.scalar_type() == at::kInt;
+    if (!indices) aligned(name, x);  // indices are read one by one
   }
 
   // Rows (the first dimension) may have any stride that keeps 16-byte loads aligned and fits the
@@ -102,18 +103,18 @@ struct Checker {
   }
 };
 
-inline int device_attribute(cudaDeviceAttr attribute, at::Device device) {
+inline int device_attribute(const Checker& check, cudaDeviceAttr attribute) {
   int value = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device.index()));
+  check_status(check.op, cudaDeviceGetAttribute(&value, attribute, check.device.index()));
   return value;
 }
 
 // Whether kernels can start while the one before them still runs (programmatic dependent launch).
 // Raises where the library has no machine code for the device.
 inline bool overlaps_launches(const Checker& check) {
-  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor, check.device);
+  const int major = device_attribute(check, cudaDevAttrComputeCapabilityMajor);
   TORCH_CHECK(major >= 8, check.op, ": ", check.device, " has compute capability ", major, ".",
-              device_attribute(cudaDevAttrComputeCapabilityMinor, check.device),
+              device_attribute(check, cudaDevAttrComputeCapabilityMinor),
               ", the kernels need 8.0 or later");
   return major >= 9;
 }

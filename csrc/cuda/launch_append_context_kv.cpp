@@ -1,15 +1,10 @@
 // torch.ops.dflare.append_context_kv on CUDA.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/bmm.h>
-#include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
 #include "checks.h"
 #include "params.h"
+#include "stable_torch.h"
 
 namespace dflare::cuda {
 namespace {
@@ -22,7 +17,7 @@ void append_context_kv(const at::Tensor& target_hidden, const at::Tensor& fusion
                        const std::optional<at::Tensor>& commit_lens, int64_t block_size,
                        at::TensorList k_pools, at::TensorList v_pools) {
   const Checker check{"append_context_kv", target_hidden.device()};
-  const c10::cuda::CUDAGuard guard(check.device);
+  const DeviceGuard guard(check.device.index());
   const bool overlap = overlaps_launches(check);
 
   // Shapes, as the arguments themselves give them.
@@ -93,14 +88,14 @@ void append_context_kv(const at::Tensor& target_hidden, const at::Tensor& fusion
     }
   }
 
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const cudaStream_t stream = current_stream(check.device);
   const bool fused_projection = use_fused_projection(rows, commit_lens.has_value());
   const int64_t panel = projection_panel_rows(rows, commit_lens ? block_size : 1);
   for (int64_t first = 0; first < rows; first += panel) {
     const int64_t panel_rows = std::min(panel, rows - first);
-    const at::Tensor fused = at::empty({layers, panel_rows, hidden}, target_hidden.options());
+    const at::Tensor fused = at::empty({layers, panel_rows, hidden}, target_hidden);
     at::Tensor compact_rows;
-    if (commit_lens) compact_rows = at::empty({1 + panel_rows}, commit_lens->options());
+    if (commit_lens) compact_rows = at::empty({1 + panel_rows}, *commit_lens);
 
     FuseNormParams fuse{};
     fuse.element = element;
@@ -121,7 +116,7 @@ void append_context_kv(const at::Tensor& target_hidden, const at::Tensor& fusion
       fuse.commit_lens = commit_lens->const_data_ptr<int32_t>() + first / block_size;
       fuse.compact_rows = compact_rows.mutable_data_ptr<int32_t>();
     }
-    C10_CUDA_CHECK(run_fuse_norm(fuse, stream));
+    check_status(check.op, run_fuse_norm(fuse, stream));
 
     out.positions = positions.const_data_ptr<int64_t>() + first;
     out.cache_loc = cache_loc.const_data_ptr<int64_t>() + first;
@@ -136,21 +131,23 @@ void append_context_kv(const at::Tensor& target_hidden, const at::Tensor& fusion
       project.kv_weight = kv_weight.const_data_ptr();
       project.overlap_launch = overlap;
       project.out = out;
-      C10_CUDA_CHECK(run_kv_project_write(project, stream));
+      check_status(check.op, run_kv_project_write(project, stream));
     } else {
-      const at::Tensor kv = at::bmm(fused, kv_weight.transpose(1, 2));
+      const at::Tensor kv = at::bmm(fused, at::transpose(kv_weight, 1, 2));
       NormRopeWriteParams write{};
       write.element = element;
       write.head_dim = static_cast<int>(head_dim);
       write.kv = kv.const_data_ptr();
       write.out = out;
-      C10_CUDA_CHECK(run_norm_rope_write(write, stream));
+      check_status(check.op, run_norm_rope_write(write, stream));
     }
   }
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(dflare, CUDA, m) { m.impl("append_context_kv", append_context_kv); }
+STABLE_TORCH_LIBRARY_IMPL(dflare, CUDA, m) {
+  m.impl("append_context_kv", TORCH_BOX(&append_context_kv));
+}
 
 }  // namespace dflare::cuda

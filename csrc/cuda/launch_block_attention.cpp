@@ -1,14 +1,10 @@
 // torch.ops.dflare.block_attention and block_attention_schedule on CUDA.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
 #include "checks.h"
 #include "params.h"
+#include "stable_torch.h"
 
 namespace dflare::cuda {
 namespace {
@@ -22,9 +18,8 @@ AttentionPlan plan(const Checker& check, int64_t batch_size, int64_t block_size,
   TORCH_CHECK(num_heads / kv_heads * block_size <= kMaxQueryRows, check.op, ": ",
               num_heads / kv_heads, " query heads a KV head times block_size ", block_size,
               " exceeds ", kMaxQueryRows);
-  const DeviceLimits limits{
-      device_attribute(cudaDevAttrMultiProcessorCount, check.device),
-      device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, check.device)};
+  const DeviceLimits limits{device_attribute(check, cudaDevAttrMultiProcessorCount),
+                            device_attribute(check, cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
   return plan_attention(static_cast<int>(batch_size), static_cast<int>(block_size),
                         static_cast<int>(num_heads), static_cast<int>(kv_heads),
                         static_cast<int>(head_dim), limits);
@@ -38,7 +33,7 @@ at::Tensor block_attention_schedule(const at::Tensor& seq_lens, int64_t block_si
                                     int64_t num_heads, int64_t kv_heads, int64_t head_dim,
                                     int64_t window) {
   const Checker check{"block_attention_schedule", seq_lens.device()};
-  const c10::cuda::CUDAGuard guard(check.device);
+  const DeviceGuard guard(check.device.index());
   overlaps_launches(check);
   AttentionScheduleParams p{};
   p.seq_lens_64bit = check.indices("seq_lens", seq_lens, kAny, "[bs]");
@@ -47,10 +42,9 @@ at::Tensor block_attention_schedule(const at::Tensor& seq_lens, int64_t block_si
   p.head_dim = static_cast<int>(head_dim);
   p.window = clamp_window(window);
   p.plan = plan(check, p.batch_size, block_size, num_heads, kv_heads, head_dim);
-  const at::Tensor schedule =
-      at::empty({attention_schedule_size(p.plan)}, seq_lens.options().dtype(at::kInt));
+  const at::Tensor schedule = at::empty({attention_schedule_size(p.plan)}, at::kInt, seq_lens);
   p.schedule = schedule.mutable_data_ptr<int32_t>();
-  C10_CUDA_CHECK(run_block_attention_schedule(p, c10::cuda::getCurrentCUDAStream()));
+  check_status(check.op, run_block_attention_schedule(p, current_stream(check.device)));
   return schedule;
 }
 
@@ -62,7 +56,7 @@ at::Tensor block_attention(const at::Tensor& qkv, const at::Tensor& q_norm_weigh
                            const at::Tensor& seq_lens, int64_t block_size, int64_t window,
                            bool causal, double scale, const std::optional<at::Tensor>& schedule) {
   const Checker check{"block_attention", qkv.device()};
-  const c10::cuda::CUDAGuard guard(check.device);
+  const DeviceGuard guard(check.device.index());
   BlockAttentionParams p{};
   p.overlap_launch = overlaps_launches(check);
   p.element = check.element("qkv", qkv);
@@ -104,11 +98,10 @@ at::Tensor block_attention(const at::Tensor& qkv, const at::Tensor& q_norm_weigh
                "the size that block_attention_schedule gives for these shapes");
   check.contiguous("schedule", *schedule);
 
-  const at::Tensor out = at::empty({rows, num_heads * head_dim}, qkv.options());
+  const at::Tensor out = at::empty({rows, num_heads * head_dim}, qkv);
   if (rows == 0) return out;
   const at::Tensor partials =
-      at::empty({attention_partials_size(p.plan, static_cast<int>(head_dim))},
-                qkv.options().dtype(at::kFloat));
+      at::empty({attention_partials_size(p.plan, static_cast<int>(head_dim))}, at::kFloat, qkv);
   p.qkv = qkv.const_data_ptr();
   p.q_norm_weight = q_norm_weight.const_data_ptr();
   p.k_norm_weight = k_norm_weight.const_data_ptr();
@@ -133,15 +126,15 @@ at::Tensor block_attention(const at::Tensor& qkv, const at::Tensor& q_norm_weigh
   p.schedule = const_cast<int32_t*>(schedule->const_data_ptr<int32_t>());
   p.partials = partials.mutable_data_ptr<float>();
   p.out = out.mutable_data_ptr();
-  C10_CUDA_CHECK(run_block_attention(p, c10::cuda::getCurrentCUDAStream()));
+  check_status(check.op, run_block_attention(p, current_stream(check.device)));
   return out;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(dflare, CUDA, m) {
-  m.impl("block_attention", block_attention);
-  m.impl("block_attention_schedule", block_attention_schedule);
+STABLE_TORCH_LIBRARY_IMPL(dflare, CUDA, m) {
+  m.impl("block_attention", TORCH_BOX(&block_attention));
+  m.impl("block_attention_schedule", TORCH_BOX(&block_attention_schedule));
 }
 
 }  // namespace dflare::cuda

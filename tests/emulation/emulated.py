@@ -198,7 +198,7 @@ def _with_includes(path: Path, tree: Path, seen: set[Path]) -> str:
     seen.add(path)
     text = path.read_text()
     for name in re.findall(r'#include ["<](.+)[">]', text):
-        folders = (path.parent, tree / "cuda", tree / "emulation")
+        folders = (path.parent, tree / "emulation", tree / "cuda", tree)
         found = [folder / name for folder in folders if (folder / name).exists()]
         text += _with_includes(found[0].resolve(), tree, seen) if found else ""
     return text
@@ -256,7 +256,9 @@ def build_launchers() -> Path:
     generated.mkdir(parents=True, exist_ok=True)
     launchers = [tree / "ops.cpp", *sorted((tree / "cuda").glob("launch_*.cpp"))]
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    flags = (f"-I{tree / 'cuda'}", *includes, "-O0", "-Wno-error")
+    (generated / "build_info.h").write_text('#define DFLARE_BUILD_INFO "{}"\n')
+    oldest_torch = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
+    flags = (f"-I{tree / 'cuda'}", f"-I{tree}", *includes, oldest_torch, "-O0", "-Wno-error")
     jobs: list[tuple] = []
     for source in launchers:
         text = source.read_text().replace("(dflare, CUDA, m)", "(dflare_emulated, CPU, m)")
@@ -266,7 +268,7 @@ def build_launchers() -> Path:
     instantiations = sorted((tree / "cuda/instantiations").glob("*.cu"))
     jobs += [(path,) for path in instantiations]
     jobs += [(tree / source,) for source in [*KERNELS, *RUNTIME, "cuda/dispatch.cpp"]]
-    libraries = (f"-L{cpp_extension.library_paths()[0]}", "-lc10", "-ltorch_cpu")
+    libraries = (f"-L{cpp_extension.library_paths()[0]}", "-ltorch_cpu")
     return _link(tree, jobs, libraries)
 
 

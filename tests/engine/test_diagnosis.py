@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-import dflare.ops  # noqa: F401  (registered before torch is made to pretend)
-from dflare import _C
+from dflare import ops
 from dflare.engine import diagnosis
 
 
@@ -13,8 +12,9 @@ def gpu(monkeypatch):
     """A function that plays a GPU and a build of the library for it."""
 
     def play(capability: tuple[int, int], archs: list[str], missing: str = "") -> None:
-        built = _C.build_info() | {"cuda_archs": archs, "cuda_missing": missing}
-        monkeypatch.setattr(_C, "build_info", lambda: built)
+        built = ops.build_info() | {"cuda_archs": archs, "cuda_missing": missing}
+        for module in (ops, ops.library):
+            monkeypatch.setattr(module, "build_info", lambda: built)
         monkeypatch.setattr(
             torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: bool(archs)
         )
@@ -35,12 +35,13 @@ def test_kernels_for_the_gpu_are_no_problem(gpu):
 
 
 def test_a_library_without_cuda_kernels_is_a_problem_and_says_why(gpu):
-    gpu((9, 0), [], missing="nvcc 12.4, torch 2.9 wants CUDA 13.x")
+    missing = "nvcc 12.4, torch 2.9 wants CUDA 13.x"
+    gpu((9, 0), [], missing)
     report = diagnosis.diagnose()
     (problem,) = report["problems"]
-    assert "was built without CUDA kernels, but the drafter's device is cuda:0" in problem
+    assert f"without CUDA kernels ({missing}), but the device is cuda:0" in problem
     built = report["facts"]["CUDA kernels"]
-    assert built == "not built (nvcc 12.4, torch 2.9 wants CUDA 13.x)"
+    assert built == f"not built ({missing})"
 
 
 def test_a_gpu_that_no_kernel_is_made_for_is_a_problem(gpu):
@@ -61,8 +62,8 @@ def test_ptx_serves_newer_gpus_than_there_is_machine_code_for(gpu):
 
 
 def test_a_cpu_needs_no_cuda_kernels(monkeypatch):
-    built = _C.build_info() | {"cuda_archs": [], "cuda_missing": "nvcc is not on the PATH"}
-    monkeypatch.setattr(_C, "build_info", lambda: built)
+    built = ops.build_info() | {"cuda_archs": [], "cuda_missing": "nvcc is not on the PATH"}
+    monkeypatch.setattr(ops, "build_info", lambda: built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     report = diagnosis.diagnose()
     assert report["problems"] == []

@@ -51,13 +51,12 @@ def _version(package: str) -> str:
 
 def _look_at_extension(facts: dict[str, str], problems: list[str]) -> None:
     try:
-        import dflare.ops  # noqa: F401
-        from dflare import _C  # type: ignore[attr-defined]
+        from dflare import ops
     except ImportError as error:
         facts["extension"] = "missing"
         problems.append(str(error))
         return
-    info = _C.build_info()
+    info = ops.build_info()
     cuda = " ".join(info["cuda_archs"]) or f"not built ({info['cuda_missing']})"
     facts["extension"] = f"{info['version']} for torch {info['torch']}, {info['compiler']}"
     facts["CPU kernels"] = " ".join(info["cpu_isas"])
@@ -78,25 +77,25 @@ def _look_at_device(facts: dict[str, str], problems: list[str]) -> None:
 
 
 def _look_at_kernels_for(device: Any, problems: list[str]) -> None:
-    """What the worker would refuse at start on this GPU, whatever the drafter."""
+    """What a server would refuse at start on this GPU, whatever the drafter."""
     import torch
 
     try:
-        from dflare import _C, ops  # type: ignore[attr-defined]
+        from dflare import ops
     except ImportError:
         return  # reported with the extension
     try:
-        ops.check_support(device, torch.bfloat16, head_dim=128)
+        ops.check_kernels_for(device)
     except DFlareError as error:
         problems.append(str(error))
         return
     # A toolkit that does not know an architecture leaves it out of the build.
-    built = _C.build_info()["cuda_archs"]
+    built = ops.build_info()["cuda_archs"]
     if built and not any(_runs_on(torch.cuda.get_device_capability(device)[0], a) for a in built):
         problems.append(
             f"the CUDA kernels were built for {' '.join(built)}, none of which runs on {device} "
             f"({torch.cuda.get_device_name(device)}); put a newer nvcc on the PATH and "
-            "install the package again: pip install -e . --no-build-isolation"
+            "install the package again: pip install ."
         )
 
 

@@ -2,6 +2,7 @@
 
 from dflare.checkpoint import DraftConfig, check_finite, check_pair, find_folder, read_config
 from dflare.checkpoint.config import MAX_BLOCK_SIZE
+from dflare.engine.kernel_check import check_kernels
 from dflare.errors import CheckpointError, UnsupportedError
 
 
@@ -29,9 +30,10 @@ def check_server_pair(server_args) -> DraftConfig:
         raise CheckpointError(
             f"{path} is in the {draft.dialect} dialect; convert it once: dflare convert {path} DST"
         )
-    check_finite(folder, draft)
     _check_flags(server_args)
     _check_block_size(server_args, draft)
+    check_kernels(server_args, draft)
+    check_finite(folder, draft)
     _check_target(server_args, draft)
     return draft
 

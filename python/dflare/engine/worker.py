@@ -41,32 +41,20 @@ class DFlareWorker(AdaptiveWidths, DFlashWorkerV2):
         buffers = [pool.get_kv_buffer(layer.self_attn.attn.layer_id) for layer in layers]
         self._k_pools = [k for k, _ in buffers]
         self._v_pools = [v for _, v in buffers]
-        self._check_kernels()
+        self._check_cache()
         vocab_size = self.model_runner.model_config.vocab_size
         self._penalties = Penalties(vocab_size, self.device)
         trace_steps(self)
         if get_parallel().tp_rank == 0:
             self._log_once()
 
-    def _check_kernels(self) -> None:
-        """Refuse at start a drafter that the operators would refuse at the first request.
+    def _check_cache(self) -> None:
+        """Refuse a K/V cache that the operators would refuse at the first request.
 
         Raises:
-            DFlareError: there are no kernels for the device, the dtype, the sizes or the cache.
+            UnsupportedError: it has another dtype than the drafter.
         """
-        model, pool = self.draft_model, self._k_pools[0]
-        dtype, attention = model.context_kv_proj.dtype, model.layers[0].self_attn
-        ops.check_support(pool.device, dtype, pool.shape[-1])
-        layers, taps = model.fusion_probs.shape
-        sizes = ops.DrafterSizes(
-            layers=layers,
-            taps=taps,
-            hidden=model.context_kv_proj.shape[-1],
-            rotary=attention.rotary_emb.cos_sin_cache.shape[-1],
-            block=self.block_size,
-            group=attention.num_heads // attention.num_kv_heads,
-        )
-        ops.check_sizes(pool.device, sizes)
+        pool, dtype = self._k_pools[0], self.draft_model.context_kv_proj.dtype
         if pool.dtype != dtype:
             raise UnsupportedError(
                 f"the drafter's K/V cache is {pool.dtype} and its weights are {dtype}; DFLARE "

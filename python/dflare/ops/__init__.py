@@ -7,6 +7,8 @@ reference. The C++ and CUDA implementations live in `libdflare_ops.so` (csrc/).
 from dflare.ops.library import (
     DrafterSizes,
     OperatorLibraryError,
+    build_info,
+    check_kernels_for,
     check_sizes,
     check_support,
     load_library,
@@ -36,6 +38,8 @@ __all__ = [
     "block_attention",
     "block_attention_reference",
     "block_attention_schedule",
+    "build_info",
+    "check_kernels_for",
     "check_sizes",
     "check_support",
     "linear",

@@ -1,14 +1,16 @@
 """Loads libdflare_ops.so, which registers the operators under `torch.ops.dflare`."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dflare.errors import DFlareError, UnsupportedError
 
 LIBRARY_PATH = Path(__file__).resolve().parent.parent / "libdflare_ops.so"
-_BUILD_COMMAND = "pip install -e . --no-build-isolation (in the root of the repository)"
+_BUILD_COMMAND = "pip install . (in the root of the repository)"
 
 # What the CUDA operators take; the same numbers as in csrc/cuda/heuristics.h.
 MAX_LAYERS, MAX_TAPS, MAX_HIDDEN, MAX_BLOCK, MAX_QUERY_ROWS = 16, 32, 8192, 32, 1024
@@ -37,6 +39,41 @@ def load_library(path: Path = LIBRARY_PATH) -> None:
         ) from error
 
 
+def build_info() -> dict[str, Any]:
+    """What the loaded library was built from.
+
+    Returns:
+        `version`, `torch`, `compiler` and `nvcc` by version; `cpu_isas`: instruction sets;
+        `cuda_archs`: sm_* of machine code and compute_* of PTX, empty for a CPU-only library;
+        `cuda_missing`: why it is one, else empty.
+    """
+    return json.loads(torch.ops.dflare.build_info())
+
+
+def check_kernels_for(device: torch.device) -> None:
+    """Make sure that the library has kernels for a device, whatever the drafter.
+
+    Raises:
+        OperatorLibraryError: it was built without CUDA, or the GPU is too old for it.
+    """
+    if device.type != "cuda":
+        return
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("dflare::block_attention", "CUDA"):
+        raise OperatorLibraryError(
+            f"{LIBRARY_PATH.name} was built without CUDA kernels ({build_info()['cuda_missing']}), "
+            f"but the device is {device}; install the package again with nvcc on the PATH, in "
+            "$CUDA_HOME or beside torch (SGLang brings nvidia-cuda-nvcc): "
+            f"DFLARE_CUDA=require {_BUILD_COMMAND}"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise OperatorLibraryError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; the "
+            "CUDA kernels need 8.0 or later (A100, H100, B200 and their relatives): use another "
+            "GPU, or serve on a CPU"
+        )
+
+
 def check_support(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Makes sure that there are kernels for a drafter, before anything is launched.
 
@@ -49,21 +86,8 @@ def check_support(device: torch.device, dtype: torch.dtype, head_dim: int) -> No
         OperatorLibraryError: the library was built without CUDA, or for other GPUs.
         UnsupportedError: no kernel takes this dtype or head size.
     """
+    check_kernels_for(device)
     cuda = device.type == "cuda"
-    if cuda and not torch._C._dispatch_has_kernel_for_dispatch_key(
-        "dflare::block_attention", "CUDA"
-    ):
-        raise OperatorLibraryError(
-            f"{LIBRARY_PATH.name} was built without CUDA kernels, but the drafter's device is "
-            f"{device}; put nvcc on the PATH (`dflare doctor` says what was missing) and rebuild "
-            f"it with: {_BUILD_COMMAND}"
-        )
-    if cuda and torch.cuda.get_device_capability(device)[0] < 8:
-        raise OperatorLibraryError(
-            f"{torch.cuda.get_device_name(device)} has compute capability "
-            f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; the CUDA kernels "
-            "need 8.0 or later (A100, H100, B200 and their relatives)"
-        )
     dtypes = (torch.bfloat16, torch.float16) if cuda else (torch.float32, torch.bfloat16)
     if dtype not in dtypes:
         names = " and ".join(str(each).removeprefix("torch.") for each in dtypes)
