@@ -14,6 +14,7 @@ from dflare.engine.request_guard import (
     MAX_SAMPLES,
     Limits,
     _check_profile,
+    _check_stop_regex,
     _normalize,
     check_request,
     check_shape,
@@ -70,7 +71,12 @@ REFUSED = {
         {"sampling_params": {"logit_bias": {"1": float("nan")}}},
         "logit_bias.*nan",
     ),
+    "more tokens than fit": (
+        {"sampling_params": {"min_new_tokens": 4097, "max_new_tokens": None}},
+        "min_new_tokens.*4097",
+    ),
     "an interval of nothing": ({"sampling_params": {"stream_interval": 0}}, "stream_interval"),
+    "an internal object": ({"positional_embed_overrides": 3}, "positional_embed_overrides"),
     "a position outside the prompt": ({"token_indices_to_pool": [3]}, "token_indices_to_pool"),
 }
 
@@ -98,6 +104,12 @@ def test_refuses_what_the_scheduler_could_not_read(params):
         check_request(tokenized(sampling_params=params), {}, LIMITS)
 
 
+@pytest.mark.parametrize("top_k", [2**31, 2**62])
+def test_refuses_a_top_k_beyond_32_bits(top_k):
+    with pytest.raises(ValueError, match=r"top_k"):
+        check_request(tokenized(sampling_params={"top_k": top_k}), {"top_k": top_k}, LIMITS)
+
+
 def test_refuses_a_top_k_that_greedy_sampling_hides():
     greedy = tokenized(sampling_params={"temperature": 0, "top_k": -7})
     with pytest.raises(ValueError, match=r"top_k.*-7"):
@@ -121,6 +133,27 @@ def test_lets_through_what_can_be_served(fields):
     if "session_params" in fields:
         fields = fields | {"session_params": SessionParams(**fields["session_params"])}
     check_request(tokenized(**fields), {"top_k": -1}, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        (r"(.+)+\d{50}", "repetition inside another"),
+        (r"(a?){30}a{30}", "repetition inside another"),
+        (r"(a|ab)*c", "alternatives inside a repetition"),
+        (r".*a.*b.*c", "3 open-ended"),
+    ],
+)
+def test_refuses_a_stop_regex_that_could_hang_the_scheduler(pattern, words):
+    with pytest.raises(ValueError, match=words):
+        _check_stop_regex(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"\d+\.\d+", r"(foo|bar)", r"[a-z]{3,9}x?$", r"(?i:end)\b", ""]
+)
+def test_lets_through_a_stop_regex_that_is_searched_in_time(pattern):
+    _check_stop_regex(pattern)
 
 
 @pytest.mark.parametrize("samples", [0, -1, MAX_SAMPLES + 1, 10**9, True, 2.0])

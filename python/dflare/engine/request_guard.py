@@ -10,6 +10,7 @@ which SGLang turns into status 400; what SGLang itself refuses is left to SGLang
 
 import copy
 import re
+import re._parser as parser  # as SGLang does to bound the length of a match
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ MAX_SAMPLES = 128
 MAX_LOGPROBS = 1 << 20
 # Logits with a bias beyond this overflow float32 once a small temperature divides them.
 _MAX_BIAS = 1e30
+# SGLang's own value for "all tokens"; it keeps top_k in 32 bits.
+_MOST_TOP_K = 1 << 30
+_REPEATS = (parser.MAX_REPEAT, parser.MIN_REPEAT, parser.POSSESSIVE_REPEAT)
+# Repetitions of a stop_regex that may vary by more than so many; each multiplies the time of a
+# search by the length of the text.
+_LONG_REPEAT, _MOST_LONG_REPEATS = 16, 2
 # What SGLang's own parsing raises about a request instead of a ValueError.
 _FOREIGN = (
     TypeError,
@@ -94,11 +101,20 @@ def check_request(request: Any, given: dict[str, Any], limits: Limits) -> None:
     _check_logprobs(request, limits)
     params, vocabulary = request.sampling_params, limits.vocab_size
     top_k = given.get("top_k")
-    if top_k is not None and top_k < -1:
-        raise ValueError(f"top_k must be -1 (all tokens) or at least 1, got {top_k}")
+    if top_k is not None and not -1 <= top_k <= _MOST_TOP_K:
+        raise ValueError(
+            f"top_k must be -1 (all tokens) or in [1, {_MOST_TOP_K}], got {_short(top_k)}"
+        )
+    if params.min_new_tokens > limits.context_length:
+        raise ValueError(
+            f"min_new_tokens must be at most the context of {limits.context_length} tokens, got "
+            f"{_short(params.min_new_tokens)}"
+        )
     for token in params.stop_token_ids or ():
         if not 0 <= token < vocabulary:
             raise ValueError(f"stop_token_ids must be in [0, {vocabulary - 1}], got {token}")
+    for pattern in params.stop_regex_strs or ():
+        _check_stop_regex(pattern)
     for token, bias in (params.logit_bias or {}).items():
         if not abs(bias) <= _MAX_BIAS:
             raise ValueError(
@@ -112,6 +128,10 @@ def _check_types(request: Any) -> None:
     """Read the request back as the scheduler will: a wrong type would raise there."""
     from sglang.srt.managers import io_struct
 
+    # Any value passes SGLang's schema here; only its own code makes such an object.
+    overrides = request.positional_embed_overrides
+    if overrides is not None and not isinstance(overrides, io_struct.PositionalEmbeds):
+        raise ValueError("positional_embed_overrides cannot be given by a client")
     # Ids are an array of 64-bit integers already; what travels pickled is SGLang's own.
     small = copy.copy(request)
     small.input_ids = small.input_embeds = small.mm_inputs = small.time_stats = None
@@ -135,6 +155,39 @@ def _check_prompt(request: Any, limits: Limits) -> None:
         positions = getattr(request, name) or ()
         if any(not 0 <= position < length for position in positions):
             raise ValueError(f"{name} must be positions in the prompt of {length} tokens")
+
+
+def _check_stop_regex(pattern: str) -> None:
+    """Refuse what can take exponential time: it is searched after every token, in the scheduler."""
+    open_ended = 0
+
+    def visit(items: Any, repeated: bool) -> None:
+        nonlocal open_ended
+        for kind, value in items:
+            if kind in _REPEATS:
+                least, most, inner = value
+                if repeated and least != most:
+                    raise ValueError(f"stop_regex {_short(pattern)}: a repetition inside another")
+                open_ended += most - least > _LONG_REPEAT
+                visit(inner, repeated or most > 1)
+            elif kind is parser.BRANCH:
+                if repeated:
+                    raise ValueError(
+                        f"stop_regex {_short(pattern)}: alternatives inside a repetition"
+                    )
+                for branch in value[1]:
+                    visit(branch, repeated)
+            elif kind in (parser.ASSERT, parser.ASSERT_NOT):
+                visit(value[1], repeated)
+            elif kind in (parser.SUBPATTERN, parser.ATOMIC_GROUP):
+                visit(value[-1] if kind is parser.SUBPATTERN else value, repeated)
+
+    visit(parser.parse(pattern), False)
+    if open_ended > _MOST_LONG_REPEATS:
+        raise ValueError(
+            f"stop_regex {_short(pattern)}: {open_ended} open-ended repetitions, expected at most "
+            f"{_MOST_LONG_REPEATS}"
+        )
 
 
 def _check_logprobs(request: Any, limits: Limits) -> None:
