@@ -2,13 +2,14 @@
 
 SGLang's imports take longer than any of the tests. It also writes down what the drafter proposes:
 one JSON line a request and verify step into the file `$DFLARE_TEST_TRACE`, and lets the file
-`$DFLARE_TEST_WIDTHS` say how wide each decode step is.
+`$DFLARE_TEST_WIDTHS` say how wide each decode step is. Requests can ask to fail.
 """
 
 import dataclasses
 import itertools
 import json
 import os
+import time
 from pathlib import Path
 
 import sglang.srt.managers.detokenizer_manager
@@ -87,5 +88,30 @@ def _script_widths(path: Path) -> None:
     widths.measure_steps = measure_steps
 
 
+def _jump(req, now=time.time):
+    """A request with `custom_params={"clock_jumps_by": seconds}` moves the scheduler's clock."""
+    offset = (req.sampling_params.custom_params or {}).get("clock_jumps_by")
+    if offset:
+        time.time = lambda: now() + offset
+
+
+def _fail_when_asked():
+    """A request with `custom_params={"fail_in": "prefill"}` (or "decode") raises in such a step."""
+    step = DFlareWorker.forward_batch_generation
+
+    def forward_batch_generation(self, batch, *args, **kwargs):
+        phase = "prefill" if batch.forward_mode.is_extend() else "decode"
+        result = step(self, batch, *args, **kwargs)
+        # After the step: pools and the worker's own states have changed by then.
+        for req in batch.reqs:
+            _jump(req)
+            if (req.sampling_params.custom_params or {}).get("fail_in") == phase:
+                raise ValueError(f"asked to fail in {phase}")
+        return result
+
+    DFlareWorker.forward_batch_generation = forward_batch_generation
+
+
 _trace_proposals(os.environ["DFLARE_TEST_TRACE"])
 _script_widths(Path(os.environ["DFLARE_TEST_WIDTHS"]))
+_fail_when_asked()

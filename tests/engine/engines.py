@@ -1,6 +1,7 @@
 """Real `sglang.Engine`s whose processes are forked instead of spawned, to start fast."""
 
 import json
+import logging
 import multiprocessing
 import os
 import tempfile
@@ -94,6 +95,25 @@ def running_engine(
         yield engine
     finally:
         engine.shutdown()
+
+
+@contextmanager
+def engine_that_may_end(*pair: Path, **arguments: Any) -> Iterator[Any]:
+    """A `running_engine` whose end stops its event loop instead of killing the test run.
+
+    SGLang's handler does all of its work but the killing, so that the last lines of the log and the
+    time until the end can be seen.
+    """
+    from sglang.srt.managers import tokenizer_manager
+
+    with running_engine(*pair, **arguments) as engine:
+        kill = tokenizer_manager.kill_process_tree
+        tokenizer_manager.kill_process_tree = lambda *_, **__: engine.loop.stop()
+        try:
+            yield engine
+        finally:
+            tokenizer_manager.kill_process_tree = kill
+            logging.disable(logging.NOTSET)
 
 
 def proposals(rid: str) -> list[dict[str, Any]]:

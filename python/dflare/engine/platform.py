@@ -122,6 +122,10 @@ class CpuPlatform(SRTPlatform):
         # For PyTorch's own operators in the scheduler, which are small: threads that spin at their
         # barriers slow a server beside other work by an order of magnitude (ours: csrc/cpu/team.h).
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # When a process of the server has ended, SGLang waits 60 s for core dumps of the GPU and
+        # 5 s for it to settle before it looks at the stacks.
+        os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "0")
+        os.environ.setdefault("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "0")
 
     def get_default_attention_backend(self) -> str:
         return ATTENTION_BACKEND
