@@ -1,6 +1,10 @@
 """What a decode step's table and trace count, and what they leave out."""
 
+import errno
+import io
 import json
+import os
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -54,6 +58,11 @@ class Worker:
             part()
         self.clock.now += 2e-3
         return SimpleNamespace(speculative_num_draft_tokens=self.width)
+
+
+class FullDisk(io.StringIO):
+    def flush(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def rows(timer):
@@ -206,3 +215,45 @@ def test_a_folder_that_cannot_be_is_refused_by_name(tmp_path):
     file.write_text("")
     with pytest.raises(DFlareError, match=rf"DFLARE_STEP_TRACE={file}.*expected a folder"):
         StepTimer(file, "cpu")
+
+
+def test_a_folder_that_vanishes_ends_the_trace_and_not_the_server(tmp_path, clock, caplog):
+    folder = tmp_path / "trace"
+    timer = StepTimer(folder, "cpu")
+    worker = Worker(timer, clock)
+    shutil.rmtree(folder)
+    for _ in range(300):
+        worker.forward(batch_of(1))
+    assert [
+        record.getMessage() for record in caplog.records if "no more" in record.getMessage()
+    ] == [
+        f"DFLARE: no more step times in {folder}: [Errno 2] No such file or directory: "
+        f"'{timer._table_path.with_suffix('.new')}'"
+    ]
+    assert timer._trace._new == [], "nothing piles up"
+
+
+def test_a_full_disk_ends_the_trace_and_not_the_server(tmp_path, clock, caplog):
+    timer = StepTimer(tmp_path, "cpu")
+    worker = Worker(timer, clock)
+    timer._trace._file = FullDisk()
+    for _ in range(3):
+        worker.forward(batch_of(1))
+    assert caplog.text.count("No space left on device") == 1
+    assert timer._trace._new == []
+
+
+def test_a_step_that_fails_leaves_the_timer_as_it_was(tmp_path, clock):
+    timer = StepTimer(tmp_path, "cpu")
+    worker = Worker(timer, clock)
+
+    def fail():
+        raise ValueError("once")
+
+    part, worker.parts[0] = worker.parts[0], timer.wrap("draft", fail)
+    with pytest.raises(ValueError, match="once"):
+        worker.forward(batch_of(1))
+    worker.parts[0] = part
+    for _ in range(2):
+        worker.forward(batch_of(1))
+    assert rows(timer)[0]["draft"] == 4

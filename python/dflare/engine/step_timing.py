@@ -5,6 +5,7 @@ server is therefore slower than an untraced one where work would overlap.
 """
 
 import json
+import logging
 import os
 import time
 from collections import defaultdict, deque
@@ -20,6 +21,8 @@ from sglang.srt.runtime_context import get_serving, get_spec
 from dflare.adaptive import StepTime, save_step_times
 from dflare.errors import DFlareError
 from dflare.processor import device_name
+
+logger = logging.getLogger(__name__)
 
 TRACE_ENV = "DFLARE_STEP_TRACE"
 PARTS = ("draft", "verify", "sampling", "append", "schedule")
@@ -74,9 +77,11 @@ class StepTimer:
                 return function(*args, **kwargs)
             self._inside = True
             start = self._now()
-            result = function(*args, **kwargs)
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                self._inside = False
             end = self._now()
-            self._inside = False
             self._parts[part] += end - start
             self._trace.add(part, start, end)
             return result
@@ -94,9 +99,13 @@ class StepTimer:
             requests = len(batch.reqs)
             start = self._now()
             parts = self._parts = dict.fromkeys(PARTS, 0.0)
-            result = function(batch, *args, **kwargs)
-            end = self._now()
-            self._parts = None
+            try:
+                result = function(batch, *args, **kwargs)
+                end = self._now()
+            finally:
+                self._parts = None
+            if not self._trace.open:
+                return result
             cell = requests, int(result.speculative_num_draft_tokens)
             self._close_step(cell, parts, previous_end, start, end)
             self._step_end = time.perf_counter()
@@ -120,10 +129,15 @@ class StepTimer:
             parts["schedule"] = start - previous_end
             parts["step"] = end - previous_end
             self._cells[cell].append(parts)
-        self._trace.flush()
-        if self._cells and end - self._table_written > _TABLE_SECONDS:
-            self._table_written = end
-            _replace(self._table_path, self.table())
+        try:
+            self._trace.flush()
+            if self._cells and end - self._table_written > _TABLE_SECONDS:
+                self._table_written = end
+                _replace(self._table_path, self.table())
+        except OSError as error:
+            # The folder has vanished or the disk is full: requests matter more than their times.
+            self._trace.open = False
+            logger.error("DFLARE: no more step times in %s: %s", self._table_path.parent, error)
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -151,6 +165,7 @@ class _TraceFile:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w")
+        self.open = True  # until a write fails
         self._pid = os.getpid()
         name = {"name": "process_name", "ph": "M", "pid": self._pid}
         self._new = ["[" + json.dumps(name | {"args": {"name": "DFLARE decode steps"}})]
@@ -159,6 +174,8 @@ class _TraceFile:
 
     def add(self, name: str, start: float, end: float, **args: int) -> None:
         """Add an event that lasted from `start` to `end`, both in seconds."""
+        if not self.open:
+            return
         times = {"ts": round(start * 1e6, 1), "dur": round((end - start) * 1e6, 1)}
         event = {"name": name, "ph": "X", "pid": self._pid, "tid": 0} | times
         self._new.append(json.dumps(event | {"args": args}))
