@@ -208,3 +208,13 @@ def test_values_from_elsewhere_are_checked_alike():
         make_config({**values, "block_size": 64}, "train.yaml")
     with pytest.raises(CheckpointError, match="`depth` is not a setting of a DFlare drafter"):
         make_config({**values, "depth": 1}, "train.yaml")
+
+
+def test_sliding_layers_are_spoken_of():
+    """They are served as SGLang serves them, and most are trained otherwise."""
+    assert random_draft_config().sliding_note() is None
+    slides = random_draft_config(
+        num_layers=2, layer_types=("sliding_attention", "full_attention"), sliding_window=16
+    )
+    note = slides.sliding_note()
+    assert "1 of 2 layers" in note and "16 tokens" in note and "layer_types" in note

@@ -107,6 +107,22 @@ class DraftConfig(BaseModel):
         assert self.sliding_window is not None
         return self.sliding_window - 1
 
+    def sliding_note(self) -> str | None:
+        """Return what to know about sliding layers before serving them, None where none slides.
+
+        AngelSlim's training ignores the window with eager, sdpa and flex attention; with
+        FlashAttention 2 it is symmetric (angelslim's DFlare draft model, read, not run).
+        """
+        sliding = self.layer_types.count("sliding_attention")
+        if not sliding:
+            return None
+        return (
+            f"{sliding} of {self.num_hidden_layers} layers slide: served, they see "
+            f"{self.sliding_window} tokens and are causal inside the block, as in SGLang; one that "
+            "AngelSlim trained with eager, sdpa or flex attention saw everything: if yours did, "
+            "write full_attention for each of layer_types in its config.json"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return config.json in the AngelSlim dialect, whichever it was read from.
 

@@ -77,6 +77,8 @@ class DFlareWorker(AdaptiveWidths, DFlashWorkerV2):
             draft_bytes,
             get_spec().speculative_draft_attention_backend,
         )
+        if note := draft.sliding_note():
+            logger.warning("DFLARE: %s", note)
 
     def _append_target_hidden_to_draft_kv_by_loc(
         self,
