@@ -89,3 +89,12 @@ def test_streaming_over_http(server):
 def test_metrics_report_accept_length(server):
     text = requests.get(f"{server.url}/metrics", timeout=30).text
     assert "sglang:spec_accept_length" in text
+
+
+def test_neither_metrics_nor_log_hold_the_text_of_a_prompt(server):
+    word = "zyzzogeton"
+    answer = server.chat(f"Repeat: {word}", temperature=0, max_tokens=8)
+    assert answer.status_code == 200
+    text = requests.get(f"{server.url}/metrics", timeout=30).text
+    assert "sglang:prompt_tokens_total" in text and word not in text
+    assert word not in server.log.read_text()
