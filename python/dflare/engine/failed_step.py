@@ -8,6 +8,7 @@ still works. Otherwise the server ends, and its last line names the requests and
 """
 
 import logging
+import multiprocessing
 import os
 import tempfile
 from pathlib import Path
@@ -123,7 +124,8 @@ def _get_num_allocatable_reqs(original, scheduler, running_bs, *args, **kwargs):
 def _leave_cause(batch: Any, error: Exception) -> None:
     """Tell the server's first process, which has the last word, why this one ends."""
     rids = ", ".join(request.rid for request in batch.reqs)
-    file = _cause_file(os.getppid())
+    server = multiprocessing.parent_process()
+    file = _cause_file(server.pid if server is not None and server.pid else os.getpid())
     try:
         file.unlink(missing_ok=True)
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
