@@ -39,10 +39,16 @@ struct HeadRow {
     unpack<T>(*reinterpret_cast<const uint4*>(head + at.second), x + 8);
   }
 
-  __device__ __forceinline__ void load(int rotary, const float* head) {
+  // load(place) gives the 4 elements from `place` on.
+  template <class Load>
+  __device__ __forceinline__ void load_with(int rotary, Load load) {
     const Places at = places(rotary);
-    copy(head + at.first, x);
-    copy(head + at.second, x + 8);
+    const int from[4] = {at.first, at.first + 4, at.second, at.second + 4};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 v = load(from[i]);
+      x[4 * i] = v.x, x[4 * i + 1] = v.y, x[4 * i + 2] = v.z, x[4 * i + 3] = v.w;
+    }
   }
 
   // The cosines (x[0..7]) and sines (x[8..15]) of the lane's pairs, from a position's row of the

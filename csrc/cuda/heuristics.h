@@ -33,25 +33,38 @@ DFLARE_HOST_DEVICE constexpr Int ceil_div(Int a, Int b) {
 // ------------------------------------------------------------ append_context_kv
 
 // fuse_norm keeps one fp32 sum per layer for each of a thread's 8 elements. 64 sums fit the 128
-// registers of 512 threads; a 1024-thread block has 64 registers, room for 32 sums. More layers
-// take another block, which finds the taps in L2.
+// registers of 512 threads, and the 96 of 320 twice on an SM (hidden sizes up to 2560); a
+// 1024-thread block has 64 registers, room for 32 sums. More layers take another block, which finds
+// the taps in L2.
 constexpr int fuse_norm_layers_per_block(int num_layers, int hidden) {
   return hidden <= 4096 && num_layers > 4 ? 8 : 4;
 }
 
-// Probabilities of every tap, one partial sum a warp, one row index.
-constexpr int fuse_norm_shared_bytes(int layers) {
-  return (kMaxTaps * layers + 32 * layers + 1) * 4;
+// Taps that a thread has requested and not yet summed: at 320 threads 40 KiB a block, two blocks an
+// SM; at 1024 threads 64 KiB.
+DFLARE_HOST_DEVICE constexpr int fuse_norm_taps_in_flight(int layers) {
+  return layers == 8 ? 8 : 4;
 }
 
-// Fused projection or GEMM + write kernel. The fused kernel reads the weights once per token tile
-// and needs no round trip of K/V through memory, but mma.sync reaches about 60 % of the GEMM's
-// rate, so it wins while the projection is bound by weight bytes. A row is one FLOP per weight
-// byte and the ridge of an H100 is at 263 FLOP a byte: up to about 300 rows, with what the other
-// path's round trip and launch cost. With commit_lens it works on the committed rows alone, on
-// average under half of the rows it is given, and the GEMM on all of them.
+// Probabilities of every tap, one partial sum a warp, one row index; the taps in flight.
+constexpr int fuse_norm_shared_bytes(int layers, int threads) {
+  return (kMaxTaps * layers + 32 * layers + 4) * 4 +
+         fuse_norm_taps_in_flight(layers) * threads * 16;
+}
+
+// Rows that count, as far as the host knows: with commit_lens the committed lengths are on the
+// device, and of a verified block about two fifths are committed (docs/kernels.md).
+constexpr int expected_valid_rows(int num_rows, bool has_commit_lens) {
+  return has_commit_lens ? ceil_div(2 * num_rows, 5) : num_rows;
+}
+
+// Fused projection or GEMM + write kernel. The fused kernel reads the weights once per token tile,
+// needs no round trip of K/V through memory and skips rows that do not count; but mma.sync reaches
+// about 60 % of the GEMM's rate, so it wins while the projection is bound by weight bytes. The GEMM
+// reads them at the same speed from one row on and is bound by operations from the ridge of the
+// machine (206 to 263 FLOP a byte; a row is one FLOP a byte) on; the fused kernel from 60 % of it.
 constexpr bool use_fused_projection(int num_rows, bool has_commit_lens) {
-  return num_rows <= (has_commit_lens ? 640 : 320);
+  return expected_valid_rows(num_rows, has_commit_lens) <= 176;
 }
 
 // Rows that go through fusion, GEMM and write together, whole blocks. What lies between the three
@@ -64,10 +77,10 @@ constexpr int64_t projection_panel_rows(int64_t num_rows, int64_t block_size) {
 
 // Tokens a block of kv_project_write multiplies with its head's weights. 16 covers one request's
 // block; 64 a small batch; 128 halves the weight reads of a large one (head_dim 256 has no
-// accumulator registers for it).
-constexpr int kv_project_tokens(int num_rows, int head_dim) {
-  if (num_rows <= 16) return 16;
-  return num_rows <= 64 || head_dim > 128 ? 64 : 128;
+// accumulator registers for it). Rows that turn out to count beyond a tile take further ones.
+constexpr int kv_project_tokens(int expected_rows, int head_dim) {
+  if (expected_rows <= 16) return 16;
+  return expected_rows <= 64 || head_dim > 128 ? 64 : 128;
 }
 
 // The other sizes of a kv_project_write block. Every shape stays under 99 KiB of shared memory,
@@ -82,15 +95,23 @@ struct KvProjectShape {
   static constexpr int kDepth = kHeadDim == 256 ? 32 : 64;
   static constexpr int kStageBytes = (kHeadDim + kTokens) * kDepth * 2;
   static constexpr int kStages = 96 * 1024 / kStageBytes < 8 ? 96 * 1024 / kStageBytes : 8;
-  // Warps tile [tokens, head_dim]; a warp's share of head_dim is a multiple of 16.
+  // Warps tile [tokens, head_dim] and, where accumulators are few, the depth of a stage: a warp
+  // with more columns loads the states less often, and shared memory bounds the loop.
   static constexpr int kWarps = kHeadDim * kTokens <= 64 * 64 && kHeadDim == 64 ? 4 : 8;
+  static constexpr int kDepthWarps = kTokens == 16                      ? kDepth / 16
+                                     : kTokens == 64 && kHeadDim < 256  ? 2
+                                     : kTokens == 128 && kHeadDim == 64 ? 2
+                                                                        : 1;
   static constexpr int kTokenWarps = kTokens == 16 ? 1 : kHeadDim == 64 && kTokens == 128 ? 4 : 2;
-  static constexpr int kHeadWarps = kWarps / kTokenWarps;
+  static constexpr int kHeadWarps = kWarps / kTokenWarps / kDepthWarps;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kOutputStride = kHeadDim + 8;  // fp32 tile, padded against bank conflicts
+  // fp32 tile a depth warp, padded against bank conflicts.
+  static constexpr int kOutputStride = kHeadDim + 8;
   static constexpr int kPipelineBytes = kStages * kStageBytes;
-  static constexpr int kOutputBytes = kTokens * kOutputStride * 4;
-  static constexpr int kSharedBytes = kPipelineBytes > kOutputBytes ? kPipelineBytes : kOutputBytes;
+  static constexpr int kOutputBytes = kDepthWarps * kTokens * kOutputStride * 4;
+  // Behind both: where each token goes, {slot, position}.
+  static constexpr int kRowsAt = kPipelineBytes > kOutputBytes ? kPipelineBytes : kOutputBytes;
+  static constexpr int kSharedBytes = kRowsAt + kTokens * 16;
 };
 
 // ------------------------------------------------------------ block_attention
@@ -100,7 +121,7 @@ DFLARE_HOST_DEVICE constexpr int attention_keys(int head_dim) { return head_dim 
 
 // 99 KiB at most, as above; on sm_80 that is one block an SM at head_dim 128 and 256. At head_dim
 // 256 the query tile stays in shared memory beside the stages.
-constexpr int attention_stages(int head_dim) {
+DFLARE_HOST_DEVICE constexpr int attention_stages(int head_dim) {
   return head_dim == 64 ? 4 : head_dim == 128 ? 3 : 2;
 }
 

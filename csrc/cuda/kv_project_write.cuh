@@ -9,11 +9,15 @@
 //
 //   stage: [ weight rows: head_dim x kDepth | fused rows: kTokens x kDepth ]   swizzled (tile.cuh)
 //
-// The weights are all of the traffic at small batch and do not depend on the kernel before, so the
-// stages' weights are requested before waiting for fuse_norm (programmatic dependent launch).
-// Token tiles of one head are neighbours in the grid: the weights cross memory once and the other
-// tiles find them in L2. Weights are requested early for the first tile only, because later ones
-// may turn out to hold no valid row.
+// The weights are all of the traffic at small batch and do not depend on the kernel before, so
+// before waiting for fuse_norm (programmatic dependent launch) the stages' weights are requested
+// and the next kWeightsAhead bytes of them brought into L2. Token tiles of one head are neighbours
+// in the grid: the weights cross memory once and the other tiles find them in L2. Weights are
+// requested early for the first tile only, because later ones may turn out to hold no valid row.
+//
+// Every address of the main loop is one that a thread computed before it, plus the stage's: see
+// FragmentLane (tile.cuh) for the reads; a thread copies the same 16-byte column of rows kRowStep
+// apart, so that the swizzle of all its places is the same.
 #pragma once
 
 #include "context_kv_output.cuh"
@@ -28,50 +32,116 @@ struct KvProjectWrite {
   using Row = HeadRow<kHeadDim>;
   static constexpr int kDepth = Shape::kDepth, kStages = Shape::kStages;
   static constexpr int kThreads = Shape::kThreads;
-  static constexpr int kStageElements = Shape::kStageBytes / 2;
+  static constexpr int kRowBytes = 2 * kDepth, kWeightBytes = kHeadDim * kRowBytes;
+  static constexpr int kChunks = kDepth / 8, kRowStep = kThreads / kChunks;
+  static constexpr int kWeightsAhead = 160 * 1024;
   // What one warp multiplies.
   static constexpr int kWarpTokens = kTokens / Shape::kTokenWarps;
   static constexpr int kWarpColumns = kHeadDim / Shape::kHeadWarps;
+  static constexpr int kWarpSteps = kDepth / 16 / Shape::kDepthWarps;
   static_assert(kWarpTokens % 16 == 0 && kWarpColumns % 16 == 0, "whole mma tiles a warp");
   static_assert(kStages >= 2, "one stage to read, one to fill");
+  static_assert(kRowStep % 8 == 0 && kHeadDim % kRowStep == 0, "one swizzle a thread");
+  static_assert(Shape::kSharedBytes <= 99 * 1024, "fits every supported part");
 
-  // Requests rows [0, kRows) x columns [column, column + kDepth) of a row-major matrix; rows from
-  // valid_rows and columns from `columns` on become zeros.
-  template <int kRows>
-  static __device__ __forceinline__ void load_stage(T* tile, const T* matrix, int valid_rows,
-                                                    int column, int columns) {
-    constexpr int kChunks = kDepth / 8;
+  // The 16-byte pieces of a stage that this thread copies: column `chunk` of rows row + i *
+  // kRowStep.
+  struct Copier {
+    int row = static_cast<int>(ptx::keep(threadIdx.x / kChunks));
+    int chunk = threadIdx.x % kChunks;
+    uint32_t place = ptx::keep(2u * tile_offset<kDepth>(row, chunk * 8));
+    int64_t step = 0;  // elements from one of its rows to the next
+    // Its first row, at the next stage to be requested.
+    const T *weight = nullptr, *fused = nullptr;
+
+    __device__ __forceinline__ void load_weight(ptx::SharedAddress stage, bool valid) const {
 #pragma unroll
-    for (int i = 0; i < ceil_div(kRows * kChunks, kThreads); ++i) {
-      const int chunk = i * kThreads + threadIdx.x;
-      const int row = chunk / kChunks, c = chunk % kChunks * 8;
-      if (kRows * kChunks % kThreads != 0 && row >= kRows) break;
-      const bool valid = row < valid_rows && column + c < columns;
-      const T* source = valid ? matrix + int64_t{row} * columns + column + c : matrix;
-      ptx::cp_async_16(tile + tile_offset<kDepth>(row, c), source, valid);
+      for (int i = 0; i < kHeadDim / kRowStep; ++i) {
+        ptx::cp_async_16(stage + place + i * kRowStep * kRowBytes, weight + i * step, valid);
+      }
+    }
+
+    // Rows from `tokens` on become zeros.
+    __device__ __forceinline__ void load_fused(ptx::SharedAddress stage, int tokens,
+                                               bool valid) const {
+      const int rows_left = valid ? tokens - row : 0;
+#pragma unroll
+      for (int i = 0; i < ceil_div(kTokens, kRowStep); ++i) {
+        if (kTokens % kRowStep != 0 && row >= kTokens) break;
+        ptx::cp_async_16(stage + kWeightBytes + place + i * kRowStep * kRowBytes, fused + i * step,
+                         i * kRowStep < rows_left);
+      }
+    }
+  };
+
+  float sum[kWarpTokens / 16][kWarpColumns / 8][4] = {};
+
+  struct Fragments {
+    uint32_t a[kWarpTokens / 16][4], b[kWarpColumns / 16][4];
+  };
+
+  static __device__ __forceinline__ void load(Fragments& f, ptx::SharedAddress states,
+                                              ptx::SharedAddress weights) {
+#pragma unroll
+    for (int i = 0; i < kWarpTokens / 16; ++i) load_fragment_a(f.a[i], states + i * 16 * kRowBytes);
+#pragma unroll
+    for (int j = 0; j < kWarpColumns / 16; ++j) {
+      load_fragments_b(f.b[j], weights + j * 16 * kRowBytes);
     }
   }
 
-  static __device__ __forceinline__ void run(const KvProjectWriteParams& p) {
+  // Adds the product of one stage. copy() requests the next one: behind the first fragments, which
+  // the products wait for and the copies would keep from the port to shared memory.
+  template <class Copy>
+  __device__ __forceinline__ void multiply(ptx::SharedAddress states, ptx::SharedAddress weights,
+                                           Copy copy) {
+#pragma unroll
+    for (int k = 0; k < kWarpSteps; ++k) {
+      Fragments f;
+      load(f, states ^ k * 32u, weights ^ k * 32u);
+      if (k == 0) copy();
+#pragma unroll
+      for (int j = 0; j < kWarpColumns / 16; ++j) {
+#pragma unroll
+        for (int i = 0; i < kWarpTokens / 16; ++i) {
+          ptx::mma_m16n8k16<T>(sum[i][2 * j], f.a[i], f.b[j][0], f.b[j][1]);
+          ptx::mma_m16n8k16<T>(sum[i][2 * j + 1], f.a[i], f.b[j][2], f.b[j][3]);
+        }
+      }
+    }
+  }
+
+  // The output tile's 16-byte pieces are swapped in pairs in the upper half of each 64 columns, so
+  // that the lanes of a head, which read every other piece, do not meet in a bank.
+  static __device__ __forceinline__ int output_place(int column) {
+    return column ^ (column / 32 % 2 * 4);
+  }
+
+  __device__ __forceinline__ void run(const KvProjectWriteParams& p) {
     DFLARE_DYNAMIC_SHARED_MEMORY(shared_bytes);
-    T* stages = reinterpret_cast<T*>(shared_bytes);
+    const ptx::SharedAddress stages = ptx::shared_address(shared_bytes);
+    const ptx::SharedAddress stages_end = stages + Shape::kPipelineBytes;
     const int first_token = blockIdx.x * kTokens, head = blockIdx.y, layer = blockIdx.z;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int token_base = warp / Shape::kHeadWarps * kWarpTokens;
-    const int column_base = warp % Shape::kHeadWarps * kWarpColumns;
     const int depth_tiles = ceil_div(p.hidden, kDepth);
 
-    const T* weight = static_cast<const T*>(p.kv_weight) +
-                      (int64_t{layer} * 2 * p.out.kv_heads + head) * kHeadDim * p.hidden;
-    const auto load_weight = [&](int tile) {
-      load_stage<kHeadDim>(stages + tile % kStages * kStageElements, weight, kHeadDim,
-                           tile * kDepth, p.hidden);
-    };
+    const T* head_weight = static_cast<const T*>(p.kv_weight) +
+                           (int64_t{layer} * 2 * p.out.kv_heads + head) * kHeadDim * p.hidden;
+    Copier copier;
+    copier.step = int64_t{kRowStep} * p.hidden;
+    const int64_t first_piece = int64_t{copier.row} * p.hidden + copier.chunk * 8;
     const auto load_first_weights = [&] {
-      for (int tile = 0; tile < kStages - 1 && tile < depth_tiles; ++tile) load_weight(tile);
+      copier.weight = head_weight + first_piece;
+      for (int tile = 0; tile < kStages - 1 && tile < depth_tiles; ++tile) {
+        copier.load_weight(stages + tile * Shape::kStageBytes,
+                           tile * kDepth + copier.chunk * 8 < p.hidden);
+        copier.weight += kDepth;
+      }
     };
 
-    if (first_token == 0) load_first_weights();
+    if (first_token == 0) {
+      load_first_weights();
+      prefetch_weights(head_weight, p.hidden);
+    }
     ptx::wait_for_prior_kernels();
     const int tokens = min(valid_rows(p.out) - first_token, kTokens);
     if (tokens <= 0) {
@@ -80,82 +150,121 @@ struct KvProjectWrite {
     }
     if (first_token != 0) load_first_weights();
 
-    const T* fused =
-        static_cast<const T*>(p.fused) + (int64_t{layer} * p.out.num_rows + first_token) * p.hidden;
-    const auto load_fused = [&](int tile) {
-      load_stage<kTokens>(stages + tile % kStages * kStageElements + kHeadDim * kDepth, fused,
-                          tokens, tile * kDepth, p.hidden);
-    };
+    copier.fused = static_cast<const T*>(p.fused) +
+                   (int64_t{layer} * p.out.num_rows + first_token) * p.hidden + first_piece;
     for (int tile = 0; tile < kStages - 1; ++tile) {
-      if (tile < depth_tiles) load_fused(tile);
+      if (tile < depth_tiles) {
+        copier.load_fused(stages + tile * Shape::kStageBytes, tokens,
+                          tile * kDepth + copier.chunk * 8 < p.hidden);
+        copier.fused += kDepth;
+      }
       ptx::cp_async_commit();
     }
+    // Where the tokens go, while the first stages arrive; read after the loop's barriers.
+    auto* rows = reinterpret_cast<ContextRow*>(shared_bytes + Shape::kRowsAt);
+    if (static_cast<int>(threadIdx.x) < tokens) {
+      rows[threadIdx.x] = load_context_row(p.out, first_token + threadIdx.x);
+    }
 
-    float sum[kWarpTokens / 16][kWarpColumns / 8][4] = {};
+    const int warp = threadIdx.x / 32, warp_tile = warp / Shape::kDepthWarps;
+    const int depth_warp = warp % Shape::kDepthWarps;
+    const int token_base = warp_tile / Shape::kHeadWarps * kWarpTokens;
+    const int column_base = warp_tile % Shape::kHeadWarps * kWarpColumns;
+    const int lane = threadIdx.x % 32, first_step = depth_warp * kWarpSteps;
+    const uint32_t states_at = ptx::keep(kWeightBytes + token_base * kRowBytes +
+                                         FragmentLane<kDepth>::down(lane).at(0, first_step));
+    const uint32_t weights_at =
+        ptx::keep(column_base * kRowBytes + FragmentLane<kDepth>::across(lane).at(0, first_step));
+    // This warp's rows that count; the loop of a warp without any only copies.
+    const int warp_rows = static_cast<int>(ptx::keep(max(tokens - token_base, 0)));
+    ptx::SharedAddress read = stages, write = stages + (kStages - 1) * Shape::kStageBytes;
+    int columns_left = p.hidden - copier.chunk * 8 - (kStages - 1) * kDepth;
     for (int tile = 0; tile < depth_tiles; ++tile) {
       ptx::cp_async_wait<kStages - 2>();
       __syncthreads();  // the stage has arrived, and nobody reads the one that is refilled next
-      const int next = tile + kStages - 1;
-      if (next < depth_tiles) {
-        load_weight(next);
-        load_fused(next);
-      }
-      ptx::cp_async_commit();
-      if (token_base >= tokens) continue;
-      const T* weights = stages + tile % kStages * kStageElements;
-      const T* states = weights + kHeadDim * kDepth;
-#pragma unroll
-      for (int k = 0; k < kDepth; k += 16) {
-        uint32_t a[kWarpTokens / 16][4];
-#pragma unroll
-        for (int i = 0; i < kWarpTokens / 16; ++i) {
-          load_fragment_a<kDepth>(a[i], states, token_base + i * 16, k);
+      const auto copy_next = [&] {
+        if (tile + kStages - 1 < depth_tiles) {
+          copier.load_weight(write, columns_left > 0);
+          copier.load_fused(write, tokens, columns_left > 0);
+          copier.weight += kDepth, copier.fused += kDepth, columns_left -= kDepth;
         }
-#pragma unroll
-        for (int j = 0; j < kWarpColumns / 16; ++j) {
-          uint32_t b[4];
-          load_fragments_b<kDepth>(b, weights, column_base + j * 16, k);
-#pragma unroll
-          for (int i = 0; i < kWarpTokens / 16; ++i) {
-            ptx::mma_m16n8k16<T>(sum[i][2 * j], a[i], b[0], b[1]);
-            ptx::mma_m16n8k16<T>(sum[i][2 * j + 1], a[i], b[2], b[3]);
-          }
-        }
+        ptx::cp_async_commit();
+      };
+      if (warp_rows > 0) {
+        multiply(read + states_at, read + weights_at, copy_next);
+      } else {
+        copy_next();
       }
+      write = read;  // the stage just read is the next to be filled
+      read += Shape::kStageBytes;
+      if (read == stages_end) read = stages;
     }
     ptx::cp_async_wait<0>();
     __syncthreads();  // the stages become the output tile
-
     float* output = reinterpret_cast<float*>(shared_bytes);
+    store_sums(output + (depth_warp * kTokens + token_base) * Shape::kOutputStride, column_base);
+
+    // A pass's rotations are on their way while the pass before is written.
+    constexpr int kRowsPerPass = kThreads / Row::kLanes;
+    const ContextHead<T, kHeadDim> writer{p.out, layer, head};
+    int token = threadIdx.x / Row::kLanes;
+    Row rotation{};
+    if (token < tokens) writer.load_rotation(rotation, rows[token]);
+    __syncthreads();
+    for (int base = 0; base < tokens; base += kRowsPerPass, token += kRowsPerPass) {
+      const bool valid = token < tokens;
+      const int at = valid ? token : 0;
+      Row values;
+      load_sums(values, output + at * Shape::kOutputStride, p.out.rotary);
+      const Row turn = rotation;
+      if (token + kRowsPerPass < tokens) writer.load_rotation(rotation, rows[token + kRowsPerPass]);
+      writer.write(values, turn, rows[at], valid);
+    }
+  }
+
+  // Brings the columns after the first stages' into L2, the same run of each row.
+  static __device__ __forceinline__ void prefetch_weights(const T* head_weight, int hidden) {
+    constexpr int kFirst = (kStages - 1) * kDepth, kAhead = kWeightsAhead / 2 / kHeadDim;
+    const int columns = min(hidden - kFirst, kAhead);
+    for (int row = threadIdx.x; columns > 0 && row < kHeadDim; row += kThreads) {
+      ptx::prefetch_to_l2(head_weight + int64_t{row} * hidden + kFirst, 2 * columns);
+    }
+  }
+
+  __device__ __forceinline__ void store_sums(float* output, int column_base) const {
     constexpr int kStride = Shape::kOutputStride;
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < kWarpTokens / 16; ++i) {
 #pragma unroll
       for (int j = 0; j < kWarpColumns / 8; ++j) {
-        float* at = output + (token_base + i * 16 + lane / 4) * kStride + column_base + j * 8 +
-                    lane % 4 * 2;
+        float* at = output + (i * 16 + lane / 4) * kStride +
+                    output_place(column_base + j * 8 + lane % 4 * 2);
         *reinterpret_cast<float2*>(at) = make_float2(sum[i][j][0], sum[i][j][1]);
         *reinterpret_cast<float2*>(at + 8 * kStride) = make_float2(sum[i][j][2], sum[i][j][3]);
       }
     }
-    __syncthreads();
+  }
 
-    constexpr int kRowsPerPass = kThreads / Row::kLanes;
-    for (int base = 0; base < tokens; base += kRowsPerPass) {
-      const int token = base + threadIdx.x / Row::kLanes;
-      const bool valid = token < tokens;
-      const float* source = output + (valid ? token : 0) * kStride;
-      Row values;
-      values.load(p.out.rotary, source);
-      ContextHead<T, kHeadDim>{p.out, layer, head}.write(values, first_token + token, valid);
-    }
+  // One token's head: the sum over the depth warps.
+  static __device__ __forceinline__ void load_sums(Row& values, const float* output, int rotary) {
+    values.load_with(rotary, [&](int column) {
+      float4 total = *reinterpret_cast<const float4*>(output + output_place(column));
+#pragma unroll
+      for (int d = 1; d < Shape::kDepthWarps; ++d) {
+        const float4 part = *reinterpret_cast<const float4*>(
+            output + d * kTokens * Shape::kOutputStride + output_place(column));
+        total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
+      }
+      return total;
+    });
   }
 };
 
 template <class T, int kHeadDim, int kTokens>
 __global__ void __launch_bounds__(KvProjectShape<kHeadDim, kTokens>::kThreads, 2)
     kv_project_write_kernel(const __grid_constant__ KvProjectWriteParams p) {
-  KvProjectWrite<T, kHeadDim, kTokens>::run(p);
+  KvProjectWrite<T, kHeadDim, kTokens>().run(p);
 }
 
 template <class T, int kHeadDim, int kTokens>
@@ -168,7 +277,8 @@ cudaError_t launch_kv_project_write(const KvProjectWriteParams& p, cudaStream_t 
 
 template <class T, int kHeadDim>
 cudaError_t run_kv_project_write(const KvProjectWriteParams& p, cudaStream_t stream) {
-  switch (kv_project_tokens(p.out.num_rows, kHeadDim)) {
+  const int rows = expected_valid_rows(p.out.num_rows, p.out.compact_rows != nullptr);
+  switch (kv_project_tokens(rows, kHeadDim)) {
     case 16: return launch_kv_project_write<T, kHeadDim, 16>(p, stream);
     case 64: return launch_kv_project_write<T, kHeadDim, 64>(p, stream);
     default:

@@ -19,6 +19,7 @@ void append_context_kv(const at::Tensor& target_hidden, const at::Tensor& fusion
   const Checker check{"append_context_kv", target_hidden.device()};
   const DeviceGuard guard(check.device.index());
   const bool overlap = overlaps_launches(check);
+  const int sm_count = device_attribute(cudaDevAttrMultiProcessorCount, check.device);
 
   // Shapes, as the arguments themselves give them.
   const ElementType element = check.element("target_hidden", target_hidden);
@@ -111,6 +112,7 @@ void append_context_kv(const at::Tensor& target_hidden, const at::Tensor& fusion
     fuse.num_layers = static_cast<int>(layers);
     fuse.hidden = static_cast<int>(hidden);
     fuse.fused = fused.mutable_data_ptr();
+    fuse.tokens_ahead = 2 * sm_count;
     fuse.overlap_launch = overlap;
     if (commit_lens) {
       fuse.commit_lens = commit_lens->const_data_ptr<int32_t>() + first / block_size;

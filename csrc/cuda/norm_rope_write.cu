@@ -24,17 +24,21 @@ __global__ void __launch_bounds__(kThreads)
   const T* layer_kv =
       static_cast<const T*>(p.kv) + int64_t{layer} * p.out.num_rows * heads * kHeadDim;
   Row values[kHeadsInFlight];
+  ContextRow rows[kHeadsInFlight] = {};
 #pragma unroll
   for (int i = 0; i < kHeadsInFlight; ++i) {
     const int task = first + i * kHeadsPerPass<kHeadDim>;
     const T* source = layer_kv + int64_t{task < tasks ? task : 0} * kHeadDim;
     values[i].load(p.out.rotary, source);
+    if (task < tasks) rows[i] = load_context_row(p.out, task / heads);
   }
 #pragma unroll
   for (int i = 0; i < kHeadsInFlight; ++i) {
     const int task = first + i * kHeadsPerPass<kHeadDim>;
     const ContextHead<T, kHeadDim> head{p.out, layer, task % heads};
-    head.write(values[i], task / heads, task < tasks);
+    Row rotation{};
+    if (task < tasks) head.load_rotation(rotation, rows[i]);
+    head.write(values[i], rotation, rows[i], task < tasks);
   }
 }
 

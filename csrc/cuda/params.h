@@ -27,6 +27,7 @@ struct FuseNormParams {
   int num_rows, block_size, num_taps, num_layers, hidden;
   void* fused;            // [num_layers, num_rows, hidden]
   int32_t* compact_rows;  // out, with commit_lens: [0] valid rows, [1 + m] source row n of m
+  int tokens_ahead;       // without commit_lens: blocks that run at once, for the prefetch; 0: none
   bool overlap_launch;    // start while the kernel before is still running
 };
 cudaError_t run_fuse_norm(const FuseNormParams& params, cudaStream_t stream);

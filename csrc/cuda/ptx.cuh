@@ -18,18 +18,34 @@
 
 namespace dflare::ptx {
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+// Where something is in shared memory; arithmetic on it is 32 bits wide on a GPU.
+using SharedAddress = uint32_t;
+
+__device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
 }
 
 // ------------------------------------------------------------ asynchronous copies
 
-// Copies 16 bytes from global to shared memory past L1; writes zeros and reads nothing if !valid.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
+// Copies 16 bytes from global to shared memory past L1; writes zeros and reads nothing if !valid,
+// whatever the address is.
+__device__ __forceinline__ void cp_async_16(SharedAddress shared, const void* global, bool valid) {
   asm volatile(
-      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
-      "l"(global), "r"(valid ? 16 : 0)
+      "{\n"
+      ".reg .pred ignore;\n"
+      "setp.eq.u32 ignore, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, ignore;\n"
+      "}\n" ::"r"(shared),
+      "l"(global), "r"(static_cast<uint32_t>(valid))
       : "memory");
+}
+
+// Asks for `bytes` (a multiple of 16, from a multiple of 16) to be brought into L2. Nothing on
+// sm_80.
+__device__ __forceinline__ void prefetch_to_l2(const void* global, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(global), "r"(bytes));
+#endif
 }
 
 __device__ __forceinline__ void cp_async_commit() {
@@ -45,17 +61,17 @@ __device__ __forceinline__ void cp_async_wait() {
 // ------------------------------------------------------------ tensor cores
 
 // Four 8x8 matrices of 16-bit elements; lane i passes the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
-__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
@@ -120,6 +136,13 @@ __device__ __forceinline__ float2 unpack<Fp16>(uint32_t pair) {
       : "=f"(f.x), "=f"(f.y)
       : "r"(pair));
   return f;
+}
+
+// The same value, which the compiler keeps in a register: it cannot compute it again where it is
+// used, as it likes to do with what it derives from the thread index, in loops too.
+__device__ __forceinline__ uint32_t keep(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 // 2^x; exact for x = 0 and -inf.

@@ -8,8 +8,16 @@
 
 namespace dflare::ptx {
 
-inline void cp_async_16(void* shared, const void* global, bool valid) {
-  emulation::cp_async(shared, global, valid);
+using SharedAddress = uintptr_t;
+inline SharedAddress shared_address(const void* pointer) {
+  return reinterpret_cast<SharedAddress>(pointer);
+}
+
+inline void cp_async_16(SharedAddress shared, const void* global, bool valid) {
+  emulation::cp_async(reinterpret_cast<void*>(shared), global, valid);
+}
+inline void prefetch_to_l2(const void* global, int bytes) {
+  emulation::prefetch(global, static_cast<size_t>(bytes));
 }
 inline void cp_async_commit() { emulation::cp_async_commit(); }
 template <int kPending>
@@ -58,6 +66,10 @@ float2 unpack(uint32_t pair) {
   return {widen<T>(static_cast<uint16_t>(pair)), widen<T>(static_cast<uint16_t>(pair >> 16))};
 }
 
+template <class T>
+T keep(T x) {
+  return x;
+}
 inline float exp2(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
@@ -74,14 +86,19 @@ inline float4 load_from_l2(const float4* global) { return *global; }
 // Four 8x8 matrices of 16-bit elements: lane i names row i % 8 of matrix i / 8 and receives, of
 // each matrix, elements 2 * (i % 4), + 1 of row i / 4 (or column i / 4 if transposed).
 template <bool kTransposed>
-void ldmatrix(uint32_t (&r)[4], const void* row) {
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulation::fail("misaligned ldmatrix");
+void ldmatrix(uint32_t (&r)[4], SharedAddress row) {
+  if (row % 16 != 0) emulation::fail("misaligned ldmatrix");
   struct Operand {
     const uint16_t* row;
     uint32_t* r;
-  } mine{static_cast<const uint16_t*>(row), r};
+  } mine{reinterpret_cast<const uint16_t*>(row), r};
   const char* name = kTransposed ? "ldmatrix.trans" : "ldmatrix";
   emulation::warp_operation(name, &mine, [](void* const* operands) {
+    uintptr_t rows[32];
+    for (int i = 0; i < 32; ++i) {
+      rows[i] = reinterpret_cast<uintptr_t>(static_cast<Operand*>(operands[i])->row);
+    }
+    emulation::count_matrix_load(rows);
     const auto element = [&](int matrix, int i, int j) {
       return static_cast<Operand*>(operands[matrix * 8 + i])->row[j];
     };
@@ -95,8 +112,8 @@ void ldmatrix(uint32_t (&r)[4], const void* row) {
     }
   });
 }
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix<false>(r, row); }
-inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) { ldmatrix<true>(r, row); }
+inline void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) { ldmatrix<false>(r, row); }
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedAddress row) { ldmatrix<true>(r, row); }
 
 // Fragment layout of mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16"): with g = lane / 4
 // and t = lane % 4, register i of a holds row g + 8 * (i % 2), columns 2t, 2t + 1 (+ 8 if i >= 2);

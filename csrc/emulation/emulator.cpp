@@ -1,7 +1,9 @@
 // What a running thread may call: barriers, warp-wide operations, asynchronous copies.
 #include "emulator.h"
 
+#include <algorithm>
 #include <cstring>
+#include <set>
 
 #include "machine.h"
 
@@ -18,6 +20,28 @@ void land(const AsyncCopy& copy) {
 }
 
 }  // namespace
+
+int wavefronts(const uintptr_t (&addresses)[32]) {
+  int total = 0;
+  for (int first = 0; first < 32; first += 8) {
+    std::set<uintptr_t> columns[8];
+    size_t most = 0;
+    for (int lane = first; lane < first + 8; ++lane) {
+      if (addresses[lane] == 0) continue;
+      auto& column = columns[addresses[lane] / 16 % 8];
+      column.insert(addresses[lane]);
+      most = std::max(most, column.size());
+    }
+    total += static_cast<int>(most);
+  }
+  return total;
+}
+
+void count_matrix_load(const uintptr_t (&rows)[32]) {
+  Counters& c = machine().running->warp->block->grid->counters;
+  ++c.matrix_loads;
+  c.matrix_load_wavefronts += wavefronts(rows);
+}
 
 unsigned char* dynamic_shared_memory() { return machine().running->warp->block->shared; }
 
@@ -63,8 +87,19 @@ void cp_async(void* shared, const void* global, bool valid) {
   if (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     fail("cp.async from a misaligned address");
   }
+  Thread& self = *m.running;
+  auto& warp_copies = self.warp->copies;
+  if (warp_copies.size() <= self.copies) warp_copies.resize(self.copies + 1);
+  WarpCopy& warp_copy = warp_copies[self.copies++];
+  warp_copy.shared[self.thread_index.x % 32] = reinterpret_cast<uintptr_t>(shared);
+  if (valid) {
+    warp_copy.global[self.thread_index.x % 32] = reinterpret_cast<uintptr_t>(global);
+    self.uncommitted_bytes += 16;
+    self.in_flight += 16;
+    self.most_in_flight = std::max(self.most_in_flight, self.in_flight);
+  }
   const AsyncCopy copy{shared, global, valid};
-  auto& pending = m.running->uncommitted;
+  auto& pending = self.uncommitted;
   if (m.chance(0.5)) {
     land(copy);
   } else {
@@ -76,27 +111,44 @@ void cp_async(void* shared, const void* global, bool valid) {
   }
 }
 
+void prefetch(const void* global, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0) {
+    fail("prefetch that is no whole number of 16-byte pieces");
+  }
+  machine().running->warp->block->grid->counters.prefetched_bytes += static_cast<int64_t>(bytes);
+  const auto* first = static_cast<const volatile unsigned char*>(global);
+  if (bytes > 0) static_cast<void>(first[0]), static_cast<void>(first[bytes - 1]);
+}
+
 void cp_async_commit() {
   Thread& self = *machine().running;
   self.groups.push_back(std::move(self.uncommitted));
   self.uncommitted.clear();
+  self.group_bytes.push_back(self.uncommitted_bytes);
+  self.uncommitted_bytes = 0;
 }
 
 void cp_async_wait(int pending) {
-  auto& groups = machine().running->groups;
+  Thread& self = *machine().running;
+  auto& groups = self.groups;
   while (static_cast<int>(groups.size()) > pending) {
     for (const AsyncCopy& copy : groups.front()) land(copy);
     groups.pop_front();
+    self.in_flight -= self.group_bytes.front();
+    self.group_bytes.pop_front();
   }
 }
 
 void wait_for_prior_kernels() {
   Block& block = *machine().running->warp->block;
-  block.waited = true;
+  block.waited = machine().running->waited = true;
   while (!prior_done(*block.grid)) suspend(State::kAwaitingKernels);
 }
 
-void launch_dependents() { machine().running->launched_dependents = true; }
+void launch_dependents() {
+  Thread& self = *machine().running;
+  self.launched_dependents = self.waited;
+}
 
 void fail(const std::string& what) {
   Machine& m = machine();

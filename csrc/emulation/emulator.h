@@ -43,6 +43,19 @@ struct Launch {
 // Queues a launch behind those before it, as on one stream.
 void enqueue(Launch launch);
 
+// What a launch asked of the memories, exactly: a wavefront is one pass of 128 bytes through shared
+// memory's 32 banks, a sector 32 bytes of global memory. Ordinary loads and stores are not counted.
+struct Counters {
+  int64_t matrix_loads = 0, matrix_load_wavefronts = 0;  // of warps; 4 wavefronts each at best
+  int64_t copies = 0, copy_wavefronts = 0;               // cp.async of warps, likewise
+  int64_t sectors = 0, copied_bytes = 0;                 // that copies read
+  int64_t prefetched_bytes = 0;                          // asked into L2, of all blocks
+  int64_t bytes_in_flight = 0;  // copies requested and not waited for, most of any block
+};
+
+// Of the index-th launch of the last synchronize().
+Counters counters(size_t index);
+
 // Runs all queued launches. Returns an empty string or what went wrong first.
 std::string synchronize(uint64_t seed);
 
@@ -57,13 +70,18 @@ void block_barrier();
 using WarpOperation = void (*)(void* const* operands);
 void warp_operation(const char* name, void* operand, WarpOperation operate);
 
+// Counts a warp's ldmatrix.x4: the addresses of its 32 rows of 16 bytes.
+void count_matrix_load(const uintptr_t (&rows)[32]);
+
 void cp_async(void* shared, const void* global, bool valid);
+void prefetch(const void* global, size_t bytes);
 void cp_async_commit();
 void cp_async_wait(int pending);
 
 void wait_for_prior_kernels();
 
-// A permission that the emulator does not wait for; what copies after it is reported.
+// A permission that the emulator does not wait for. A kernel that gives it before its wait means
+// its dependents to start at once; given later, what copies after it is reported.
 void launch_dependents();
 
 // Ends the run with an error.

@@ -45,6 +45,12 @@ int emu_produce(void* to, const void* from, size_t bytes) {
   return dflare::launch(produce_kernel, dim3(1), 32, 0, false, ProduceParams{to, from, bytes},
                         nullptr);
 }
+// Of the index-th launch of the last emu_synchronize: the fields of emulation::Counters in order.
+void emu_counters(size_t index, int64_t (&out)[8]) {
+  const dflare::emulation::Counters c = dflare::emulation::counters(index);
+  static_assert(sizeof(c) == sizeof(out));
+  std::memcpy(out, &c, sizeof(out));
+}
 int emu_fuse_norm(const dflare::FuseNormParams* p) { return dflare::run_fuse_norm(*p, nullptr); }
 int emu_kv_project_write(const dflare::KvProjectWriteParams* p) {
   return dflare::run_kv_project_write<DFLARE_EMULATED_ELEMENT, kHeadDim>(*p, nullptr);

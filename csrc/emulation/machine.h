@@ -26,13 +26,22 @@ struct AsyncCopy {
   bool valid;
 };
 
+// The lanes' parts of one cp.async instruction of a warp, the n-th that each lane has issued.
+struct WarpCopy {
+  uintptr_t shared[32] = {}, global[32] = {};  // 0: the lane takes no part, or reads nothing
+};
+
 struct Thread {
   Stack stack;
   void* stack_pointer = nullptr;
   dim3 thread_index, block_index;
   State state = State::kDone;
   Warp* warp = nullptr;
-  bool launched_dependents = false;
+  bool waited = false;               // for the kernel before
+  bool launched_dependents = false;  // after that
+  size_t copies = 0;                 // that it has issued
+  int64_t in_flight = 0, most_in_flight = 0, uncommitted_bytes = 0;
+  std::deque<int64_t> group_bytes;
   std::vector<AsyncCopy> uncommitted;
   std::deque<std::vector<AsyncCopy>> groups;
 };
@@ -41,6 +50,7 @@ struct Warp {
   Block* block = nullptr;
   std::vector<std::unique_ptr<Thread>> threads;
   bool queued = false;
+  std::vector<WarpCopy> copies;
   int arrived = 0;
   WarpOperation operation = nullptr;
   const char* operation_name = nullptr;
@@ -52,6 +62,7 @@ struct Grid {
   std::vector<unsigned> order;  // in which its blocks start
   size_t started = 0, finished = 0;
   const Grid* prior = nullptr;  // the one before it in the stream
+  Counters counters;
   bool done() const { return finished == order.size(); }
 };
 
@@ -95,6 +106,10 @@ void suspend(State state);
 // ------------------------------------------------------------ for all
 
 void make_ready(Thread& thread);
+
+// Passes through shared memory of 32 lanes' 16-byte accesses: eight lanes at a time, in as many
+// passes as pieces of theirs lie in one of the eight 16-byte columns of the banks. 0: no access.
+int wavefronts(const uintptr_t (&addresses)[32]);
 
 template <class Visit>
 void for_each_thread(Block& block, Visit visit) {

@@ -1,6 +1,7 @@
 // Which thread runs next: enqueue and synchronize of emulator.h.
 #include <algorithm>
 #include <numeric>
+#include <set>
 
 #include "guarded_memory.h"
 #include "machine.h"
@@ -81,7 +82,10 @@ void start_block(Grid& grid) {
       thread->thread_index = dim3(static_cast<unsigned>(w) * 32 + lane, 0, 0);
       thread->block_index =
           dim3(linear % dims.x, linear / dims.x % dims.y, linear / dims.x / dims.y);
-      thread->launched_dependents = false;
+      thread->waited = thread->launched_dependents = false;
+      thread->copies = 0;
+      thread->in_flight = thread->most_in_flight = thread->uncommitted_bytes = 0;
+      thread->group_bytes.clear();
       thread->uncommitted.clear();
       thread->groups.clear();
       thread->stack_pointer = thread->stack.prepare(enter);
@@ -109,6 +113,24 @@ void start_blocks() {
   }
 }
 
+void count_copies(const Block& block) {
+  Counters& c = block.grid->counters;
+  int64_t in_flight = 0;
+  for (const Warp& warp : block.warps) {
+    for (const auto& thread : warp.threads) in_flight += thread->most_in_flight;
+    for (const WarpCopy& copy : warp.copies) {
+      ++c.copies;
+      c.copy_wavefronts += wavefronts(copy.shared);
+      std::set<uintptr_t> sectors;
+      for (const uintptr_t at : copy.global) {
+        if (at != 0) sectors.insert(at / 32), c.copied_bytes += 16;
+      }
+      c.sectors += static_cast<int64_t>(sectors.size());
+    }
+  }
+  c.bytes_in_flight = std::max(c.bytes_in_flight, in_flight);
+}
+
 void finish_block(Block& block) {
   Machine& m = machine();
   if (block.grid->launch.overlap_prior && !block.waited) {
@@ -118,6 +140,7 @@ void finish_block(Block& block) {
     return;
   }
   ++block.grid->finished;
+  count_copies(block);
   m.resident_threads -= block.threads;
   for (Warp& warp : block.warps) {
     if (m.starved == &warp) m.starved = nullptr;
@@ -249,6 +272,11 @@ void run() {
 }
 
 }  // namespace
+
+Counters counters(size_t index) {
+  const auto& grids = machine().grids;
+  return index < grids.size() ? grids[index].counters : Counters{};
+}
 
 void enqueue(Launch launch) { machine().queue.push_back(std::move(launch)); }
 

@@ -1,12 +1,13 @@
 """Compiles every CUDA kernel for every architecture and holds it to a table.
 
 Exit status 1 if a kernel does not compile, spills registers to local memory, needs more registers
-than `budget.csv` grants it, or lacks the instructions that it is built on. Needs nvcc and nvdisasm
+than `budget.csv` grants it, lacks the instructions that it is built on, or if its main loop costs
+more than `loops.csv` grants it (loops.py). Needs nvcc and nvdisasm
 (of the CUDA toolkit or of triton), not a GPU; without nvcc it says so and exits with 0, because the
 package then builds its CPU part alone.
 
     python csrc/gates/check.py             # check and print the table
-    python csrc/gates/check.py --update    # write the measured registers to budget.csv
+    python csrc/gates/check.py --update    # write what was measured to both files
     python csrc/gates/check.py --only attention_bf16    # the sources that have this in their name
 """
 
@@ -20,14 +21,17 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+import loops
+from sass import Function, parse
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 BUDGET = Path(__file__).with_name("budget.csv")
 BUILD = ROOT / "build" / "gates"
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 FLAGS = ["-std=c++17", "-O3", "-cubin", "-Xptxas", "-v"]
 
 # What a kernel's machine code must hold: tensor cores, asynchronous copies and matrix loads, or
@@ -35,7 +39,7 @@ FLAGS = ["-std=c++17", "-O3", "-cubin", "-Xptxas", "-v"]
 REQUIRED = {
     "block_attention_kernel": ("HMMA.16816.F32", "LDGSTS.E.BYPASS", "LDSM.16.M88", "LDSM.16.MT88"),
     "kv_project_write_kernel": ("HMMA.16816.F32", "LDGSTS.E.BYPASS", "LDSM.16.M88"),
-    "fuse_norm_kernel": ("LDG.E.128", "STG.E.128"),
+    "fuse_norm_kernel": ("LDGSTS.E.BYPASS", "STG.E.128"),
 }
 FORBIDDEN = ("LDL", "STL")
 
@@ -49,6 +53,7 @@ class Kernel:
     registers: int
     spilled_bytes: int  # stack frame, spill stores and spill loads
     instructions: Counter[str] = field(default_factory=Counter)
+    loop: loops.Loop | None = None
     faults: list[str] = field(default_factory=list)
 
     def check(self, budget: dict[tuple[str, str], int]) -> None:
@@ -112,28 +117,21 @@ def parse_report(report: str, architecture: str) -> list[Kernel]:
     return kernels
 
 
-def count_instructions(nvdisasm: str, cubin: Path) -> dict[str, Counter[str]]:
-    """Opcodes of every kernel in a cubin."""
-    command = [nvdisasm, "-c", str(cubin)]
+def disassemble(nvdisasm: str, cubin: Path) -> dict[str, Function]:
+    """The kernels in a cubin."""
+    command = [nvdisasm, "-c", "-hex", str(cubin)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    counts: dict[str, Counter[str]] = {}
-    current: Counter[str] = Counter()
-    for line in text.splitlines():
-        if match := re.match(r"\.text\.(\w+):", line):
-            current = counts.setdefault(readable(match[1]), Counter())
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]+)", line):
-            current[match[1]] += 1
-    return counts
+    return {readable(mangled): function for mangled, function in parse(text).items()}
 
 
-def kernel_sizes() -> dict[str, tuple[int, int]]:
-    """Threads and dynamic shared memory of every kernel, from heuristics.h."""
+def kernel_sizes() -> dict[str, tuple[int, int, int]]:
+    """Threads, dynamic shared memory and blocks an SM of every kernel, from heuristics.h."""
     program = BUILD / "kernel_sizes"
     source = Path(__file__).with_name("kernel_sizes.cpp")
     subprocess.run(["g++", "-std=c++17", str(source), "-o", str(program)], check=True)
     lines = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
-    fields = (line.split() for line in lines.splitlines())
-    return {name: (int(threads), int(size)) for name, threads, size in fields}
+    rows = (line.split() for line in lines.splitlines())
+    return {name: (int(threads), int(size), int(n)) for name, threads, size, n in rows}
 
 
 def compile_all(nvcc: str, nvdisasm: str, only: str, jobs: int) -> list[Kernel]:
@@ -149,13 +147,18 @@ def compile_all(nvcc: str, nvdisasm: str, only: str, jobs: int) -> list[Kernel]:
         if key not in stale.name:
             stale.unlink()
 
+    sizes = kernel_sizes()
+
     def build(task: tuple[Path, str]) -> list[Kernel]:
         source, architecture = task
         cubin, report = compile_one(nvcc, source, architecture, key)
         kernels = parse_report(report, architecture)
-        counts = count_instructions(nvdisasm, cubin)
+        functions = disassemble(nvdisasm, cubin)
         for kernel in kernels:
-            kernel.instructions = counts[kernel.name]
+            function = functions[kernel.name]
+            kernel.instructions = Counter(each.text.split()[0] for each in function.instructions)
+            threads, _, blocks = sizes[kernel.name]
+            kernel.loop = loops.measure(function, kernel.name, architecture, threads // 32, blocks)
         return kernels
 
     tasks = [(source, architecture) for architecture in ARCHITECTURES for source in sources]
@@ -184,12 +187,24 @@ def write_budget(kernels: list[Kernel]) -> None:
 def print_table(kernels: list[Kernel], budget: dict[tuple[str, str], int]) -> None:
     sizes = kernel_sizes()
     header = ("kernel", "architecture", "threads", "registers", "budget", "spills", "shared memory")
-    rows = [header]
+    table = [header]
     for k in kernels:
-        threads, shared = sizes[k.name]
+        threads, shared, _ = sizes[k.name]
         granted = budget.get((k.name, k.architecture), "-")
         row = (k.name, k.architecture, threads, k.registers, granted, k.spilled_bytes, shared)
-        rows.append(tuple(str(cell) for cell in row))
+        table.append(tuple(str(cell) for cell in row))
+    print_columns(table)
+    print()
+    shown = [
+        (k.name, k.architecture, *asdict(k.loop).values()) for k in kernels if k.loop is not None
+    ]
+    names = (each.name.replace("_", " ") for each in fields(loops.Loop))
+    print_columns(
+        [("main loop, a tile", "architecture", *names)] + [tuple(map(str, row)) for row in shown]
+    )
+
+
+def print_columns(rows: list[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         left = f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}"
@@ -216,9 +231,13 @@ def main() -> int:
     kernels = compile_all(nvcc, nvdisasm, arguments.only, arguments.jobs)
     if arguments.update:
         write_budget(kernels)
-    budget = read_budget()
+        loops.write_budget({(k.name, k.architecture): k.loop for k in kernels if k.loop})
+    budget, loop_budget = read_budget(), loops.read_budget()
     for kernel in kernels:
         kernel.check(budget)
+        if kernel.loop:
+            granted = loop_budget.get((kernel.name, kernel.architecture))
+            kernel.faults += loops.faults(kernel.loop, granted)
     print_table(kernels, budget)
     faults = [f"{k.name} {k.architecture}: {fault}" for k in kernels for fault in k.faults]
     if not arguments.only and (missing := {name for name, _ in budget} - {k.name for k in kernels}):

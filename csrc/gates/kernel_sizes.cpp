@@ -1,5 +1,6 @@
-// Prints threads and dynamic shared memory of every kernel as "name threads bytes", from the same
-// functions that the launches use.
+// Prints threads, dynamic shared memory and blocks an SM of every kernel as "name threads bytes
+// blocks", from the same functions that the launches use. Blocks are those of an SM of sm_90 in the
+// case that the kernel is for: up to 64 tokens the projection has fewer blocks than the device SMs.
 #include <cstdio>
 #include <initializer_list>
 
@@ -7,9 +8,9 @@
 
 namespace {
 
-void print(const char* kernel, const char* parameters, int threads, int bytes) {
+void print(const char* kernel, const char* parameters, int threads, int bytes, int blocks) {
   for (const char* element : {"Bf16", "Fp16"}) {
-    std::printf("%s<%s,%s> %d %d\n", kernel, element, parameters, threads, bytes);
+    std::printf("%s<%s,%s> %d %d %d\n", kernel, element, parameters, threads, bytes, blocks);
   }
 }
 
@@ -18,21 +19,24 @@ void print_kv_project() {
   using Shape = dflare::KvProjectShape<kHeadDim, kTokens>;
   char parameters[32];
   std::snprintf(parameters, sizeof(parameters), "%d,%d", kHeadDim, kTokens);
-  print("kv_project_write_kernel", parameters, Shape::kThreads, Shape::kSharedBytes);
+  print("kv_project_write_kernel", parameters, Shape::kThreads, Shape::kSharedBytes,
+        kTokens > 64 ? 2 : 1);
 }
 
 void print_attention(int head_dim, int warps) {
   char parameters[32];
   std::snprintf(parameters, sizeof(parameters), "%d,%d", head_dim, warps);
   print("block_attention_kernel", parameters, 32 * warps,
-        dflare::attention_shared_bytes(head_dim, warps));
+        dflare::attention_shared_bytes(head_dim, warps),
+        dflare::attention_blocks_per_sm(head_dim, warps));
 }
 
 }  // namespace
 
 int main() {
-  print("fuse_norm_kernel", "4", 1024, dflare::fuse_norm_shared_bytes(4));
-  print("fuse_norm_kernel", "8", 512, dflare::fuse_norm_shared_bytes(8));
+  print("fuse_norm_kernel", "4,1024,1", 1024, dflare::fuse_norm_shared_bytes(4, 1024), 1);
+  print("fuse_norm_kernel", "8,512,1", 512, dflare::fuse_norm_shared_bytes(8, 512), 1);
+  print("fuse_norm_kernel", "8,320,2", 320, dflare::fuse_norm_shared_bytes(8, 320), 2);
   print_kv_project<64, 16>();
   print_kv_project<64, 64>();
   print_kv_project<64, 128>();
@@ -42,12 +46,12 @@ int main() {
   print_kv_project<256, 16>();
   print_kv_project<256, 64>();
   for (const char* head_dim : {"64", "128", "256"}) {
-    print("norm_rope_write_kernel", head_dim, 256, 0);
+    print("norm_rope_write_kernel", head_dim, 256, 0, 1);
   }
   print_attention(64, 4);
   print_attention(64, 8);
   print_attention(128, 4);
   print_attention(128, 8);
   print_attention(256, 4);
-  std::printf("block_attention_schedule_kernel 32 0\n");
+  std::printf("block_attention_schedule_kernel 32 0 1\n");
 }

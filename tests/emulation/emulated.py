@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from ctypes import POINTER, byref, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class FuseNormParams(ctypes.Structure):
         ("hidden", c_int),
         ("fused", c_void_p),
         ("compact_rows", c_void_p),
+        ("tokens_ahead", c_int),
         ("overlap_launch", c_bool),
     ]
 
@@ -302,6 +304,19 @@ class Memory:
             self._library.emu_release(address)
 
 
+class Counters(NamedTuple):
+    """What a launch asked of the memories (`Counters` of csrc/emulation/emulator.h)."""
+
+    matrix_loads: int
+    matrix_load_wavefronts: int
+    copies: int
+    copy_wavefronts: int
+    sectors: int
+    copied_bytes: int
+    prefetched_bytes: int
+    bytes_in_flight: int
+
+
 class Emulator:
     """The kernels of one element type and head size."""
 
@@ -356,6 +371,12 @@ class Emulator:
         error = self.library.emu_synchronize(seed)
         if error is not None:
             raise EmulationError(f"{error.decode()} (seed {seed})")
+
+    def counters(self, launch: int) -> Counters:
+        """Of a launch of the last `synchronize`, counted from 0, stand-ins of kernels included."""
+        out = (c_int64 * 8)()
+        self.library.emu_counters(c_size_t(launch), out)
+        return Counters(*out)
 
     def plan_attention(
         self, batch: int, block: int, heads: int, kv_heads: int, sm_count: int, shared: int

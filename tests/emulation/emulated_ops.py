@@ -159,6 +159,7 @@ def _append(
             hidden=case.hidden,
             fused=states.data_ptr(),
             compact_rows=address(compact_rows),
+            tokens_ahead=2,
             overlap_launch=True,
         ),
     )

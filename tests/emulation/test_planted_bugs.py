@@ -9,11 +9,13 @@ from kernel_cases import AppendCase, AttentionCase, ForeignWriteError
 SEEDS = range(12)
 TOLERANCE = 2e-2
 ATTENTION = "cuda/block_attention.cuh"
+TILE = "cuda/attention_tile.cuh"
+MERGE = "cuda/attention_merge.cuh"
 PROJECT = "cuda/kv_project_write.cuh"
 FUSE = "cuda/fuse_norm.cu"
 WRITE = "cuda/norm_rope_write.cu"
-REQUEST = "    QueryBatch batch;\n    request_query(batch, 0);\n"
-WAIT = "    ptx::wait_for_prior_kernels();\n"
+REQUEST = "  queries.request_heads(item, 0, query_source);\n"
+WAIT = "  ptx::wait_for_prior_kernels();\n"
 
 CUT = AttentionCase((600,), layers=2)  # three parts on a large GPU
 RAGGED = AttentionCase((70, 3), block=5)
@@ -32,11 +34,11 @@ FAST = {
     ),
     "attention: unmasked tail": (
         RAGGED,
-        Plant(ATTENTION, "if (key < first || key > last)", "if (key < first)"),
+        Plant(TILE, "if (key < first || key > last)", "if (key < first)"),
     ),
     "attention: off-by-one page, the slot of the next context index": (
         RAGGED,
-        Plant(ATTENTION, "? slots[key] : -1", "? slots[key + 1] : -1"),
+        Plant(ATTENTION, "? item.slots[key] : -1", "? item.slots[key + 1] : -1"),
     ),
     "project: no barrier before a stage is refilled": (
         APPEND,
@@ -47,15 +49,15 @@ FAST = {
 SLOW = {
     "attention: slots beyond the context": (
         RAGGED,
-        Plant(ATTENTION, "tile < tiles && key < seq_len ?", "tile < tiles ?"),
+        Plant(ATTENTION, "tile < item.tiles && key < item.seq_len ?", "tile < item.tiles ?"),
     ),
     "attention: window one key too wide": (
         AttentionCase((200,), window=9, logit_scale=0.25),
-        Plant(ATTENTION, "? query_index - p.window : INT_MIN", "? query_index - p.window - 1 : 0"),
+        Plant(TILE, "? query_index - p.window : INT_MIN", "? query_index - p.window - 1 : 0"),
     ),
     "attention: no wait for the kernels before": (
         CUT,
-        Plant(ATTENTION, "    ptx::wait_for_prior_kernels();\n    QueryBatch", "    QueryBatch"),
+        Plant(ATTENTION, WAIT + REQUEST, REQUEST),
     ),
     "fuse: no wait for the kernel before": (
         APPEND,
@@ -77,26 +79,26 @@ SLOW = {
         CUT,
         Plant(
             ATTENTION,
-            "    QueryBatch batch;\n",
-            "    ptx::launch_dependents();\n    QueryBatch batch;\n",
+            REQUEST,
+            "  ptx::launch_dependents();\n" + REQUEST,
         ),
     ),
     "attention: idle blocks do not wait": (
         CUT,
-        Plant(ATTENTION, "      ptx::wait_for_prior_kernels();\n      return;", "      return;"),
+        Plant(ATTENTION, "    ptx::wait_for_prior_kernels();\n    return;", "    return;"),
     ),
-    "attention: ticket left drawn": (CUT, Plant(ATTENTION, "if (last) *ticket = 0;", "")),
+    "attention: ticket left drawn": (CUT, Plant(MERGE, "if (last) *ticket = 0;", "")),
     "attention: merges before the last part has arrived": (
         CUT,
-        Plant(ATTENTION, "(ticket, 1) == parts - 1", "(ticket, 1) == parts - 2"),
+        Plant(MERGE, "(ticket, 1) == item.parts - 1", "(ticket, 1) == item.parts - 2"),
     ),
     "attention: merges parts without their weight": (
         CUT,
-        Plant(ATTENTION, "weight = ptx::exp2(state[r].x - offset);", "weight = 1;"),
+        Plant(MERGE, "weight = ptx::exp2(state[r].x - offset);", "weight = 1;"),
     ),
     "attention: rows beyond the group are written": (
         RAGGED,
-        Plant(ATTENTION, "      if (row >= rows()) continue;\n", ""),
+        Plant(MERGE, "      if (row >= item.rows()) continue;\n", ""),
     ),
     "project: waits for one group too few": (
         APPEND,
@@ -122,11 +124,15 @@ SLOW = {
     ),
     "project: reads tokens beyond the tensor": (
         LARGE_APPEND,
-        Plant(PROJECT, "row < valid_rows && column + c < columns", "column + c < columns"),
+        Plant(PROJECT, "i * kRowStep < rows_left", "valid"),
+    ),
+    "project: only the first depth warp's sums": (
+        APPEND,
+        Plant(PROJECT, "d < Shape::kDepthWarps", "d < 1"),
     ),
     "write: heads beyond the valid rows are written": (
         APPEND,
-        Plant(WRITE, "task / heads, task < tasks", "task / heads, true"),
+        Plant(WRITE, "rows[i], task < tasks);", "rows[i], true);"),
     ),
     "fuse: counts its own block twice": (
         APPEND,
@@ -166,7 +172,12 @@ def barriers(file: str, case: AttentionCase | AppendCase) -> list[tuple]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "plant"),
-    [*barriers(ATTENTION, CUT), *barriers(PROJECT, APPEND), *barriers(FUSE, APPEND)],
+    [
+        *barriers(ATTENTION, CUT),
+        *barriers(MERGE, CUT),
+        *barriers(PROJECT, APPEND),
+        *barriers(FUSE, APPEND),
+    ],
     ids=lambda value: f"{value.file}-{value.which}" if isinstance(value, Plant) else "",
 )
 def test_reports_the_removal_of_any_barrier(case: AttentionCase | AppendCase, plant: Plant) -> None:

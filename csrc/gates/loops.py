@@ -1,0 +1,86 @@
+"""What the main loops cost, held to loops.csv: a count or a figure 3 % above its budget fails.
+
+Counts are of a warp and one tile (one stage of the pipeline), read from the machine code; issue
+cycles are a model's (issue_model.py), of a block where as many as usual share an SM of sm_90. None
+of them is a time.
+"""
+
+import csv
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from issue_model import issue_cycles
+from sass import Function, count, load_depth, main_loop
+
+BUDGET = Path(__file__).with_name("loops.csv")
+MODELLED = "sm_90"
+_TOLERANCE = 1.03
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The main loop of a kernel, a tile.
+
+    Attributes:
+        instructions, integer: issued by a warp; address arithmetic is integer.
+        matrix_loads, copies, products: LDSM; LDGSTS or bulk copies; HMMA or HGMMA.
+        issue_cycles: modelled, for bf16 on sm_90; 0 elsewhere.
+        load_depth: global loads one after another, from the wait for the kernel before to the
+            first product.
+    """
+
+    instructions: int
+    integer: int
+    matrix_loads: int
+    copies: int
+    products: int
+    issue_cycles: int
+    load_depth: int
+
+
+def measure(
+    function: Function, kernel: str, architecture: str, warps: int, blocks: int
+) -> Loop | None:
+    """None for a kernel without tensor-core instructions."""
+    path = main_loop(function)
+    if not path:
+        return None
+    tiles = sum(
+        each.opcode == "BAR" for each in path
+    )  # one block barrier a tile; loops are unrolled
+    modelled = architecture == MODELLED and "Bf16" in kernel
+    cycles = issue_cycles(path, warps, blocks) / tiles if modelled else 0
+    per_tile = {kind: round(number / tiles) for kind, number in count(path).items()}
+    depth = load_depth(function, ("HMMA", "HGMMA"))
+    return Loop(**per_tile, issue_cycles=round(cycles), load_depth=depth)
+
+
+def faults(loop: Loop, budget: Loop | None) -> list[str]:
+    """What is above budget, in words."""
+    if budget is None:
+        return ["its loop is not in loops.csv: run with --update"]
+    return [
+        f"{value} {name.replace('_', ' ')} a tile, budget {granted}"
+        for (name, value), granted in zip(
+            asdict(loop).items(), asdict(budget).values(), strict=True
+        )
+        if value > granted * _TOLERANCE
+    ]
+
+
+def read_budget() -> dict[tuple[str, str], Loop]:
+    with BUDGET.open() as file:
+        return {
+            (row.pop("kernel"), row.pop("architecture")): Loop(
+                **{k: int(v) for k, v in row.items()}
+            )
+            for row in csv.DictReader(file)
+        }
+
+
+def write_budget(loops: dict[tuple[str, str], Loop]) -> None:
+    with BUDGET.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["kernel", "architecture", *(each.name for each in fields(Loop))])
+        for key, loop in loops.items():
+            writer.writerow([*key, *asdict(loop).values()])
