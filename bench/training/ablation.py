@@ -43,7 +43,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "DFlare": {"architecture": "dflare", "shared_kv": False},
 }
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "decay": {"name": "decay", "gamma": 7.0, "gamma_end": None},
+    # DFlash takes 7, 5 and 4 for blocks of 16, 10 and 8; the demo's block of 6 goes on from there.
+    "decay, gamma 2.5": {"name": "decay", "gamma": 2.5, "gamma_end": None},
+    "decay, gamma 3.5": {"name": "decay", "gamma": 3.5, "gamma_end": None},
     "D-PACE": {"name": "dpace", "alpha": 0.5},
 }
 _WIDTH_STEP = 16  # feed-forward widths are multiples of this

@@ -17,7 +17,7 @@ from dflare.training.errors import ConfigError
 from dflare.training.run.trainer import Trainer
 
 GRID = [
-    ablation.Variant("DFlash", "decay", 0),
+    ablation.Variant("DFlash", "decay, gamma 2.5", 0),
     ablation.Variant("DFlare, shared K/V", "D-PACE", 0),
     ablation.Variant("DFlare", "D-PACE", 0),
 ]
@@ -97,7 +97,7 @@ def test_the_report_says_under_which_conditions_the_runs_were_made(tmp_path):
     )
     results = [
         {
-            "variant": ["DFlash", "decay", seed],
+            "variant": ["DFlash", "decay, gamma 2.5", seed],
             "parameters": 2_000_000,
             "accept_length": 1.4 + 0.2 * seed,
             "reached": [0.4, 0.1],
@@ -118,9 +118,9 @@ def test_the_report_says_under_which_conditions_the_runs_were_made(tmp_path):
     write_report(results, tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nend") and "old" not in text
-    assert "| DFlash | decay | 2.00M | 2 | **1.500** (1.400 .. 1.600) |" in text
+    assert "| DFlash | decay, gamma 2.5 | 2.00M | 2 | **1.500** (1.400 .. 1.600) |" in text
     for fact in (
-        "decay: gamma 7.0, fixed",
+        "decay, gamma 2.5: gamma 2.5, fixed",
         "D-PACE: alpha 0.5",
         "soft labels 0.5",
         "products in float32",
@@ -135,6 +135,8 @@ def test_the_report_says_under_which_conditions_the_runs_were_made(tmp_path):
 
 
 def test_a_result_that_does_not_say_how_it_was_made_is_refused(tmp_path):
-    (tmp_path / "results.jsonl").write_text(json.dumps({"variant": ["DFlash", "decay", 0]}) + "\n")
+    (tmp_path / "results.jsonl").write_text(
+        json.dumps({"variant": ["DFlash", "decay, gamma 2.5", 0]}) + "\n"
+    )
     with pytest.raises(ConfigError, match=r"results\.jsonl:1: does not say"):
         ablation.read_results(tmp_path)

@@ -199,7 +199,21 @@ def test_anchors_change_from_epoch_to_epoch_alone():
 def test_the_loss_vocabulary_holds_frequent_tokens_and_every_label():
     corpus = corpus_of(([1, 1, 1, 2, 2, 3], [1] * 6), ([90, 91], [1, 1]), ([80, 81], [0, 1]))
     vocabulary = LossVocabulary(corpus, vocab_size=100, frequent=2, random=3, seed=0)
-    rows = vocabulary.rows(np.array([1, 2]), step=4)
+    rows, log_weight = vocabulary.rows(np.array([1, 2]), step=4)
     assert {1, 2, 90, 91, 81} <= set(rows)
     assert (np.diff(rows) > 0).all() and len(rows) <= 8
-    assert (rows == vocabulary.rows(np.array([1, 2]), step=4)).all()
+    again = vocabulary.rows(np.array([1, 2]), step=4)
+    assert (rows == again[0]).all() and (log_weight == again[1]).all()
+
+
+def test_drawn_rows_stand_for_all_tokens_that_are_left_out():
+    """Their weights make the estimate of the softmax's denominator unbiased."""
+    corpus = corpus_of(([1, 1, 2, 2, 3], [1] * 5))
+    vocabulary = LossVocabulary(corpus, vocab_size=500, frequent=2, random=40, seed=0)
+    exponentials = np.random.default_rng(0).lognormal(size=500)
+    estimates = []
+    for step in range(300):
+        rows, log_weight = vocabulary.rows(np.array([0]), step)
+        assert (log_weight[np.isin(rows, [1, 2, 3])] == 0).all()
+        estimates.append((exponentials[rows] * np.exp(log_weight)).sum())
+    assert np.mean(estimates) == pytest.approx(exponentials.sum(), rel=0.02)

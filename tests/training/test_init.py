@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_causal_lm
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from dflare.training.data.target import Target
-from dflare.training.drafter.init import build_drafter, draft_config
+from dflare.training.drafter.init import build_drafter, draft_config, start_fusion, tap_sizes
 from dflare.training.errors import ConfigError
 from dflare.training.run.config import DrafterSection, load_config
 from dflare.training.run.pipeline import load_pipeline
@@ -55,6 +56,22 @@ def test_layers_are_the_last_of_the_target_unless_named(target):
             assert torch.equal(
                 drafter.layer(d).self_attn.q_proj.weight, old.self_attn.q_proj.weight
             )
+
+
+def test_fusion_starts_from_each_layers_own_input_whatever_the_sizes_of_the_taps(target):
+    """A tap whose states are three times as large as another's has no more voice than it."""
+    ids = [np.arange(3, 40), np.arange(8, 20)]
+    drafter = build_drafter(section(), target, seed=0)
+    start_fusion(drafter, (1, 3), tap_sizes(target, ids))
+    states = target.read(torch.from_numpy(ids[0])[None]).taps.unflatten(-1, (3, -1))
+    sizes = states.square().mean(-1).sqrt().median(1).values[0]
+    voice = drafter.layer_fusion_weights.detach().softmax(-1) * sizes
+    favoured = torch.tensor([0, 2])  # the outputs of layers 0 and 2, which layers 1 and 3 read
+    for shares, tap in zip(voice / voice.sum(-1, keepdim=True), favoured, strict=True):
+        others = shares[torch.arange(3) != tap]
+        assert shares.argmax() == tap
+        torch.testing.assert_close(others[0], others[1], rtol=0.15, atol=0)
+        assert shares[tap] / others.mean() == pytest.approx(np.e**2, rel=0.15)
 
 
 def test_context_projections_see_what_the_target_layer_sees(target):

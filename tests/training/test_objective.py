@@ -155,3 +155,29 @@ def test_the_chunk_size_does_not_change_the_loss():
     ]
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(losses[0], losses[2])
+
+
+@pytest.mark.parametrize("name", ["dpace", "decay"])
+def test_a_row_that_stands_for_three_tokens_counts_as_three(name):
+    """As if each of them had a row: the gradient is the same."""
+    torch.manual_seed(0)
+    hidden = torch.randn(4, 3, 8, dtype=torch.float64, requires_grad=True)
+    head, teacher = torch.randn(6, 8, dtype=torch.float64), torch.randn(4, 3, 8).double()
+    labels, supervised = torch.randint(5, (4, 3)), torch.ones(4, 3, dtype=torch.bool)
+    objective = Objective(name=name, soft_labels=0.5)
+    gradients = []
+    log_weight = torch.tensor([0.0] * 5 + [math.log(3)])
+    for rows, weight in ((head, log_weight), (torch.cat([head, head[5:], head[5:]]), None)):
+        loss = block_loss(
+            hidden,
+            rows,
+            labels,
+            supervised,
+            objective,
+            torch.tensor(2.5),
+            torch.tensor(12.0),
+            teacher=teacher,
+            log_weight=weight,
+        ).loss
+        gradients.append(torch.autograd.grad(loss, hidden)[0])
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)

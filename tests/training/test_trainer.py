@@ -16,6 +16,7 @@ from dflare.training.data.target import Target
 from dflare.training.drafter.export import export_size, load_drafter
 from dflare.training.run import loop
 from dflare.training.run.clock import Clock
+from dflare.training.run.config import load_config
 from dflare.training.run.loop import Interrupted, train
 from dflare.training.run.speculate import decode
 from dflare.training.run.trainer import Trainer
@@ -41,6 +42,7 @@ VARIANTS = [
     {"objective__soft_labels": 0.5, "objective__frequent": 20, "objective__random": 5},
     {"drafter__architecture": "dflash", "objective__name": "decay", "objective__gamma_end": 9.0},
     {"drafter__shared_kv": True, "run__accumulate": 2},
+    {"data__tap_noise": 0.05},
 ]
 
 
@@ -150,7 +152,8 @@ def test_micro_batches_do_not_change_the_step(tmp_path):
         results.append(weights(trainer))
     for other in results[1:]:
         for name, tensor in results[0].items():
-            torch.testing.assert_close(tensor, other[name], atol=1e-6, rtol=0)
+            # Where a gradient is nearly nothing, Adam makes a step of its rounding.
+            torch.testing.assert_close(tensor, other[name], atol=5e-5, rtol=0)
 
 
 def test_recomputed_activations_do_not_change_a_run(tmp_path):
@@ -181,6 +184,63 @@ def test_the_tap_cache_gives_the_states_that_the_target_gives(tmp_path):
     assert_equal(curves[1], curves[2])
     for name, tensor in curves[0].items():  # the cache rounds states to bfloat16
         torch.testing.assert_close(tensor, curves[1][name], atol=5e-3, rtol=0)
+
+
+def test_fusion_logits_have_a_learning_rate_of_their_own(folder):
+    """At the rate of the matrices a run could not re-rank the taps."""
+    moved = {}
+    for rate in (0.0, 1.0, 20.0):
+        output = str(folder / f"{rate}")
+        config = train_config(folder, optimizer__fusion_rate=rate, run__output=output)
+        trainer = Trainer(config, target())
+        before = weights(trainer)
+        for _ in range(4):
+            trainer.train_step()
+        after = weights(trainer)
+        moved[rate] = (after["layer_fusion_weights"] - before["layer_fusion_weights"]).abs().max()
+        assert not torch.equal(after["norm.weight"], before["norm.weight"])
+    assert moved[0.0] == 0.0 and moved[20.0] > 10 * moved[1.0] > 0.0
+
+
+def test_fusion_starts_by_the_sizes_of_the_taps_that_the_data_shows(folder):
+    trainer = Trainer(train_config(folder), target())
+    published = Trainer(
+        train_config(folder, drafter__init="random", run__output=str(folder / "r")), target()
+    )
+    start = published.drafter.layer_fusion_weights
+    assert set(start.flatten().tolist()) == {0.0, 2.0}
+    assert len(set(trainer.drafter.layer_fusion_weights.flatten().tolist())) > 3
+
+
+def test_noise_on_the_taps_is_for_training_alone(folder):
+    losses, held_out = [], []
+    for noise in (0.0, 0.5):
+        config = train_config(folder, data__tap_noise=noise, run__output=str(folder / f"{noise}"))
+        trainer = Trainer(config, target())
+        held_out.append(trainer.validate())
+        trainer.train_step()
+        losses.append(trainer.take_window().loss)
+    assert losses[0] != losses[1] and held_out[0] == held_out[1]
+
+
+def test_noise_is_a_share_of_each_taps_own_size(folder):
+    trainer = Trainer(train_config(folder, data__tap_noise=0.1), target())
+    taps = torch.randn(2, 400, 96) * torch.tensor([1.0, 5.0, 25.0]).repeat_interleave(32)
+    noisy = trainer._step._noisy(taps, torch.Generator().manual_seed(0))
+    parts, noise = (part.unflatten(-1, (3, 32)) for part in (taps, noisy - taps))
+    share = noise.square().mean((0, 1, 3)).sqrt() / parts.square().mean((0, 1, 3)).sqrt()
+    torch.testing.assert_close(share, torch.full((3,), 0.1), rtol=0.05, atol=0)
+
+
+def test_the_update_is_one_kernel_on_every_device(folder):
+    assert Trainer(train_config(folder), target()).optimizer.defaults["fused"]
+
+
+def test_the_demo_runs_look_at_held_out_data_while_they_train():
+    for name in ("cpu-train", "gpu-train"):
+        config = load_config(Path(__file__).parents[2] / f"configs/demo/{name}.yaml")
+        assert config.data.held_out and config.run.validate_every
+        assert config.data.max_length >= 512 and config.data.tap_noise > 0
 
 
 def test_an_export_holds_what_was_trained(tmp_path):

@@ -45,6 +45,10 @@ class Corpus:
         """Return some of the sequences."""
         return _join([self.tokens(int(i)) for i in indices], [self.mask(int(i)) for i in indices])
 
+    def first(self, sequences: int) -> list[np.ndarray]:
+        """Ids of the first sequences, at most so many."""
+        return [self.tokens(i) for i in range(min(sequences, len(self)))]
+
     def fingerprint(self) -> str:
         """Identify the content, to notice that a resumed run got other data."""
         digest = hashlib.sha256(self.ids.tobytes())

@@ -4,7 +4,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from dflare.training.data.files import DataFile, Record, prompt_key
+from dflare.training.data.conversation import Conversation
+from dflare.training.data.files import DataFile
 from dflare.training.data.generate import Answer, Sampling
 from dflare.training.data.prompt_filter import PromptFilter
-from dflare.training.data.prompts import Message, encode, key, read_lines
+from dflare.training.data.prompts import Message, read_lines
 from dflare.training.errors import ConfigError, DataError
 
 _USELESS = 2000  # user turns in a row that make no prompt, after which to give up
@@ -293,10 +294,10 @@ class Synth:
         settings = self._settings
         file = DataFile(self._path, self._header)
         written = len(file.keys)
-        open_turns: deque[_Conversation] = deque()
+        open_turns: deque[Conversation] = deque()
         known = set(file.keys)
         for messages in prompts:
-            conversation = _Conversation(messages)
+            conversation = Conversation(messages)
             if conversation.key in known or not self._filter.allows(messages):
                 continue
             known.add(conversation.key)
@@ -311,7 +312,7 @@ class Synth:
             with self._progress() as progress:
                 task = progress.add_task("answers", total=total, completed=written, rate="")
                 while open_turns and not self._late():  # again for turns asked when none was open
-                    asked: list[_Conversation] = []
+                    asked: list[Conversation] = []
                     for answer in generator.run(_asking(open_turns, asked), self.deadline):
                         conversation = asked[answer.prompt]
                         conversation.add(answer, self._tokenizer, self._stop_ids)
@@ -334,68 +335,11 @@ class Synth:
         return self.deadline is not None and time.monotonic() > self.deadline
 
 
-def _asking(
-    open_turns: "deque[_Conversation]", asked: "list[_Conversation]"
-) -> Iterator[list[int]]:
+def _asking(open_turns: deque[Conversation], asked: list[Conversation]) -> Iterator[list[int]]:
     """Hand out the turns that wait for an answer, and note in which order."""
     while open_turns:
         asked.append(open_turns.popleft())
         yield asked[-1].ids
-
-
-@dataclass
-class _Conversation:
-    """A conversation while it is answered.
-
-    Args:
-        prompt: What was given.
-        ids: Tokens so far, ready for the answer.
-        answers: Ranges of them that are answers.
-        cut: The last answer was cut for its length.
-    """
-
-    prompt: list[Message]
-    ids: list[int] = field(default_factory=list)
-    answers: list[tuple[int, int]] = field(default_factory=list)
-    cut: bool = False
-    _turns: list[Message] = field(default_factory=list)
-    _taken: int = 0
-
-    @property
-    def key(self) -> int:
-        """Identifies the prompt."""
-        return prompt_key(key(self.prompt))
-
-    def ask(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> bool:
-        """Go on to the next user turn without an answer; whether there is one, with room for it."""
-        while self._taken < len(self.prompt):
-            self._turns.append(self.prompt[self._taken])
-            self._taken += 1
-            following = self.prompt[self._taken : self._taken + 1]
-            answered = following and following[0]["role"] == "assistant"
-            if self._turns[-1]["role"] == "user" and not answered:
-                ids = encode(tokenizer, self._turns)
-                # What a server would be sent must go on from what the target said, token for
-                # token; where a template or a tokenizer writes it differently, it ends here.
-                if len(ids) >= max_length or ids[: len(self.ids)] != self.ids:
-                    return False
-                self.ids = ids
-                return True
-        return False
-
-    def add(
-        self, answer: Answer, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]
-    ) -> None:
-        """Take in the answer to the turn that was asked."""
-        self.answers.append((len(self.ids), len(self.ids) + len(answer.ids)))
-        self.ids = self.ids + answer.ids
-        self.cut = answer.finish == "length"
-        said = answer.ids[:-1] if answer.ids[-1] in stop_ids else answer.ids
-        self._turns.append({"role": "assistant", "content": str(tokenizer.decode(said))})
-
-    def record(self) -> Record:
-        """Return what is kept."""
-        return Record(self.ids, self.answers, self.key, self.cut)
 
 
 def _rate(generator: AnswersPrompts) -> str:

@@ -5,7 +5,9 @@ training then only has to teach it to look ahead from context K/V and mask token
 """
 
 import copy
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -106,10 +108,53 @@ def build_drafter(
             elif name.endswith("bias"):
                 torch.nn.init.zeros_(parameter)
     if section.init == "target":
-        last = config.num_target_layers
-        layers = section.init_layers or tuple(range(last - section.layers, last))
-        copy_target_layers(drafter, target, layers)
+        copy_target_layers(drafter, target, init_layers(section, config))
     return drafter
+
+
+def init_layers(section: DrafterSection, config: DraftConfig) -> tuple[int, ...]:
+    """Return the target layer that each draft layer starts from."""
+    last = config.num_target_layers
+    return section.init_layers or tuple(range(last - section.layers, last))
+
+
+@torch.no_grad()
+def tap_sizes(target: Target, sequences: Sequence[np.ndarray]) -> Tensor:
+    """Measure the target's states.
+
+    Args:
+        target: Tapped.
+        sequences: Token ids of some text.
+
+    Returns:
+        ``[T]`` float32, the median over tokens of the root mean square of each tapped state.
+    """
+    parts = []
+    for ids in sequences:
+        tokens = torch.from_numpy(ids).long().to(target.device)
+        states = target.read(tokens[None]).taps.unflatten(-1, (len(target.taps), -1))
+        parts.append(states[0].float().square().mean(-1).sqrt().cpu())
+    return torch.cat(parts).median(0).values
+
+
+@torch.no_grad()
+def start_fusion(drafter: Drafter, layers: tuple[int, ...], sizes: Tensor) -> None:
+    """Start the fusion from what each layer read in the target, whatever the sizes of the taps.
+
+    States grow with depth: equal shares would leave early taps without a voice. So the logit is
+    -log of the tap's size, and 2 more for the tap nearest to the input of the layer that the draft
+    layer was copied from, which is the output of the layer before.
+
+    Args:
+        drafter: Overwritten.
+        layers: Target layer for each draft layer.
+        sizes: From :func:`tap_sizes`.
+    """
+    taps = torch.tensor(drafter.config.target_layer_ids)
+    logits = -sizes.clamp(min=1e-6).log().repeat(len(layers), 1)
+    for d, layer in enumerate(layers):
+        logits[d, (taps - (layer - 1)).abs().argmin()] += 2.0
+    drafter.layer_fusion_weights.copy_(logits - logits.mean(-1, keepdim=True))
 
 
 def _strongest(gate: Tensor, up: Tensor, down: Tensor, count: int) -> Tensor:

@@ -37,10 +37,12 @@ def chunk_loss(
     objective: Objective,
     gamma: Tensor,
     normaliser: Tensor,
+    log_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, its gradient by ``hidden``, and hits of one chunk of blocks; see :func:`block_loss`."""
     logits = (hidden @ head.T).float()
-    log_probs = logits.log_softmax(-1)
+    weighted = logits if log_weight is None else logits + log_weight
+    log_probs = weighted.log_softmax(-1)
     of_label = log_probs.gather(-1, labels[..., None])[..., 0]
     weights = objective.weights(of_label.exp(), supervised, gamma) / normaliser
     hard = 1.0 if teacher is None else 1.0 - objective.soft_labels
@@ -51,7 +53,8 @@ def chunk_loss(
         -1, labels[..., None], torch.full_like(of_label, -hard)[..., None]
     )
     if teacher is not None:
-        wanted = (teacher @ head.T).float().softmax(-1)
+        wanted = (teacher @ head.T).float()
+        wanted = (wanted if log_weight is None else wanted + log_weight).softmax(-1)
         cross_entropy = cross_entropy - objective.soft_labels * (wanted * log_probs).sum(-1)
         gradient = gradient - objective.soft_labels * wanted
     gradient = (gradient * weights[..., None]).to(head.dtype)
@@ -95,6 +98,7 @@ def block_loss(
     normaliser: Tensor,
     *,
     teacher: Tensor | None = None,
+    log_weight: Tensor | None = None,
     chunk_blocks: int = 256,
     run_chunk: Callable = chunk_loss,
 ) -> BlockLoss:
@@ -111,6 +115,8 @@ def block_loss(
         teacher: ``[N, B-1, H]``, the target's own final hidden states for the same slots, whose
             distribution over the rows of ``head`` makes the soft part of the label; without it
             the labels are hard.
+        log_weight: ``[V']`` float32, log of the tokens that each row of ``head`` stands for
+            (``LossHead``); none for one each.
         chunk_blocks: Blocks whose logits exist at once.
         run_chunk: ``chunk_loss`` or a compiled form of it.
 
@@ -119,7 +125,9 @@ def block_loss(
     """
 
     def run(hidden, labels, supervised, teacher):
-        return run_chunk(hidden, head, labels, supervised, teacher, objective, gamma, normaliser)
+        return run_chunk(
+            hidden, head, labels, supervised, teacher, objective, gamma, normaliser, log_weight
+        )
 
     loss, correct = _ChunkedBlockLoss.apply(hidden, chunk_blocks, run, labels, supervised, teacher)
     return BlockLoss(loss, correct)

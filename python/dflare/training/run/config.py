@@ -34,6 +34,8 @@ class DataSection(Section):
         batch_size: Sequences a step, over all ranks and micro-batches.
         anchors: Blocks a sequence.
         held_out: Sequences set aside for validation and ``dflare evaluate``.
+        tap_noise: Noise on the target's states in training, as a share of their size; against
+            learning the data by heart.
         tap_cache: Folder that keeps the target's states, so that it runs over each sequence once;
             none runs it in every step.
     """
@@ -43,6 +45,7 @@ class DataSection(Section):
     batch_size: int = Field(gt=0)
     anchors: int = Field(gt=0)
     held_out: int = Field(default=64, ge=0)
+    tap_noise: float = Field(default=0.0, ge=0)
     tap_cache: str | None = None
 
 
@@ -71,6 +74,7 @@ class OptimizerSection(Section):
         betas: Of the moments.
         eps: Added to the root of the second moment.
         weight_decay: Of matrices; norms and fusion logits do not decay.
+        fusion_rate: Learning rate of the fusion logits over that of the rest; 0 freezes them.
         clip: Norm to which gradients are clipped.
     """
 
@@ -80,6 +84,7 @@ class OptimizerSection(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
+    fusion_rate: float = Field(default=20.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
 
 

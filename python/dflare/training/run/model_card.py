@@ -1,6 +1,7 @@
 """The model card of a demo drafter: what it is, what it learned from, what was measured."""
 
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 import dflare
 from dflare.processor import device_name
-from dflare.training.data.files import read_records
+from dflare.training.data.files import read_header, read_records
 from dflare.training.run.config import TrainConfig
 
 _CARD = """---
@@ -38,7 +39,7 @@ prompts that were set aside before training.
 
 ## Training
 
-- Data: {sequences} prompts written and answered by the target itself, {tokens} tokens, {answers} of
+- Data: {sequences} prompts answered by the target itself, {tokens} tokens, {answers} of
   them supervised; answers at temperature {temperature}.
 - {steps} steps of {batch} sequences x {anchors} anchors in {minutes:.1f} minutes on {hardware},
   seed {seed}.
@@ -49,18 +50,16 @@ prompts that were set aside before training.
 """
 
 
-def _count(data: Path) -> tuple[int, int, int]:
-    """Sequences, tokens and supervised tokens of a data file."""
-    records = list(read_records(data))
+def _count(files: Iterable[str]) -> tuple[int, int, int]:
+    """Sequences, tokens and supervised tokens of data files."""
+    records = [record for file in files for record in read_records(Path(file))]
     tokens = sum(len(record.ids) for record in records)
     return len(records), tokens, sum(b - a for record in records for a, b in record.answers)
 
 
 def model_card(
     train: TrainConfig,
-    temperature: float,
     last: dict[str, Any],
-    data: Path,
     report: dict[str, Any],
     overrides: str,
 ) -> str:
@@ -68,9 +67,7 @@ def model_card(
 
     Args:
         train: Of the run.
-        temperature: Of the answers in the data.
         last: Last line of the training log.
-        data: The data file.
         report: Of :func:`dflare.training.run.evaluate.run_evaluation`.
         overrides: Given on the command line.
     """
@@ -84,7 +81,11 @@ def model_card(
             f"| {name.replace('_', ' ')} | {result['prompts']} | {own['accept_length']:.3f} | "
             f"{lookup['accept_length']:.3f} | {reached} |"
         )
-    sequences, tokens, answers = _count(data)
+    sequences, tokens, answers = _count(train.data.files)
+    temperatures = {
+        header.get("generation", {}).get("temperature")
+        for header in (read_header(Path(file)) for file in train.data.files)
+    }
     vocabulary = "the whole vocabulary"
     if objective.frequent:
         vocabulary = f"loss over {objective.frequent} frequent and {objective.random} random tokens"
@@ -103,7 +104,7 @@ def model_card(
         sequences=sequences,
         tokens=tokens,
         answers=answers,
-        temperature=temperature,
+        temperature=" and ".join(sorted(map(str, temperatures))),
         steps=last["step"],
         batch=train.data.batch_size,
         anchors=train.data.anchors,

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dflare.text_file import read_text
 from dflare.training.data.prompts import read_openers, read_prompts
 from dflare.training.data.synth import SynthSettings
 from dflare.training.data.synth_run import open_synth
 from dflare.training.data.target import load_target
+from dflare.training.data.templates import read_templates
 from dflare.training.drafter.export import export_size
 from dflare.training.drafter.init import draft_config
 from dflare.training.drafter.model import Drafter
@@ -43,10 +44,12 @@ class _Section(BaseModel):
 
 
 class SynthStage(_Section):
-    """Generation.
+    """Generation, beside the corpus that is there already.
 
     Args:
         self_written: Prompts that the target writes.
+        templated: Conversations drawn from templates.
+        templates: File of templates.
         minutes: Time for prompts and answers together.
         rows: Sequences side by side.
         openers: File with beginnings of prompts.
@@ -57,27 +60,37 @@ class SynthStage(_Section):
         seed: Of everything drawn.
     """
 
-    self_written: int = Field(gt=0)
+    self_written: int = Field(default=0, ge=0)
+    templated: int = Field(default=0, ge=0)
+    templates: str | None = None
     minutes: float = Field(gt=0)
     rows: int = Field(gt=0)
-    openers: str
+    openers: str | None = None
     exclude: tuple[str, ...] = ()
     max_new_tokens: int = Field(gt=0)
     max_length: int = Field(gt=0)
     temperature: float = Field(default=0.0, ge=0)
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _has_prompts(self) -> "SynthStage":
+        if self.templated and self.templates is None:
+            raise ValueError("templated needs templates, the file that they are in")
+        if not self.templated and not self.self_written:
+            raise ValueError("nothing to answer: give templated or self_written")
+        return self
+
 
 class EvaluateStage(_Section):
     """Evaluation.
 
     Args:
-        questions: File with hand-written prompts.
+        prompts: Files with prompts.
         max_new_tokens: Tokens of an answer.
         rows: Prompts side by side.
     """
 
-    questions: str
+    prompts: tuple[str, ...] = Field(min_length=1)
     max_new_tokens: int = Field(gt=0)
     rows: int = Field(gt=0)
 
@@ -87,13 +100,21 @@ class PipelineConfig(_Section):
 
     Args:
         train: File with the training configuration.
-        synth: Generation.
+        corpus: Data files that there are, as patterns.
+        synth: Generation of more; none to train on the corpus alone.
         evaluate: Evaluation.
     """
 
     train: str
-    synth: SynthStage
+    corpus: tuple[str, ...] = ()
+    synth: SynthStage | None = None
     evaluate: EvaluateStage
+
+    @model_validator(mode="after")
+    def _has_data(self) -> "PipelineConfig":
+        if not self.corpus and self.synth is None:
+            raise ValueError("no data: give corpus, synth, or both")
+        return self
 
 
 class Stages:
@@ -150,14 +171,13 @@ def load_pipeline(path: Path) -> PipelineConfig:
 
 
 def _generate(
-    config: PipelineConfig, folder: Path, data: Path, training: TrainConfig, stages: Stages
+    stage: SynthStage, folder: Path, data: Path, training: TrainConfig, stages: Stages
 ) -> None:
-    stage = config.synth
     settings = SynthSettings(
         temperature=stage.temperature,
         max_new_tokens=stage.max_new_tokens,
         max_length=stage.max_length,
-        openers=read_openers(folder / stage.openers),
+        openers=read_openers(folder / stage.openers) if stage.openers else ("",),
         seed=stage.seed,
     )
     excluded = [messages for name in stage.exclude for messages in read_prompts(folder / name)]
@@ -177,7 +197,10 @@ def _generate(
         ) as synth,
     ):
         synth.deadline = started + min(left, 60.0 * _PROMPT_SHARE * stage.minutes)
-        prompts = synth.write_prompts(stage.self_written)
+        prompts = synth.write_prompts(stage.self_written) if stage.self_written else []
+        if stage.templates is not None:
+            drawn = read_templates(folder / stage.templates).conversations(stage.seed)
+            prompts += synth.choose(drawn, stage.templated)
         synth.deadline = started + left
         synth.answer(prompts)
     stages.state["synth_done"] = True
@@ -217,7 +240,11 @@ def run_pipeline(config_file: Path, work: Path, output: Path, overrides: list[st
     config, folder = load_pipeline(config_file), config_file.parent
     work.mkdir(parents=True, exist_ok=True)
     data, trained = work / "data.xz", work / "train"
-    places = [f"data.files=[{data}]", f"run.output={trained}"]
+    files = [file for pattern in config.corpus for file in sorted(folder.glob(pattern))]
+    files += [data] if config.synth is not None else []
+    if not files:
+        raise ConfigError(f"{config_file}: no file fits corpus {list(config.corpus)}")
+    places = [f"data.files=[{', '.join(map(str, files))}]", f"run.output={trained}"]
     training = load_config(folder / config.train, [*places, *overrides])
     if training.data.tap_cache is not None:
         training = load_config(
@@ -226,8 +253,8 @@ def run_pipeline(config_file: Path, work: Path, output: Path, overrides: list[st
     if not (trained / "drafter" / "config.json").exists():
         _check_size(training)
     stages = Stages(work / "stages.json")
-    if not stages.state["synth_done"]:
-        _generate(config, folder, data, training, stages)
+    if config.synth is not None and not stages.state["synth_done"]:
+        _generate(config.synth, folder, data, training, stages)
 
     if not (trained / "drafter" / "config.json").exists():
         train(Trainer(training, resume=(trained / FILE).exists()))
@@ -236,7 +263,7 @@ def run_pipeline(config_file: Path, work: Path, output: Path, overrides: list[st
     report = run_evaluation(
         str(trained / "drafter"),
         training.target.name,
-        [folder / config.evaluate.questions],
+        [folder / name for name in config.evaluate.prompts],
         train_file,
         output,
         max_new_tokens=config.evaluate.max_new_tokens,
@@ -250,6 +277,6 @@ def run_pipeline(config_file: Path, work: Path, output: Path, overrides: list[st
     shutil.copyfile(trained / "log.jsonl", output / "training.jsonl")
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     last = next(line for line in reversed(log) if line["kind"] == "train")
-    card = model_card(training, config.synth.temperature, last, data, report, " ".join(overrides))
+    card = model_card(training, last, report, " ".join(overrides))
     (output / "README.md").write_text(card, encoding="utf-8")
     return output

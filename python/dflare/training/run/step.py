@@ -15,6 +15,7 @@ from dflare.training.drafter.block_mask import dense_block_mask, flex_block_mask
 from dflare.training.drafter.model import Mask
 from dflare.training.loss.block_loss import BlockLoss, block_loss, chunk_loss
 from dflare.training.loss.objective import Objective
+from dflare.training.loss.vocabulary import LossHead
 
 
 def draft_blocks(
@@ -64,6 +65,7 @@ class BlockStep:
         flex: Flex attention's mask instead of a dense one (compiled, on CUDA).
         cache: Keeps target states between epochs.
         run_chunk: The loss of a chunk, possibly compiled.
+        tap_noise: Noise on the taps where it is asked for, as a share of each state's size.
     """
 
     def __init__(
@@ -75,7 +77,9 @@ class BlockStep:
         flex: bool,
         cache: TapCache | None = None,
         run_chunk: Callable = chunk_loss,
+        tap_noise: float = 0.0,
     ) -> None:
+        self._tap_noise = tap_noise
         self.target, self.config, self.objective = target, config, objective
         self._chunk_blocks = max(1, chunk_tokens // (config.block_size - 1))
         self._cache, self._run_chunk = cache, run_chunk
@@ -97,15 +101,22 @@ class BlockStep:
         width = self.config.num_taps * self.config.hidden_size
         return TargetOutput(states[..., :width], states[..., width:])
 
+    def _noisy(self, taps: Tensor, noise: torch.Generator) -> Tensor:
+        """Disturb every tapped state by noise of ``tap_noise`` times its own root mean square."""
+        states = taps.unflatten(-1, (self.config.num_taps, -1))
+        size = states.float().square().mean(-1, keepdim=True).sqrt()
+        drawn = torch.empty(states.shape, device=states.device).normal_(generator=noise)
+        return (states + self._tap_noise * size * drawn).to(taps.dtype).flatten(-2)
+
     def loss(
         self,
         drafter: nn.Module,
         batch: Batch,
         sequences: np.ndarray,
-        head: Tensor,
-        rows: Tensor | None,
+        head: LossHead,
         gamma: Tensor,
         normaliser: Tensor,
+        noise: torch.Generator | None = None,
     ) -> BlockLoss:
         """Loss of a batch.
 
@@ -113,13 +124,14 @@ class BlockStep:
             drafter: The module to call, wrapped or not.
             batch: On the target's device.
             sequences: Its sequences' indices in the training corpus, for the cache.
-            head: ``[V', H]``, the head's rows that the loss looks at.
-            rows: ``[V']`` ascending, which those are; none for all.
+            head: What the loss looks at of the target's head.
             gamma: Scalar, decay length.
             normaliser: Scalar, supervised slots of the whole step.
+            noise: Where noise on the taps comes from; none for no noise.
         """
         with record_function("target"):
             states = self.target_states(batch, sequences)
+            taps = states.taps if noise is None else self._noisy(states.taps, noise)
         with record_function("draft"):
             hidden = draft_blocks(
                 drafter,
@@ -127,13 +139,13 @@ class BlockStep:
                 self.target,
                 batch.ids,
                 batch.anchors,
-                states.taps,
+                taps,
                 self._make_mask,
             ).flatten(0, 1)
         labels, supervised = batch.labels.flatten(0, 1), batch.supervised.flatten(0, 1)
-        if rows is not None:
+        if head.rows is not None:
             # A padded or unsupervised label may not be among the rows: any row will do for it.
-            labels = torch.searchsorted(rows, labels).clamp_(max=len(rows) - 1)
+            labels = torch.searchsorted(head.rows, labels).clamp_(max=len(head.rows) - 1)
         teacher = None
         if self.objective.soft_labels:
             # The state at n0 + j - 1 is the one from which the target predicts slot j.
@@ -144,13 +156,14 @@ class BlockStep:
         with record_function("loss"):
             return block_loss(
                 hidden[:, 1:],
-                head,
+                head.weight,
                 labels,
                 supervised,
                 self.objective,
                 gamma,
                 normaliser,
                 teacher=teacher,
+                log_weight=head.log_weight,
                 chunk_blocks=self._chunk_blocks,
                 run_chunk=self._run_chunk,
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
@@ -16,11 +16,17 @@ from dflare.training.data.batches import Batch, Order, make_batch
 from dflare.training.data.corpus import Corpus, check_mask_token, load_corpus, split
 from dflare.training.data.tap_cache import TapCache
 from dflare.training.data.target import Target, load_target
-from dflare.training.drafter.init import build_drafter, tap_ids
+from dflare.training.drafter.init import (
+    build_drafter,
+    init_layers,
+    start_fusion,
+    tap_ids,
+    tap_sizes,
+)
 from dflare.training.errors import ConfigError, DataError, TrainingError
 from dflare.training.loss.acceptance import Acceptance, AcceptanceMeter
 from dflare.training.loss.block_loss import chunk_loss
-from dflare.training.loss.vocabulary import LossVocabulary
+from dflare.training.loss.vocabulary import LossHead, LossVocabulary
 from dflare.training.run.clock import Clock
 from dflare.training.run.config import TrainConfig
 from dflare.training.run.optimizer import learning_rate, make_optimizer
@@ -30,6 +36,7 @@ from dflare.training.run.step import BlockStep
 from dflare.training.run.window import Window
 
 _VALIDATION_EPOCH = 2**31  # seeds the anchors of validation, which stay the same for the whole run
+_TAP_SIZE_SEQUENCES = 16  # from which the sizes of the target's states are measured
 _WIDTHS = 6  # widths of a batch where code is compiled for each; each a multiple of 128
 
 
@@ -90,7 +97,11 @@ class Trainer:
 
         self.drafter = build_drafter(
             config.drafter, self.target, run.seed, run.checkpoint_activations
-        ).to(self.device)
+        )
+        if self.drafter.architecture == "dflare" and config.drafter.init == "target" and not resume:
+            sizes = tap_sizes(self.target, everything.first(_TAP_SIZE_SEQUENCES))
+            start_fusion(self.drafter, init_layers(config.drafter, self.drafter.config), sizes)
+        self.drafter.to(self.device)
         check_mask_token(config.drafter.mask_token_id, everything, vocab_size)
         self._vocabulary = None
         if config.objective.frequent:
@@ -115,7 +126,7 @@ class Trainer:
         if self._compile:
             self.drafter.compile(dynamic=False)
         self._module: nn.Module = self.ranks.wrap(self.drafter, run.shard)
-        self.optimizer = make_optimizer(self.drafter, config.optimizer, fused=on_gpu)
+        self.optimizer = make_optimizer(self.drafter, config.optimizer)
         self._order = Order(self.corpus.lengths, config.data.batch_size, run.seed)
         self.clock = Clock(
             run.epochs * self._order.steps_per_epoch if run.steps is None else run.steps,
@@ -163,6 +174,7 @@ class Trainer:
             self._compile and self.device.type == "cuda",
             cache,
             self._run_chunk,
+            self.config.data.tap_noise,
         )
 
     def _open_cache(self) -> TapCache | None:
@@ -207,7 +219,9 @@ class Trainer:
         """Do one optimizer step."""
         run = self.config.run
         epoch, sequences = self._order.step(self.clock.steps)
-        head, rows = self._head(sequences)
+        head = LossHead(self.target.head)
+        if self._vocabulary is not None:
+            head = self._vocabulary.head(self.target.head, sequences, self.clock.steps)
         parts = np.array_split(sequences[self.ranks.rank :: self.ranks.world], run.accumulate)
         with record_function("batch"):
             batches = [self._batch(self.corpus, part, epoch) for part in parts if len(part)]
@@ -216,11 +230,13 @@ class Trainer:
         progress = self.clock.schedule()
         gamma = torch.tensor(self.config.objective.gamma_at(progress), device=self.device)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optimizer, progress)
+            group["lr"] = group["rate"] * learning_rate(self.config.optimizer, progress)
         for number, (batch, part) in enumerate(zip(batches, parts, strict=False)):
             last = number == len(batches) - 1
             with self._synchronised(last), self._autocast():
-                result = self._step.loss(self._module, batch, part, head, rows, gamma, normaliser)
+                result = self._step.loss(
+                    self._module, batch, part, head, gamma, normaliser, self._noise(part)
+                )
                 with record_function("backward"):
                     (result.loss * self.ranks.world).backward()
             supervised = batch.supervised.flatten(0, 1)
@@ -232,15 +248,13 @@ class Trainer:
         self.window.end_step(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         self.clock.steps += 1
 
-    def _head(self, sequences: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        if self._vocabulary is None:
-            return self.target.head, None
-        rows = torch.from_numpy(self._vocabulary.rows(sequences, self.clock.steps))
-        rows = rows.to(self.device)
-        head = self.target.head[rows]
-        # How many they are differs from step to step; compiled for one size, each is compiled anew.
-        torch._dynamo.maybe_mark_dynamic(head, 0)
-        return head, rows
+    def _noise(self, part: np.ndarray) -> torch.Generator | None:
+        """Noise on the taps of a micro-batch: the same after a resume."""
+        if not self.config.data.tap_noise:
+            return None
+        seed = np.random.SeedSequence([self.config.run.seed, self.clock.steps, int(part[0])])
+        noise = torch.Generator(self.device)
+        return noise.manual_seed(int(seed.generate_state(1)[0]))
 
     def _synchronised(self, last: bool) -> AbstractContextManager:
         """Reduce gradients over ranks only with the last micro-batch."""
@@ -269,7 +283,7 @@ class Trainer:
             batch = self._batch(self.held_out, part, _VALIDATION_EPOCH)
             with self._autocast():
                 result = self._validation_step.loss(
-                    self.drafter, batch, part, self.target.head, None, one, one
+                    self.drafter, batch, part, LossHead(self.target.head), one, one
                 )
             meter.add(result.correct, batch.supervised.flatten(0, 1), result.loss)
         self.drafter.train()
