@@ -69,7 +69,7 @@ def find_torch() -> Torch | None:
             exec(file.read_text(encoding="utf-8"), values)
             major = re.match(r"\d+", values.get("cuda") or "")
             version = str(values["__version__"])
-            return Torch(file.parent, version, int(major[0]) if major else None)
+            return Torch(file.resolve().parent, version, int(major[0]) if major else None)
     return None
 
 
