@@ -19,7 +19,7 @@ void append_context_kv(const at::Tensor& target_hidden, const at::Tensor& fusion
   const Checker check{"append_context_kv", target_hidden.device()};
   const DeviceGuard guard(check.device.index());
   const bool overlap = overlaps_launches(check);
-  const int sm_count = device_attribute(cudaDevAttrMultiProcessorCount, check.device);
+  const int sm_count = device_attribute(check, cudaDevAttrMultiProcessorCount);
 
   // Shapes, as the arguments themselves give them.
   const ElementType element = check.element("target_hidden", target_hidden);
