@@ -66,7 +66,7 @@ test-fast: $(STAMP)  ## run the tests that start no engine and train no model (3
 test-emulation: $(STAMP)  ## run the CUDA kernels' sources on the host
 	$(PY) -m pytest tests/emulation
 
-kernels: $(STAMP)  ## compile every CUDA kernel; table of registers, spills, shared memory
+kernels: $(STAMP)  ## compile every CUDA kernel; tables of registers and main loops, held to budgets
 	$(PY) csrc/gates/check.py
 
 CONFIG ?= configs/demo/cpu.yaml
