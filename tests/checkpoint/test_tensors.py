@@ -10,6 +10,7 @@ from checkpoints import random_draft_config, random_tensors, write_random_draft,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dflare.checkpoint import (
     DraftConfig,
@@ -219,3 +220,18 @@ def test_nothing_but_the_header_is_read(tmp_path):
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + offset)
     assert len(check_tensors(tmp_path, config)) == 94
+
+
+def test_weights_are_read_once_while_the_file_stays_as_it_is(tmp_path, monkeypatch):
+    draft = write_random_draft(tmp_path / "draft")
+    config = read_config(draft)
+    check_finite(draft, config)
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.safe_open", None)  # reading again would fail
+        check_finite(draft, config)
+    weights = load_file(draft / "model.safetensors")
+    weights = {name: tensor.clone() for name, tensor in weights.items()}
+    weights["norm.weight"][0] = float("inf")
+    save_file(weights, draft / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"`norm.weight` \(1 of 64\)"):
+        check_finite(draft, config)
