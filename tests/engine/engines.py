@@ -82,6 +82,8 @@ def running_engine(
         "model_path": str(target),
         "log_level": "warning",
         "max_total_tokens": 8192,
+        # An idle scheduler would take a core from the reference that its answers are held against.
+        "sleep_on_idle": True,
         # SGLang's own handler would kill the test run.
         "custom_sigquit_handler": _fail,
     }

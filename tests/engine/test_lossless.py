@@ -35,20 +35,34 @@ def questions(demo_pair):
     return chat_prompts(AutoTokenizer.from_pretrained(demo_pair[0]), 100)
 
 
-@pytest.fixture(scope="module")
-def demo_alone(demo_pair, questions):
+def alone(demo_pair, questions) -> list[list[int]]:
     """What the demo target says without speculation, whatever is asked beside it."""
     with running_engine(demo_pair[0]) as engine:
         return tokens(generate(engine, questions, concurrency=8, max_new_tokens=64))
 
 
-@pytest.mark.timeout(1500)
-def test_hundred_prompts_at_concurrency_1_and_8(demo_pair, questions, demo_alone):
+@pytest.fixture(scope="module")
+def expected(demo_pair, questions):
+    """Its answers to the first 20."""
+    return alone(demo_pair, questions[:20])
+
+
+def check_at_concurrency_1_and_8(demo_pair, questions, expected):
     with running_engine(*demo_pair) as engine:
         for concurrency in (1, 8):
             answers = generate(engine, questions, concurrency=concurrency, max_new_tokens=64)
-            assert tokens(answers) == demo_alone
+            assert tokens(answers) == expected
             engine.flush_cache()
+
+
+def test_prompts_at_concurrency_1_and_8(demo_pair, questions, expected):
+    check_at_concurrency_1_and_8(demo_pair, questions[:20], expected)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_hundred_prompts_at_concurrency_1_and_8(demo_pair, questions):
+    check_at_concurrency_1_and_8(demo_pair, questions, alone(demo_pair, questions))
 
 
 @pytest.mark.parametrize(
@@ -62,19 +76,19 @@ def test_hundred_prompts_at_concurrency_1_and_8(demo_pair, questions, demo_alone
     ],
     ids=str,
 )
-def test_configurations(demo_pair, questions, demo_alone, flags):
+def test_configurations(demo_pair, questions, expected, flags):
     with running_engine(*demo_pair, **flags) as engine:
         answers = generate(engine, questions[:12], concurrency=4, max_new_tokens=64)
         again = generate(engine, questions[:6], concurrency=4, max_new_tokens=64)
-    assert tokens(answers) == demo_alone[:12]
-    assert tokens(again) == demo_alone[:6]
+    assert tokens(answers) == expected[:12]
+    assert tokens(again) == expected[:6]
 
 
-def test_small_pool_retracts_and_loses_nothing(demo_pair, questions, demo_alone):
+def test_small_pool_retracts_and_loses_nothing(demo_pair, questions, expected):
     flags = {"max_total_tokens": 512, "schedule_conservativeness": 0.01}
     with running_engine(*demo_pair, **flags) as engine:
         answers = generate(engine, questions[:12], concurrency=8, max_new_tokens=64)
-    assert tokens(answers) == demo_alone[:12]
+    assert tokens(answers) == expected[:12]
 
 
 def test_long_prompt_and_shared_prefixes(demo_pair, questions):
@@ -92,7 +106,7 @@ def test_long_prompt_and_shared_prefixes(demo_pair, questions):
     assert outputs[0] == outputs[1]
 
 
-def test_aborted_request_leaves_others_alone(demo_pair, questions, demo_alone):
+def test_aborted_request_leaves_others_alone(demo_pair, questions, expected):
     async def scenario(engine):
         sampling = {"temperature": 0, "max_new_tokens": 64}
 
@@ -122,5 +136,5 @@ def test_aborted_request_leaves_others_alone(demo_pair, questions, demo_alone):
         usage = engine.get_server_info()["internal_states"][0]
     assert aborted["meta_info"]["finish_reason"]["type"] == "abort"
     assert aborted["meta_info"]["completion_tokens"] < 3000
-    assert tokens([*answers, later]) == demo_alone[:4]
+    assert tokens([*answers, later]) == expected[:4]
     assert usage is not None

@@ -3,6 +3,7 @@
 This is the test that catches a drafter fed wrong context: such a drafter only accepts less.
 """
 
+import itertools
 import random
 from typing import Any
 
@@ -46,20 +47,39 @@ def check_answers(pair: ReferencePair, prompts, answers, name: str, window=None)
     )
 
 
-WIDTHS = pytest.mark.parametrize(
-    "widths", [TURNS, MOSTLY_PLAIN], ids=["all-widths", "mostly-plain"]
+WIDTHS = {"all-widths": TURNS, "mostly-plain": MOSTLY_PLAIN}
+
+
+def combinations(short: set[tuple], *options) -> list:
+    """All combinations of the options as parameters; those that are not `short` take `long`."""
+    return [
+        pytest.param(*values, marks=[] if values in short else pytest.mark.long)
+        for values in itertools.product(*options)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("page_size", "radix", "widths"),
+    # Each page size, with and without a radix cache, at both kinds of widths.
+    combinations(
+        {
+            (1, True, "all-widths"),
+            (16, True, "mostly-plain"),
+            (64, True, "all-widths"),
+            (16, False, "all-widths"),
+            (64, False, "mostly-plain"),
+        },
+        (1, 16, 64),
+        (True, False),
+        WIDTHS,
+    ),
 )
-
-
-@WIDTHS
-@pytest.mark.parametrize("page_size", [1, 16, 64])
-@pytest.mark.parametrize("radix", [True, False])
 def test_pages_and_radix_hits(random_pair, random_reference, page_size, radix, widths):
     prompts = random_prompts(6, 1, 150)
     shared = [prompts[0][:70] + tail for tail in random_prompts(3, 1, 60, seed=1)]
-    name = f"pages-{page_size}-{radix}-{len(widths)}"
+    name = f"pages-{page_size}-{radix}-{widths}"
     with running_engine(
-        *random_pair, widths, page_size=page_size, disable_radix_cache=not radix
+        *random_pair, WIDTHS[widths], page_size=page_size, disable_radix_cache=not radix
     ) as engine:
         check(engine, random_reference, prompts, 70, name)
         # The same prompts again, and others that begin alike: from the cache if there is one.
@@ -67,7 +87,7 @@ def test_pages_and_radix_hits(random_pair, random_reference, page_size, radix, w
         check(engine, random_reference, shared, 20, name + "-shared")
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("page_size", [pytest.param(1, marks=pytest.mark.long), 16])
 def test_radix_hits_in_answers(random_pair, random_reference, page_size):
     """An answer ends, or is cut short by its client, while context of its tokens still waits."""
     prompts, tails = random_prompts(4, 5, 60), random_prompts(4, 5, 30, seed=1)
@@ -98,20 +118,22 @@ def test_radix_hits_in_answers(random_pair, random_reference, page_size):
             assert cached > len(prompt) + len(output) - 2 * page_size, "no hit in the answer"
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("page_size", [pytest.param(1, marks=pytest.mark.long), 16])
 def test_chunked_prefill(random_pair, random_reference, page_size):
     with running_engine(*random_pair, page_size=page_size, chunked_prefill_size=64) as engine:
         check(engine, random_reference, random_prompts(5, 100, 300), 30, f"chunked-{page_size}")
 
 
-@WIDTHS
-@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize(
+    ("page_size", "widths"),
+    combinations({(1, "all-widths"), (16, "mostly-plain")}, (1, 16), WIDTHS),
+)
 def test_retraction(random_pair, random_reference, page_size, widths, capfd):
-    name = f"retract-{page_size}-{len(widths)}"
+    name = f"retract-{page_size}-{widths}"
     # Eight requests of about 200 tokens at the end do not fit into 640 slots, though each begins.
     with running_engine(
         *random_pair,
-        widths,
+        WIDTHS[widths],
         page_size=page_size,
         max_total_tokens=640,
         schedule_conservativeness=0.01,
