@@ -9,7 +9,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import random_drafter
 
 from dflare.errors import CheckpointError
+from dflare.training.data.generate import Answer
+from dflare.training.data.prompts import encode
+from dflare.training.data.target import load_target, load_tokenizer
 from dflare.training.drafter.export import export_drafter, load_drafter
+from dflare.training.run import evaluate as evaluation
 from dflare.training.run.evaluate import run_evaluation
 
 
@@ -70,6 +74,29 @@ def test_two_drafters_are_compared_on_the_same_answers(target, tmp_path, capsys)
     assert "against" in capsys.readouterr().out
     itself = evaluate(drafts[1], target, tmp_path, against=str(drafts[1]))
     assert itself["questions"]["against"]["interval"] == [0.0, 0.0]
+
+
+def test_turns_are_answered_one_after_the_other_and_the_last_is_measured(target):
+    """By the target itself, not as user turns in a row; prompts of one turn stay as they are."""
+    tokenizer, model = load_tokenizer(str(target)), load_target(str(target))
+    turns = [{"role": "user", "content": text} for text in ("hello", "and now?")]
+    ((prompt, _),) = evaluation.answered(model, tokenizer, [turns[:1]], 6, ())
+    assert prompt == encode(tokenizer, turns[:1])
+    said = tokenizer("I am well", add_special_tokens=False)["input_ids"]
+    answers = iter([said, said[:4]])
+
+    class Says:
+        def __init__(self, *arguments): ...
+
+        def run(self, prompts, deadline=None):
+            for number, _ in enumerate(prompts):
+                yield Answer(number, next(answers), "length")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "Generator", Says)
+        ((prompt, answer),) = evaluation.answered(model, tokenizer, [turns], 6, ())
+    own = {"role": "assistant", "content": "I am well"}
+    assert prompt == encode(tokenizer, [turns[0], own, turns[1]]) and answer == said[:4]
 
 
 def test_a_broken_dflash_drafter_is_described(tmp_path):

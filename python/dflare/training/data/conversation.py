@@ -1,12 +1,26 @@
-"""A conversation while a target answers it, turn by turn."""
+"""Conversations while a target answers them, turn by turn."""
 
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from dflare.training.data.files import Record, prompt_key
 from dflare.training.data.generate import Answer
 from dflare.training.data.prompts import Message, encode, key
+
+
+class AnswersPrompts(Protocol):
+    """A generator: ``Generator`` with transformers, or ``ServerGenerator``."""
+
+    generated: int
+    seconds: float
+
+    def run(self, prompts: Iterable[list[int]], deadline: float | None = None) -> Iterator[Answer]:
+        """Answer prompts in any order."""
 
 
 @dataclass
@@ -49,16 +63,52 @@ class Conversation:
                 return True
         return False
 
-    def add(
-        self, answer: Answer, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]
-    ) -> None:
+    def add(self, answer: Answer, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take in the answer to the turn that was asked."""
         self.answers.append((len(self.ids), len(self.ids) + len(answer.ids)))
         self.ids = self.ids + answer.ids
         self.cut = answer.finish == "length"
-        said = answer.ids[:-1] if answer.ids[-1] in stop_ids else answer.ids
+        said = answer.ids if self.cut else answer.ids[:-1]
         self._turns.append({"role": "assistant", "content": str(tokenizer.decode(said))})
 
     def record(self) -> Record:
         """Return what is kept."""
         return Record(self.ids, self.answers, self.key, self.cut)
+
+
+def converse(
+    conversations: Iterable[Conversation],
+    generator: AnswersPrompts,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    deadline: float | None = None,
+) -> Iterator[Conversation]:
+    """Let a target answer every user turn that no answer follows, each after those before it.
+
+    Args:
+        conversations: New ones; those whose first turn leaves no room are left out.
+        generator: Answers.
+        tokenizer: The target's.
+        max_length: Tokens of a conversation.
+        deadline: ``time.monotonic()`` at which to stop.
+
+    Returns:
+        Conversations, as they end.
+    """
+    open_turns = deque(c for c in conversations if c.ask(tokenizer, max_length))
+    asked: list[Conversation] = []
+
+    def prompts() -> Iterator[list[int]]:
+        while open_turns:
+            asked.append(open_turns.popleft())
+            yield asked[-1].ids
+
+    while open_turns and (deadline is None or time.monotonic() <= deadline):
+        asked.clear()
+        for answer in generator.run(prompts(), deadline):  # ends when no turn is open just then
+            conversation = asked[answer.prompt]
+            conversation.add(answer, tokenizer)
+            if conversation.ask(tokenizer, max_length):
+                open_turns.appendleft(conversation)
+            else:
+                yield conversation

@@ -2,35 +2,24 @@
 
 import json
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from dflare.training.data.conversation import Conversation
+from dflare.training.data.conversation import AnswersPrompts, Conversation, converse
 from dflare.training.data.files import DataFile
-from dflare.training.data.generate import Answer, Sampling
+from dflare.training.data.generate import Sampling
 from dflare.training.data.prompt_filter import PromptFilter
 from dflare.training.data.prompts import Message, read_lines
 from dflare.training.errors import ConfigError, DataError
 
 _USELESS = 2000  # user turns in a row that make no prompt, after which to give up
 _MARK = "\u2980user turn\u2980"  # stands for a user turn in a chat template; no template holds it
-
-
-class AnswersPrompts(Protocol):
-    """A generator: ``Generator`` with transformers, or ``ServerGenerator``."""
-
-    generated: int
-    seconds: float
-
-    def run(self, prompts: Iterable[list[int]], deadline: float | None = None) -> Iterator[Answer]:
-        """Answer prompts in any order."""
 
 
 MakeGenerator = Callable[[Sampling, int], AnswersPrompts]
@@ -294,15 +283,14 @@ class Synth:
         settings = self._settings
         file = DataFile(self._path, self._header)
         written = len(file.keys)
-        open_turns: deque[Conversation] = deque()
+        open_turns: list[Conversation] = []
         known = set(file.keys)
         for messages in prompts:
             conversation = Conversation(messages)
             if conversation.key in known or not self._filter.allows(messages):
                 continue
             known.add(conversation.key)
-            if conversation.ask(self._tokenizer, settings.max_length):
-                open_turns.append(conversation)
+            open_turns.append(conversation)
         sampling = Sampling(
             settings.temperature, settings.min_p, settings.max_new_tokens, self._stop_ids
         )
@@ -311,17 +299,12 @@ class Synth:
         try:
             with self._progress() as progress:
                 task = progress.add_task("answers", total=total, completed=written, rate="")
-                while open_turns and not self._late():  # again for turns asked when none was open
-                    asked: list[Conversation] = []
-                    for answer in generator.run(_asking(open_turns, asked), self.deadline):
-                        conversation = asked[answer.prompt]
-                        conversation.add(answer, self._tokenizer, self._stop_ids)
-                        if conversation.ask(self._tokenizer, settings.max_length):
-                            open_turns.appendleft(conversation)
-                            continue
-                        file.add(conversation.record())
-                        written += 1
-                        progress.update(task, completed=written, rate=_rate(generator))
+                for conversation in converse(
+                    open_turns, generator, self._tokenizer, settings.max_length, self.deadline
+                ):
+                    file.add(conversation.record())
+                    written += 1
+                    progress.update(task, completed=written, rate=_rate(generator))
         finally:
             file.close()
         self._console.print(
@@ -330,16 +313,6 @@ class Synth:
             highlight=False,
         )
         return written
-
-    def _late(self) -> bool:
-        return self.deadline is not None and time.monotonic() > self.deadline
-
-
-def _asking(open_turns: deque[Conversation], asked: list[Conversation]) -> Iterator[list[int]]:
-    """Hand out the turns that wait for an answer, and note in which order."""
-    while open_turns:
-        asked.append(open_turns.popleft())
-        yield asked[-1].ids
 
 
 def _rate(generator: AnswersPrompts) -> str:

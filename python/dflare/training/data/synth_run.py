@@ -9,11 +9,11 @@ import torch
 from transformers import GenerationConfig
 
 from dflare.checkpoint import read_target_config
+from dflare.training.data.conversation import AnswersPrompts
 from dflare.training.data.generate import Generator, Sampling
 from dflare.training.data.prompts import Message, stop_tokens
 from dflare.training.data.server_generator import ServerGenerator, own_server, served_dtype
 from dflare.training.data.synth import (
-    AnswersPrompts,
     MakeGenerator,
     Synth,
     SynthSettings,

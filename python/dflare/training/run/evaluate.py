@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dflare.checkpoint import check_pair
 from dflare.errors import DFlareError
+from dflare.training.data.conversation import Conversation, converse
 from dflare.training.data.corpus import Corpus, load_corpus, split
 from dflare.training.data.generate import Generator, Sampling
-from dflare.training.data.prompts import encode, read_prompts, stop_tokens
+from dflare.training.data.prompts import Message, encode, read_prompts, stop_tokens
 from dflare.training.data.target import Target, load_target, load_tokenizer, target_path
 from dflare.training.drafter.export import load_drafter
 from dflare.training.drafter.model import Drafter
@@ -81,6 +83,33 @@ def held_out_prompts(corpus: Corpus) -> list[list[int]]:
         for i in range(len(corpus))
         if corpus.mask(i).argmax() > 0
     ]
+
+
+def answered(
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[Message]],
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    temperature: float = 0.0,
+    rows: int = 16,
+) -> list[tuple[list[int], list[int]]]:
+    """Let the target answer conversations turn by turn; the last answers, as :func:`known_answers`.
+
+    Turns without an answer that are not the last are answered first, by the target too.
+    """
+    turns = max(sum(m["role"] == "user" for m in messages) for messages in prompts)
+    longest = max(len(encode(tokenizer, messages)) for messages in prompts)
+    room = longest + turns * (max_new_tokens + 8)  # 8: what a template puts around an answer
+    sampling = Sampling(temperature, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    generator = Generator(target, min(rows, len(prompts)), room, sampling)
+    order = {id(messages): number for number, messages in enumerate(prompts)}
+    ended = sorted(
+        converse(map(Conversation, prompts), generator, tokenizer, room),
+        key=lambda conversation: order[id(conversation.prompt)],
+    )
+    pairs = [(c.ids[: c.answers[-1][0]], c.ids[c.answers[-1][0] :]) for c in ended]
+    return [(prompt, answer) for prompt, answer in pairs if len(answer) > 1]
 
 
 def known_answers(
@@ -272,19 +301,20 @@ def run_evaluation(
     model = load_target(path, (), where, dtype)
     pairs = [(Target(model.model, d.config.target_layer_ids), d.to(where)) for d in drafters]
     tokenizer = load_tokenizer(path)
+    stop_ids = stop_tokens(tokenizer, model.model.generation_config)
+    how = (max_new_tokens, stop_ids, temperature, rows)
     sets = {
-        file.stem: [encode(tokenizer, messages) for messages in read_prompts(file)]
+        file.stem: answered(model, tokenizer, read_prompts(file)[:limit], *how)
         for file in prompt_files
     }
     if held_out is not None:
         config = load_config(held_out)
         files = [Path(name) for name in config.data.files]
         corpus = load_corpus(files, model.config.vocab_size, config.data.max_length)
-        sets["held_out"] = held_out_prompts(split(corpus, config.data.held_out)[1])
-    stop_ids = stop_tokens(tokenizer, model.model.generation_config)
+        prompts = held_out_prompts(split(corpus, config.data.held_out)[1])
+        sets["held_out"] = known_answers(model, prompts[:limit], *how)
     report = {}
-    for name, prompts in sets.items():
-        answers = known_answers(model, prompts[:limit], max_new_tokens, stop_ids, temperature, rows)
+    for name, answers in sets.items():
         with torch.autocast(where.type, dtype=torch.bfloat16, enabled=where.type == "cuda"):
             result, *others = (evaluate(*pair, answers) for pair in pairs)
         if check:
