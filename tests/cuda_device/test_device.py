@@ -189,6 +189,29 @@ def test_branches_of_a_graph_run_in_any_order_that_its_edges_allow() -> None:
     assert seen == {3.0, 4.0}
 
 
+def test_a_stream_waits_for_an_external_event_inside_a_graph() -> None:
+    """The graph records it in the middle; who waits for it sees what ran before, at each replay."""
+    x, seen = torch.zeros(1, device="cuda"), torch.zeros(1, device="cuda")
+    event, other = torch.cuda.Event(external=True), torch.cuda.Stream()
+
+    def body() -> None:
+        x.add_(1)
+        event.record()
+
+    graph = capture(body)
+    for seed in SEEDS:
+        x.zero_()
+        torch.cuda.synchronize()
+        with cuda_device.lazy(seed):
+            for replays in (1, 2):
+                graph.replay()
+                with torch.cuda.stream(other):
+                    event.wait()
+                    seen.copy_(x)
+                other.synchronize()
+                assert seen.item() == replays
+
+
 def test_a_graph_keeps_addresses_and_its_pool_reuses_memory() -> None:
     first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     x = torch.zeros(1 << 20, device="cuda")

@@ -154,6 +154,12 @@ CUDA_API cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t handle)
   if (stream.graph) return missing("a graph launch inside a capture");
   if (const cudaError_t error = sticky()) return error;
   races::on_graph(stream, *graph->graph, where);
+  for (const auto& node : graph->graph->nodes) {
+    if (!node->recorded) continue;
+    node->recorded->recorded += 1;
+    // A launch has one time, so what follows the record in its graph counts as waited for too.
+    node->recorded->clock = stream.clock;
+  }
   push(stream, {.kind = Item::kGraph, .graph = graph->graph});
   return sticky();
 }

@@ -16,11 +16,14 @@
 
 #define CUDA_API extern "C" __attribute__((visibility("default")))
 
+struct CUevent_st;
+
 struct CUgraphNode_st {
   testdevice::Work work;
   const char* site;
   std::vector<CUgraphNode_st*> after;  // nodes that must have run
   size_t index;
+  std::shared_ptr<CUevent_st> recorded{};  // that waiters outside the graph may wait for
 };
 
 struct CUgraph_st {

@@ -120,8 +120,23 @@ CUDA_API cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t where) {
 
 CUDA_API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream,
                                               unsigned flags) {
-  if (flags != cudaEventRecordDefault) return missing("cudaEventRecordWithFlags with flags");
-  return cudaEventRecord(event, stream);
+  Lock lock;
+  CUstream_st& recording = stream_of(stream);
+  if (!(flags & cudaEventRecordExternal) || !recording.graph) {
+    return cudaEventRecord(event, stream);
+  }
+  // A node of the graph: every launch is a record, which its waiters wait for.
+  const auto recorded = event_of(event);
+  recorded->graph = nullptr;
+  add_node(recording, {.name = "record of an event",
+                       .run =
+                           [recorded] {
+                             recorded->completed += 1;
+                             recorded->when = std::chrono::steady_clock::now();
+                           },
+                       .accesses = {}});
+  recording.after.front()->recorded = recorded;
+  return cudaSuccess;
 }
 
 CUDA_API cudaError_t cudaStreamWaitEvent(cudaStream_t where, cudaEvent_t handle, unsigned flags) {
