@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 # Several processes with spinning OpenMP teams on few cores take many times as long as one.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install install-train wheel demo test test-all test-fast test-emulation kernels demo-drafter bench \
+.PHONY: test-cuda-path help install install-train wheel demo test test-all test-fast test-emulation kernels demo-drafter bench \
   bench-quick soak lint format
 .DEFAULT_GOAL := help
 
@@ -65,6 +65,9 @@ test-fast: $(STAMP)  ## run the tests that start no engine and train no model (3
 
 test-emulation: $(STAMP)  ## run the CUDA kernels' sources on the host
 	$(PY) -m pytest tests/emulation
+
+test-cuda-path: $(STAMP)  ## run SGLang's CUDA path on a device without a GPU
+	$(PY) -m pytest tests/cuda_device tests/cuda_path
 
 kernels: $(STAMP)  ## compile every CUDA kernel; tables of registers and main loops, held to budgets
 	$(PY) csrc/gates/check.py

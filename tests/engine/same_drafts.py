@@ -14,6 +14,8 @@ def assert_same_drafts(
     output: list[int],
     steps: list[dict[str, Any]],
     window: int | None = None,
+    tie: float = _TIE,
+    mixed: bool = False,
 ) -> int:
     """Check every verify step of one finished greedy request.
 
@@ -22,6 +24,9 @@ def assert_same_drafts(
 
     Args:
         window: tokens of context that the drafter may see, None for all.
+        tie: logits closer than this may be ordered differently.
+        mixed: some tokens may have come from steps beside the prefill of others, which draft
+            nothing.
 
     Returns:
         Number of draft tokens that were accepted.
@@ -33,14 +38,15 @@ def assert_same_drafts(
     accepted_in_all = 0
     for step in steps:
         length, block = step["prefix"], step["block"]
-        assert length == expected_prefix, f"step at {length}, expected {expected_prefix}"
+        skipped = mixed and length > expected_prefix
+        assert skipped or length == expected_prefix, f"step at {length}, not {expected_prefix}"
         assert block[0] == tokens[length], f"anchor {block[0]} at {length}"
         first = 0 if window is None else max(0, length - window)
         logits = pair.propose(states, block[0], length, first, width=len(block))
         for slot, token in enumerate(block[1:], start=1):
             best = logits[slot - 1].max()
             gap = (best - logits[slot - 1, token]).item()
-            assert gap <= _TIE, (
+            assert gap <= tie, (
                 f"context {length}, slot {slot}: engine drafted {token}, the reference "
                 f"{logits[slot - 1].argmax().item()} (logits {gap:.4f} apart)"
             )
@@ -50,7 +56,7 @@ def assert_same_drafts(
                 break
             accepted += 1
         accepted_in_all += accepted
-        expected_prefix += accepted + 1
+        expected_prefix = length + accepted + 1
     # The last step may overshoot what the client asked for, but never stop short of it.
-    assert expected_prefix >= len(tokens) - 1
+    assert mixed or expected_prefix >= len(tokens) - 1
     return accepted_in_all

@@ -1,0 +1,106 @@
+"""What tests see of the engine: proposals, widths, and where the host waited for the device."""
+
+import dataclasses
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from device import DEVICE
+
+from dflare.adaptive import AdaptiveConfig, StepTime, WidthPolicy
+from dflare.engine import widths
+from dflare.engine.worker import DFlareWorker
+
+# Frames of these are not the cause of a wait.
+_MACHINERY = ("/torch/", "/triton/", "/tests/cuda_", "/cuda_device")
+
+
+class Proposals:
+    """Keeps what the drafter proposed, as copies on the device; they are read after the run.
+
+    Reading them at once would make the host wait, and hide what it should have waited for.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[list[str], torch.Tensor, torch.Tensor]] = []
+        step, accept = DFlareWorker.forward_batch_generation, DFlareWorker._accept_block
+        anchors = DFlareWorker._accept_anchors
+        steps = self._steps
+
+        def forward_batch_generation(worker, batch, *args, **kwargs):
+            worker._traced = [req.rid for req in batch.reqs]
+            return step(worker, batch, *args, **kwargs)
+
+        def _accept_block(worker, *, candidates, prefix_lens, **kwargs):
+            if candidates.shape[1] > 1:
+                steps.append((worker._traced, prefix_lens.clone(), candidates.clone()))
+            return accept(worker, candidates=candidates, prefix_lens=prefix_lens, **kwargs)
+
+        def _accept_anchors(worker, *, candidates, prefix_lens, **kwargs):
+            steps.append((worker._traced, prefix_lens.clone(), candidates.clone()))
+            return anchors(worker, candidates=candidates, prefix_lens=prefix_lens, **kwargs)
+
+        DFlareWorker.forward_batch_generation = forward_batch_generation
+        DFlareWorker._accept_block = _accept_block
+        DFlareWorker._accept_anchors = _accept_anchors
+
+    def collect(self) -> dict[str, list[dict[str, Any]]]:
+        """`prefix` (context length) and `block` of every step since the last call, by request."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for rids, prefixes, blocks in self._steps:
+            for rid, prefix, block in zip(rids, prefixes.tolist(), blocks.tolist(), strict=True):
+                found.setdefault(rid, []).append({"prefix": prefix, "block": block})
+        self._steps.clear()
+        return found
+
+
+def script_widths(script: list[int] | None) -> list[int]:
+    """Let decode steps have these widths in turn, without measuring; returns those that ran."""
+    ran: list[int] = []
+    choose = WidthPolicy.choose
+    if script is None:
+        return ran
+    turns = itertools.cycle(script)
+
+    def from_environment(block_size):
+        chosen = sorted({1, block_size, *script})
+        return AdaptiveConfig.for_block_size(block_size, widths=chosen)
+
+    def choose_scripted(policy, request_ids, remaining):
+        ran.append(next(turns))
+        return dataclasses.replace(choose(policy, request_ids, remaining), width=ran[-1])
+
+    AdaptiveConfig.from_environment = from_environment
+    WidthPolicy.choose = choose_scripted
+    widths.measure_steps = lambda *_: [StepTime(1, 1, 0.001)]
+    return ran
+
+
+@contextmanager
+def host_waits(on: bool) -> Iterator[Counter[tuple[str, ...]]]:
+    """Count the host's waits for the device: what waited, then the callers, innermost first."""
+    waits: Counter[tuple[str, ...]] = Counter()
+
+    def note(operation: str, _site: str) -> None:
+        waits[(operation, *_callers())] += 1
+
+    DEVICE.set_wait_callback(note if on else None)
+    try:
+        yield waits
+    finally:
+        DEVICE.set_wait_callback(None)
+
+
+def _callers() -> list[str]:
+    frame, sites = sys._getframe(2), []
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not any(part in file for part in _MACHINERY):
+            short = file.split("site-packages/")[-1].split("/python/")[-1]
+            sites.append(f"{short}:{frame.f_lineno} {frame.f_code.co_name}")
+        frame = frame.f_back
+    return sites
