@@ -50,14 +50,3 @@ def test_only_the_request_that_fails_is_ended(engine, phase, place):
     assert got == [ids for i, ids in enumerate(engine.expected) if i != place]
     # Every slot came back: SGLang checks that whenever it is idle, and ends if one is missing.
     assert answers(engine, [None] * len(_PROMPTS)) == engine.expected
-
-
-def test_an_engine_that_fails_on_everybody_ends_and_says_why(random_pair, caplog):
-    with (
-        engine_that_may_end(*random_pair) as engine,
-        pytest.raises(RuntimeError, match="loop stopped"),
-    ):
-        answers(engine, ["decode"] * len(_PROMPTS))
-    last = [record.getMessage() for record in caplog.records][-1]
-    assert "DFLARE: the server ends: a step of request-" in last
-    assert "ValueError: asked to fail in decode" in last
