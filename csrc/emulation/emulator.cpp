@@ -141,6 +141,10 @@ void cp_async_wait(int pending) {
 
 void wait_for_prior_kernels() {
   Block& block = *machine().running->warp->block;
+  const Launch& launch = block.grid->launch;
+  if (!launch.overlap_prior && !launch.may_wait) {
+    fail("waits for the kernel before, but was launched without programmatic overlap");
+  }
   block.waited = machine().running->waited = true;
   while (!prior_done(*block.grid)) suspend(State::kAwaitingKernels);
 }

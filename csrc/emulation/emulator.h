@@ -20,15 +20,12 @@
 // time.
 #pragma once
 
+#include <cuda_types.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <string>
-
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
-};
 
 namespace dflare::emulation {
 
@@ -36,6 +33,7 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;
   bool overlap_prior = false;
+  bool may_wait = true;        // for the kernel before, although it was not launched to overlap it
   int shared_carveout = -1;    // percent of an SM's memory asked for as shared; -1: any
   std::function<void()> body;  // the kernel, run once per thread
 };

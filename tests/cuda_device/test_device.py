@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import cuda_device
+from cuda_device.children import in_child
 
 SEEDS = range(30)
 
@@ -270,19 +271,6 @@ def test_a_capture_refuses_a_stream_that_does_not_come_back(
 
 
 # ---------------------------------------------------------------- failures
-
-
-def in_child(function) -> None:
-    """Runs it in a process of its own: a failed device stays failed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            function()
-        except BaseException as error:
-            print(repr(error))
-            os._exit(1)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_work_that_fails_later_says_where_it_was_enqueued() -> None:

@@ -36,7 +36,7 @@ def expect_none(work: Callable[[], None]) -> None:
 
 def on_two_streams(first: Callable, second: Callable, wait: bool) -> Callable[[], None]:
     def work() -> None:
-        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        main, side = torch.cuda.current_stream(), torch.cuda.Stream(priority=-1)
         x = torch.zeros(64, device="cuda")
         side.wait_stream(main)
         with torch.cuda.stream(side):

@@ -245,6 +245,24 @@ void redirect(const std::string& name, const std::string& overload, const std::s
   redirects().insert_or_assign(name + "." + overload, found);
 }
 
+void launch_on_device(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const Stack args(stack->end() - static_cast<ptrdiff_t>(arguments.size()), stack->end());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const size_t before = count_enqueued(stream);
+  stand_in_of(op).callBoxed(stack);
+  if (count_enqueued(stream) == before) return;
+  std::vector<Access> accesses;
+  for (size_t a = 0; a < args.size(); ++a) {
+    add_accesses(args[a], is_written(arguments[a]), accesses);
+  }
+  const auto results = static_cast<ptrdiff_t>(op.schema().returns().size());
+  for (auto result = stack->end() - results; result != stack->end(); ++result) {
+    add_accesses(*result, true, accesses);
+  }
+  add_accesses(stream, accesses);
+}
+
 void run_on_device(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   if (op.schema().name() == "aten::copy_") return copy_on_device(op, stack);
   Call call{.op = op, .args = torch::jit::pop(*stack, op.schema().arguments().size())};

@@ -19,6 +19,9 @@ void run_on_device(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* st
 // aten::copy_ between the host and the device, and within it (copy.cpp).
 void copy_on_device(const c10::OperatorHandle& op, Stack* stack);
 
+// Calls the stand-in, an operator for CUDA tensors that launches kernels, and says what they touch.
+void launch_on_device(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack);
+
 // Makes `stand_in`, an operator of the same schema with a CPU kernel, run in place of `name`.
 void redirect(const std::string& name, const std::string& overload, const std::string& stand_in);
 

@@ -66,6 +66,12 @@ void override_op(const std::string& name, const std::string& overload,
   register_kernel({name, overload}, device_kernel());
 }
 
+void launch_op(const std::string& name, const std::string& overload, const std::string& stand_in) {
+  redirect(name, overload, stand_in);
+  register_kernel({name, overload},
+                  c10::KernelFunction::makeFromBoxedFunction<&launch_on_device>());
+}
+
 // ------------------------------------------------------------ where the host is
 
 // Frames of libraries are left out: they are the same for every caller.
@@ -189,6 +195,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("override_all", &override_all);
   m.def("override_op", &override_op, py::arg("name"), py::arg("overload") = "",
         py::arg("stand_in") = "");
+  m.def("launch_op", &launch_op, py::arg("name"), py::arg("overload"), py::arg("stand_in"));
   m.def("alias", [](const at::Tensor& x) {
     KernelGuard guard;
     return x.is_cuda() ? host_alias(x) : x;

@@ -28,12 +28,36 @@ struct Work {
   std::string name;
   std::function<void()> run;
   std::vector<Access> accesses;
+  // Of a kernel: runs what `run` has queued, together with kernels that overlap it.
+  std::function<void()> finish{};
+  bool overlaps_prior = false;
 };
 
 // Puts work on a stream: runs it now (eager; its exceptions are the caller's), later (lazy), or at
 // every replay (while the stream is captured). Work that fails later leaves an error that all
 // following calls return, as on a device; its text names the work and where it was enqueued.
 cudaError_t enqueue(cudaStream_t stream, Work work);
+
+// Says that the work which was enqueued last on the stream also touches these.
+void add_accesses(cudaStream_t stream, const std::vector<Access>& accesses);
+
+// How many pieces of work were enqueued on the stream so far, or captured from it.
+size_t count_enqueued(cudaStream_t stream);
+
+// A kernel that can be launched, by the address that the host knows it by.
+struct Launch {
+  dim3 grid, block;
+  size_t shared_bytes;
+  bool overlap_prior;   // programmatic stream serialization
+  int shared_carveout;  // percent of an SM's memory that is asked for as shared; -1: any
+};
+struct Kernel {
+  std::string name;
+  // Takes the arguments' values; what it returns queues the kernel.
+  std::function<std::function<void()>(const Launch&, void** arguments)> bind;
+  std::function<void()> finish;
+};
+void register_kernel(const void* function, Kernel kernel);
 
 // Waits for a stream, as a blocking copy does; an error while the stream is captured.
 cudaError_t wait(cudaStream_t stream, const char* why);

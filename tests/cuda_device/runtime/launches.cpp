@@ -1,8 +1,11 @@
-// The CUDA API: kernels. They cannot run; a launch names the kernel and fails.
+// The CUDA API: kernels. Those that were registered with a stand-in run; a launch of another one
+// names it and fails.
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <unordered_map>
 
+#include "limits.h"
 #include "state.h"
 
 using namespace testdevice;
@@ -16,19 +19,91 @@ struct Configuration {
 };
 thread_local std::vector<Configuration> configurations;  // of <<<...>>>
 
-std::unordered_map<const void*, std::string>& kernels() {
-  static auto* all = new std::unordered_map<const void*, std::string>;
+struct Function {
+  std::string name = "an unknown kernel";
+  std::optional<Kernel> kernel;
+  size_t shared_bytes_allowed = kSharedBytes;
+};
+
+std::unordered_map<const void*, Function>& functions() {
+  static auto* all = new std::unordered_map<const void*, Function>;
   return *all;
 }
 
-cudaError_t no_stand_in(const void* function) {
+// Why a GPU would refuse the launch, or an empty string.
+std::string find_fault(const cudaLaunchConfig_t& c, const Function& function) {
+  const auto is_none = [](const dim3& d) { return d.x == 0 || d.y == 0 || d.z == 0; };
+  if (is_none(c.gridDim) || is_none(c.blockDim)) return "an empty grid or block";
+  if (c.gridDim.x > 2147483647u || c.gridDim.y > 65535 || c.gridDim.z > 65535) {
+    return "a grid beyond (2^31 - 1, 65535, 65535)";
+  }
+  if (size_t{c.blockDim.x} * c.blockDim.y * c.blockDim.z > kThreadsBlock) {
+    return "more than " + std::to_string(kThreadsBlock) + " threads a block";
+  }
+  if (c.dynamicSmemBytes > function.shared_bytes_allowed) {
+    return std::to_string(c.dynamicSmemBytes) + " bytes of dynamic shared memory, allowed are " +
+           std::to_string(function.shared_bytes_allowed) +
+           ": see cudaFuncAttributeMaxDynamicSharedMemorySize";
+  }
+  return {};
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* address, void** arguments) {
   Lock lock;
-  const auto found = kernels().find(function);
-  const std::string name = found == kernels().end() ? "an unknown kernel" : found->second;
-  return refuse(cudaErrorNotSupported, "the kernel " + name + " is launched and has no stand-in");
+  const Function& function = functions()[address];
+  if (const std::string fault = find_fault(config, function); !fault.empty()) {
+    return refuse(cudaErrorInvalidValue, "launch of " + function.name + " with " + fault);
+  }
+  if (!function.kernel) {
+    return refuse(cudaErrorNotSupported,
+                  "the kernel " + function.name + " is launched and has no stand-in");
+  }
+  Launch launch{.grid = config.gridDim,
+                .block = config.blockDim,
+                .shared_bytes = config.dynamicSmemBytes,
+                .overlap_prior = false,
+                .shared_carveout = -1};
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    switch (attribute.id) {
+      case cudaLaunchAttributeProgrammaticStreamSerialization:
+        launch.overlap_prior = attribute.val.programmaticStreamSerializationAllowed != 0;
+        break;
+      case cudaLaunchAttributePreferredSharedMemoryCarveout:
+        launch.shared_carveout = static_cast<int>(attribute.val.sharedMemCarveout);
+        break;
+      default:
+        return refuse(cudaErrorNotSupported, "launch of " + function.name + " with attribute " +
+                                                 std::to_string(attribute.id));
+    }
+  }
+  const char* where = site();
+  try {
+    return enqueue(config.stream, {.name = function.name,
+                                   .run = function.kernel->bind(launch, arguments),
+                                   .accesses = {},
+                                   .finish = function.kernel->finish,
+                                   .overlaps_prior = launch.overlap_prior});
+  } catch (const std::exception& error) {  // it ran at once
+    state().failure =
+        function.name + " failed on the test device, launched at " + where + ": " + error.what();
+    return sticky();
+  }
 }
 
 }  // namespace
+
+namespace testdevice {
+
+void register_kernel(const void* function, Kernel kernel) {
+  Lock lock;
+  Function& known = functions()[function];
+  if (known.kernel) return;
+  known.name = kernel.name;
+  known.kernel = std::move(kernel);
+}
+
+}  // namespace testdevice
 
 // ------------------------------------------------------------ what nvcc's output calls at load
 
@@ -42,7 +117,7 @@ CUDA_API void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, 
 CUDA_API void __cudaRegisterFunction(void**, const char* function, char*, const char* name, int,
                                      uint3*, uint3*, dim3*, dim3*, int*) {
   Lock lock;
-  kernels()[function] = name;
+  functions()[function].name = name;
 }
 
 CUDA_API unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared_bytes,
@@ -69,27 +144,45 @@ CUDA_API cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function)
   return cudaSuccess;
 }
 
-CUDA_API cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3, dim3, void**, size_t,
-                                        cudaStream_t) {
-  return no_stand_in(kernel);
+CUDA_API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
+                                         void** arguments) {
+  return launch(*config, kernel, arguments);
 }
 
-CUDA_API cudaError_t cudaLaunchKernel(const void* kernel, dim3, dim3, void**, size_t,
-                                      cudaStream_t) {
-  return no_stand_in(kernel);
+CUDA_API cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments,
+                                      size_t shared_bytes, cudaStream_t stream) {
+  return launch({.gridDim = grid,
+                 .blockDim = block,
+                 .dynamicSmemBytes = shared_bytes,
+                 .stream = stream,
+                 .attrs = nullptr,
+                 .numAttrs = 0},
+                kernel, arguments);
 }
 
-CUDA_API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void* kernel, void**) {
-  return no_stand_in(kernel);
+CUDA_API cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block,
+                                        void** arguments, size_t shared_bytes,
+                                        cudaStream_t stream) {
+  return cudaLaunchKernel(kernel, grid, block, arguments, shared_bytes, stream);
 }
 
-CUDA_API cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+CUDA_API cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute,
+                                          int value) {
+  Lock lock;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (value < 0 || value > kSharedBytesOptIn) {
+    return refuse(cudaErrorInvalidValue, std::to_string(value) +
+                                             " bytes of dynamic shared memory asked for, the "
+                                             "device has " +
+                                             std::to_string(kSharedBytesOptIn));
+  }
+  functions()[kernel].shared_bytes_allowed = static_cast<size_t>(value);
   return cudaSuccess;
 }
 
 CUDA_API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   std::memset(attributes, 0, sizeof *attributes);
-  attributes->maxThreadsPerBlock = 1024;
+  attributes->maxThreadsPerBlock = kThreadsBlock;
   return cudaSuccess;
 }
 

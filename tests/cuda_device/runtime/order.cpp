@@ -10,17 +10,30 @@ namespace testdevice {
 
 namespace {
 
-// Runs work whose failure the host learns of later.
-void run_deferred(const Work& work, const char* site) {
+bool may_overlap(const Work& work, const Work* next) {
+  return work.finish && next && next->finish && next->overlaps_prior;
+}
+
+// Runs work whose failure the host learns of later. A kernel that the `next` one may overlap is
+// left to run together with it.
+void run_deferred(const Work& work, const char* site, const Work* next = nullptr) {
   State& s = state();
   if (!s.failure.empty()) return;  // the device is lost
   try {
     const host_access::DeviceRights rights(work.accesses);
     work.run();
+    if (work.finish && !may_overlap(work, next)) work.finish();
   } catch (const std::exception& error) {
     s.failure = work.name + " failed on the test device, enqueued at " + site + ": " + error.what();
     std::fprintf(stderr, "test device: %s\n", s.failure.c_str());
   }
+}
+
+// The node captured next, if it follows this one and no other: what one stream runs in a row.
+const CUgraphNode_st* only_dependent(const CUgraph_st& graph, const CUgraphNode_st& node) {
+  if (node.index + 1 == graph.nodes.size()) return nullptr;
+  const CUgraphNode_st* next = graph.nodes[node.index + 1].get();
+  return next->after.size() == 1 && next->after[0] == &node ? next : nullptr;
 }
 
 void run_graph(const CUgraph_st& graph) {
@@ -28,7 +41,10 @@ void run_graph(const CUgraph_st& graph) {
   s.stats.graph_launches += 1;
   s.stats.graph_nodes += static_cast<long>(graph.nodes.size());
   if (!s.lazy) {
-    for (const auto& node : graph.nodes) run_deferred(node->work, node->site);
+    for (const auto& node : graph.nodes) {
+      const CUgraphNode_st* next = only_dependent(graph, *node);
+      run_deferred(node->work, node->site, next ? &next->work : nullptr);
+    }
     return;
   }
   std::vector<size_t> missing(graph.nodes.size());
@@ -39,11 +55,15 @@ void run_graph(const CUgraph_st& graph) {
     for (const CUgraphNode_st* prior : node->after) next[prior->index].push_back(node.get());
     if (node->after.empty()) ready.push_back(node.get());
   }
+  const CUgraphNode_st* joined = nullptr;  // overlaps the node that ran last
   while (!ready.empty()) {
-    std::swap(ready[s.random() % ready.size()], ready.back());
+    const auto found = std::ranges::find(ready, joined);
+    std::swap(found != ready.end() ? *found : ready[s.random() % ready.size()], ready.back());
     CUgraphNode_st* node = ready.back();
     ready.pop_back();
-    run_deferred(node->work, node->site);
+    joined = only_dependent(graph, *node);
+    run_deferred(node->work, node->site, joined ? &joined->work : nullptr);
+    if (joined && !may_overlap(node->work, &joined->work)) joined = nullptr;
     for (CUgraphNode_st* later : next[node->index]) {
       if (--missing[later->index] == 0) ready.push_back(later);
     }
@@ -60,11 +80,15 @@ void run_head(CUstream_st& stream) {
   State& s = state();
   const Item item = std::move(stream.queue.front());
   stream.queue.pop_front();
+  const Work* next = nullptr;
   ++s.running;
   switch (item.kind) {
     case Item::kWork:
       s.stats.tasks += 1;
-      run_deferred(item.work, item.site);
+      if (!stream.queue.empty() && stream.queue.front().kind == Item::kWork) {
+        next = &stream.queue.front().work;
+      }
+      run_deferred(item.work, item.site, next);
       break;
     case Item::kGraph: run_graph(*item.graph); break;
     case Item::kRecord:
@@ -75,6 +99,7 @@ void run_head(CUstream_st& stream) {
   }
   --s.running;
   ++stream.done;
+  if (may_overlap(item.work, next)) run_head(stream);
 }
 
 bool run_any() {
@@ -151,6 +176,8 @@ cudaError_t enqueue(cudaStream_t handle, Work work) {
   }
   if (const cudaError_t error = sticky()) return error;
   races::on_work(stream, work, where);
+  stream.last_name = work.name;
+  ++stream.works;
   if (s.lazy || s.running > 0) {
     push(stream, {.kind = Item::kWork, .work = std::move(work), .site = where});
     return cudaSuccess;
@@ -164,9 +191,28 @@ cudaError_t enqueue(cudaStream_t handle, Work work) {
     const host_access::DeviceRights rights(work.accesses);
     s.stats.tasks += 1;
     work.run();
+    if (work.finish) work.finish();
   }
   drain();  // what it enqueued
   return cudaSuccess;
+}
+
+void add_accesses(cudaStream_t handle, const std::vector<Access>& accesses) {
+  const char* where = site();
+  Lock lock;
+  CUstream_st& stream = stream_of(handle);
+  if (stream.graph) {
+    auto& known = stream.graph->nodes.back()->work.accesses;
+    known.insert(known.end(), accesses.begin(), accesses.end());
+  } else {
+    races::on_work(stream, {.name = stream.last_name, .run = nullptr, .accesses = accesses}, where);
+  }
+}
+
+size_t count_enqueued(cudaStream_t handle) {
+  Lock lock;
+  const CUstream_st& stream = stream_of(handle);
+  return stream.graph ? stream.graph->nodes.size() : stream.works;
 }
 
 cudaError_t wait(cudaStream_t handle, const char* why) {

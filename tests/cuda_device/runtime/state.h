@@ -73,6 +73,8 @@ struct CUstream_st {
   testdevice::Clock clock;
   std::deque<testdevice::Item> queue;
   unsigned long long enqueued = 0, done = 0;
+  size_t works = 0;
+  std::string last_name;        // of work
   CUgraph_st* graph = nullptr;  // that it is captured into
   std::vector<CUgraphNode_st*> after;
 
