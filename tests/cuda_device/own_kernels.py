@@ -61,6 +61,7 @@ def _launchers() -> list[Path]:
     """Schemas and launchers in a namespace of their own, beside those of libdflare_ops.so."""
     folder = CACHE / "launchers"
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build_info.h").write_text('#define DFLARE_BUILD_INFO "{}"\n')
     copies = []
     for source in [CSRC / "ops.cpp", *sorted((CSRC / "cuda").glob("launch_*.cpp"))]:
         text = source.read_text().replace("(dflare, CUDA, m)", "(dflare_launched, CUDA, m)")
