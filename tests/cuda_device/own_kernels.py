@@ -26,6 +26,8 @@ def build_kernels() -> Path:
     with cache_lock():
         # torch's headers before the emulator's, which has stand-ins for some of them.
         torch = [flag.replace("-isystem", "-I") for flag in torch_includes(toolkit)]
+        # The oldest torch, as in CMakeLists.txt.
+        torch += [f"-I{CSRC}", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
         sources = [*sorted((CSRC / "cuda").rglob("*.cu")), CSRC / "cuda/dispatch.cpp"]
         commands = [[*_compiler(toolkit), str(path)] for path in [*sources, *_EMULATOR]]
         commands += [[*_compiler(toolkit, torch), str(path)] for path in _launchers()]
@@ -64,9 +66,9 @@ def _launchers() -> list[Path]:
     (folder / "build_info.h").write_text('#define DFLARE_BUILD_INFO "{}"\n')
     copies = []
     for source in [CSRC / "ops.cpp", *sorted((CSRC / "cuda").glob("launch_*.cpp"))]:
-        text = source.read_text().replace("(dflare, CUDA, m)", "(dflare_launched, CUDA, m)")
+        text = source.read_text().replace("(dflare, ", "(dflare_launched, ")
         copy = folder / source.name
-        copy.write_text(text.replace("(dflare, m)", "(dflare_launched, m)"))
+        copy.write_text(text)
         copies.append(copy)
     return copies
 
