@@ -84,8 +84,11 @@ _sessions: dict[Path, InnerSession] = {}
 
 
 def run_elsewhere(item: pytest.Item, nextitem: pytest.Item | None, folder: Path) -> bool:
-    """For the hook pytest_runtest_protocol of a folder's conftest.py; true if it ran the test."""
-    if "DFLARE_TEST_DEVICE_HERE" in os.environ:
+    """For the hook pytest_runtest_protocol of a folder's conftest.py; true if it ran the test.
+
+    pytest asks every conftest that it has loaded about every test, not only those beside it.
+    """
+    if "DFLARE_TEST_DEVICE_HERE" in os.environ or not item.path.is_relative_to(folder):
         return False
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     if folder not in _sessions:
