@@ -32,7 +32,9 @@ def build_kernels() -> Path:
         commands = [[*_compiler(toolkit), str(path)] for path in [*sources, *_EMULATOR]]
         commands += [[*_compiler(toolkit, torch), str(path)] for path in _launchers()]
         objects = compile_all(commands, _headers())
-        return link(objects, "libdflare_launched.so", [*torch_libraries(), str(runtime)])
+        # As in CMakeLists.txt: the launchers' weak symbol must not be what decides.
+        libraries = ["-Wl,--no-as-needed", *torch_libraries(), str(runtime)]
+        return link(objects, "libdflare_launched.so", libraries)
 
 
 def build_probe(launch: str) -> Path:

@@ -247,15 +247,16 @@ void redirect(const std::string& name, const std::string& overload, const std::s
 
 void launch_on_device(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   const auto& arguments = op.schema().arguments();
-  const Stack args(stack->end() - static_cast<ptrdiff_t>(arguments.size()), stack->end());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const size_t before = count_enqueued(stream);
+  // Before the call: a kernel of torch's stable ABI empties the lists that it is given.
+  std::vector<Access> accesses;
+  const auto args = stack->end() - static_cast<ptrdiff_t>(arguments.size());
+  for (size_t a = 0; a < arguments.size(); ++a) {
+    add_accesses(args[static_cast<ptrdiff_t>(a)], is_written(arguments[a]), accesses);
+  }
   stand_in_of(op).callBoxed(stack);
   if (count_enqueued(stream) == before) return;
-  std::vector<Access> accesses;
-  for (size_t a = 0; a < args.size(); ++a) {
-    add_accesses(args[a], is_written(arguments[a]), accesses);
-  }
   const auto results = static_cast<ptrdiff_t>(op.schema().returns().size());
   for (auto result = stack->end() - results; result != stack->end(); ++result) {
     add_accesses(*result, true, accesses);
