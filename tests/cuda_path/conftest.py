@@ -17,6 +17,8 @@ from scheduler_process import Scheduler, running_scheduler  # noqa: E402
 
 # Every change of width in the middle of requests, the block (4) the most often.
 TURNS = [3, 1, 4, 2, 1, 1, 4, 4]
+# Without it a random model answers with white space alone.
+GRAMMAR = {"grammar_backend": "xgrammar", "constrained_json_disable_any_whitespace": True}
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +35,7 @@ def reference(pair) -> ReferencePair:
 def alone(pair):
     """The target without speculation, without overlap: SGLang penalises a token late with it."""
     with running_scheduler(
-        pair[0], disable_overlap_schedule=True, grammar_backend="xgrammar", page_size=1
+        pair[0], disable_overlap_schedule=True, page_size=1, **GRAMMAR
     ) as scheduler:
         yield scheduler
 
@@ -44,9 +46,9 @@ def dflare(pair) -> Scheduler:
     with running_scheduler(
         *pair,
         widths=TURNS,
-        grammar_backend="xgrammar",
         chunked_prefill_size=64,
         enable_mixed_chunk=True,
+        **GRAMMAR,
     ) as scheduler:
         yield scheduler
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import observers
+import plants
 import sglang.srt.managers.scheduler as scheduler_module
 import stand_ins.table
 import torch
@@ -43,6 +44,7 @@ class InProcessScheduler:
         target: Folder of the target.
         draft: Folder of a drafter, for DFLARE.
         widths: Verify widths of successive decode steps, cyclic; or a value of DFLARE_ADAPTIVE.
+        plant: Name of a bug to put in (see `plants`).
         order: Seed of a random legal order of the device's work, None to run work at once.
         rank, ranks, port: Of tensor parallelism.
         server_args: SGLang's, over `DEFAULTS`.
@@ -53,6 +55,7 @@ class InProcessScheduler:
         target: str,
         draft: str | None = None,
         widths: list[int] | str = "off",
+        plant: str | None = None,
         order: int | None = None,
         rank: int = 0,
         ranks: int = 1,
@@ -63,6 +66,8 @@ class InProcessScheduler:
         load_plugins()
         self._proposals = observers.Proposals()
         self._widths = observers.script_widths(None if isinstance(widths, str) else widths)
+        if plant:
+            plants.plant(plant)
         if draft:
             server_args = {
                 "speculative_algorithm": "DFLARE",
@@ -108,7 +113,7 @@ class InProcessScheduler:
             that are in order by luck alone.
         """
         for request in requests:
-            self._inbox.append((request.get("after", 0), _to_request(request)))
+            self._inbox.append((request.get("after", 0), self._to_request(request)))
             self._open[request["rid"]] = request
             if "abort_after" in request:
                 self._aborts[request["rid"]] = request["abort_after"]
@@ -193,6 +198,25 @@ class InProcessScheduler:
             self._idle += 1
         return [_Stop] if self._idle > _IDLE_POLLS else due
 
+    def _to_request(self, request: dict[str, Any]) -> TokenizedGenerateReqInput:
+        params = SamplingParams(**request["sampling"])
+        params.normalize(self._scheduler.tokenizer)
+        logprobs = request.get("logprobs")
+        return TokenizedGenerateReqInput(
+            rid=request["rid"],
+            input_text=None,
+            input_ids=array("q", request["ids"]),
+            input_embeds=None,
+            mm_inputs=None,
+            token_type_ids=None,
+            sampling_params=params,
+            return_logprob=logprobs is not None,
+            logprob_start_len=-1,
+            top_logprobs_num=logprobs or 0,
+            token_ids_logprob=None,
+            stream=True,
+        )
+
     def _length(self, rid: str) -> int:
         return len(self._reqs[rid].output_ids) if rid in self._reqs else 0
 
@@ -201,26 +225,6 @@ class InProcessScheduler:
         if req.finished() and self._open.pop(req.rid, None) is not None:
             self._reqs.pop(req.rid)
             self._answers[req.rid] = _to_answer(req)
-
-
-def _to_request(request: dict[str, Any]) -> TokenizedGenerateReqInput:
-    params = SamplingParams(**request["sampling"])
-    params.normalize(None)
-    logprobs = request.get("logprobs")
-    return TokenizedGenerateReqInput(
-        rid=request["rid"],
-        input_text=None,
-        input_ids=array("q", request["ids"]),
-        input_embeds=None,
-        mm_inputs=None,
-        token_type_ids=None,
-        sampling_params=params,
-        return_logprob=logprobs is not None,
-        logprob_start_len=-1,
-        top_logprobs_num=logprobs or 0,
-        token_ids_logprob=None,
-        stream=True,
-    )
 
 
 def _to_answer(req: Any) -> dict[str, Any]:

@@ -1,26 +1,105 @@
-"""Penalties, sampling and seeds on the CUDA device."""
+"""Sampling parameters on the CUDA device: greedy answers are those of the target alone.
 
+The comparison is with SGLang without speculation and without overlap: with overlap its own
+penalties act a token late.
+"""
+
+import json
 from collections import Counter
 
 import pytest
 import torch
-from models import GREEDY, prompts
+from models import GREEDY, assert_greedy, prompts
 
 pytestmark = pytest.mark.slow
 
 IDS = prompts(1, 10, 11, seed=5)[0]
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {"age": {"enum": [7, 42]}, "city": {"enum": ["Paris", "Rome"]}},
+        "required": ["age", "city"],
+    }
+)
+CASES = {
+    "regex": {"regex": "(red|blue), (green|grey)[a-z]{3,9}\\.", "ignore_eos": False},
+    "json": {"json_schema": SCHEMA, "ignore_eos": False, "max_new_tokens": 40},
+    "frequency": {"frequency_penalty": 1.5},
+    "presence": {"presence_penalty": 1.9},
+    "repetition": {"repetition_penalty": 1.6},
+    "min_new_tokens": {
+        "min_new_tokens": 20,
+        "stop_token_ids": list(range(5, 260)),
+        "ignore_eos": False,
+    },
+    "bias": {"logit_bias": {"33": 6.0}},
+    "stop_token": {"stop_token_ids": list(range(100, 260)), "ignore_eos": False},
+    "stop_string": {"stop": ["e", "th"], "max_new_tokens": 60},
+}
 
 
-def request_of(name: str, sampling: dict, ids=IDS, **more) -> dict:
-    settings = GREEDY | {"max_new_tokens": 30} | sampling
-    return {"rid": name, "ids": ids, "sampling": settings} | more
+def requests_of(name: str, sampling: dict, **more) -> dict:
+    return {
+        "rid": name,
+        "ids": IDS,
+        "sampling": GREEDY | {"max_new_tokens": 30} | sampling,
+    } | more
+
+
+@pytest.fixture(scope="module")
+def both(alone, dflare):
+    """All cases beside each other on both schedulers, with a plain request and logprobs."""
+    requests = [requests_of(name, sampling) for name, sampling in CASES.items()]
+    requests += [
+        requests_of("plain", {}),
+        requests_of("logprobs", {}, logprobs=3),
+        # As SGLang's front end makes n answers: the prompt once, then copies of the request.
+        *(requests_of(f"n-{i}", {}, after=8) for i in range(3)),
+    ]
+    return [scheduler.generate(requests)["answers"] for scheduler in (alone, dflare)]
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_same_tokens_and_finish_reason(both, name):
+    alone, dflare = (answers[name] for answers in both)
+    assert dflare["ids"] == alone["ids"]
+    assert dflare["finish"] == alone["finish"]
+
+
+@pytest.mark.parametrize("name", ["regex", "json", "frequency", "presence", "repetition", "bias"])
+def test_the_parameter_matters(both, name):
+    assert both[1][name]["ids"] != both[1]["plain"]["ids"]
+
+
+def test_finish_reasons(both):
+    answers = both[1]
+    assert answers["json"]["finish"]["type"] == answers["regex"]["finish"]["type"] == "stop"
+    assert answers["stop_string"]["finish"]["matched"] in ("e", "th")
+    assert answers["stop_token"]["finish"]["matched"] in range(100, 260)
+    assert len(answers["min_new_tokens"]["ids"]) > 20
+
+
+def test_logprobs(both):
+    alone, dflare = (answers["logprobs"] for answers in both)
+    assert dflare["logprob_ids"] == alone["logprob_ids"]
+    # bfloat16: rows of another batch are rounded elsewhere.
+    torch.testing.assert_close(
+        torch.tensor(dflare["logprobs"]), torch.tensor(alone["logprobs"]), atol=0.1, rtol=0
+    )
+    assert len(dflare["top_logprobs"]) == len(dflare["ids"])
+
+
+def test_n_answers_are_equal(both):
+    answers = both[1]
+    assert [answers[f"n-{i}"]["ids"] for i in range(3)] == [answers["plain"]["ids"]] * 3
+    assert answers["n-2"]["cached"] >= len(IDS) - 1
 
 
 def test_penalties_beside_the_prefill_of_others(alone, dflare):
     requests = [
-        request_of("penalised", {"frequency_penalty": 1.5, "max_new_tokens": 40}),
+        requests_of("penalised", {"frequency_penalty": 1.5, "max_new_tokens": 40}),
         *(
-            request_of(f"long-{i}", {"max_new_tokens": 4}, after=6 + 6 * i, ids=ids)
+            requests_of(f"long-{i}", {"max_new_tokens": 4}, after=6 + 6 * i, ids=ids)
             for i, ids in enumerate(prompts(4, 150, 200, seed=6))
         ),
     ]
@@ -59,6 +138,17 @@ def assert_frequencies(tokens: list[int], expected: dict[int, float]) -> None:
     for token, p in expected.items():
         deviation = (len(tokens) * p * (1 - p)) ** 0.5
         assert abs(count[token] - len(tokens) * p) <= 4 * deviation + 1, (token, p, count)
+
+
+def test_top_k_one_is_greedy(dflare, both):
+    answer = sampled(dflare, "top", 1, top_k=1, max_new_tokens=30)[0]
+    assert answer == both[1]["plain"]["ids"]
+
+
+def test_min_p_is_honoured(dflare, reference):
+    """Only tokens as likely as the likeliest pass: greedy, but for ties in bfloat16."""
+    answer = sampled(dflare, "min-p", 1, min_p=1.0, temperature=3.0, max_new_tokens=30)[0]
+    assert_greedy(reference, IDS, answer)
 
 
 def test_seeds_are_honoured(dflare):

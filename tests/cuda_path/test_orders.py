@@ -1,4 +1,7 @@
-"""Work that waits in its stream's queue and then runs in a random legal order changes nothing."""
+"""Work that waits in its stream's queue and then runs in a random legal order changes nothing.
+
+No two accesses to the same memory are in order by luck alone.
+"""
 
 import pytest
 from models import greedy, prompts
@@ -19,6 +22,14 @@ def requests():
 @pytest.fixture(scope="module")
 def at_once(dflare, requests):
     return dflare.generate(requests)["answers"]
+
+
+def test_streams_and_events_order_all_accesses(dflare, requests, at_once):
+    dflare.call("flush_cache")
+    result = dflare.generate(requests, watch_races=True)
+    assert not result["races"], "\n".join(result["races"][:5])
+    for request in requests:
+        assert result["answers"][request["rid"]]["ids"] == at_once[request["rid"]]["ids"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""DFLARE on the CUDA device at other settings: page sizes, windows, measured widths, a backend."""
+
+import pytest
+from models import greedy, prompts
+from scheduler_process import running_scheduler
+from test_same_tokens import check
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("page", [16, pytest.param(64, marks=pytest.mark.long)])
+def test_pages(pair, reference, page):
+    with running_scheduler(*pair, widths=[3, 1, 1, 4], page_size=page) as scheduler:
+        requests = greedy("page", prompts(5, 30, 90, seed=50), 30)
+        check(scheduler.generate(requests), requests, reference)
+        again = greedy("again", [requests[0]["ids"] + [7, 8]], 20)
+        result = scheduler.generate(again)
+        check(result, again, reference)
+        assert result["answers"]["again-0"]["cached"] >= len(requests[0]["ids"]) // page * page
+
+
+@pytest.mark.long
+def test_draft_window(pair, reference):
+    with running_scheduler(*pair, widths=[4], speculative_draft_window_size=32) as scheduler:
+        requests = greedy("window", prompts(3, 10, 90, seed=60), 24)
+        check(scheduler.generate(requests), requests, reference, window=32)
+
+
+@pytest.mark.long
+def test_measured_widths(pair, reference):
+    """The policy chooses: step times are measured at start, on the device."""
+    with running_scheduler(*pair, widths="on") as scheduler:
+        requests = greedy("policy", prompts(3, 10, 60, seed=70), 40)
+        check(scheduler.generate(requests), requests, reference)
+
+
+@pytest.mark.long
+def test_triton_backend(pair, reference):
+    with running_scheduler(*pair, widths=[3, 1, 4], attention_backend="triton") as scheduler:
+        requests = greedy("triton", prompts(3, 10, 60, seed=80), 20)
+        check(scheduler.generate(requests), requests, reference)
