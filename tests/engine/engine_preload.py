@@ -19,9 +19,9 @@ from sglang.srt.models.registry import ModelRegistry
 import dflare.engine.attention
 import dflare.engine.models.qwen_dflare
 import dflare.engine.sampling  # noqa: F401
-from dflare.adaptive import AdaptiveConfig, StepTime, WidthPolicy
+from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
 from dflare.adaptive.config import VARIABLE
-from dflare.engine import widths
+from dflare.engine.widths import measured_policy
 from dflare.engine.worker import DFlareWorker
 
 ModelRegistry.get_supported_archs()
@@ -32,6 +32,8 @@ def _trace_proposals(path: str) -> None:
     accept_anchors = DFlareWorker._accept_anchors
 
     def write(worker, candidates, prefix_lens):
+        if worker._traced_reqs is None:
+            return  # a dummy step at start-up
         # Every tensor-parallel rank gets here with the same proposals.
         with open(path if worker._target_tp_rank == 0 else os.devnull, "a") as file:
             for req, block, length in zip(
@@ -52,40 +54,44 @@ def _trace_proposals(path: str) -> None:
         write(self, candidates, prefix_lens)
         return accept_anchors(self, candidates=candidates, prefix_lens=prefix_lens, **kwargs)
 
+    DFlareWorker._traced_reqs = None
     DFlareWorker.forward_batch_generation = forward_batch_generation
     DFlareWorker._accept_block = _accept_block
     DFlareWorker._accept_anchors = _accept_anchors
 
 
+class _Scripted(WidthPolicy):
+    """Takes widths in turn, whatever they bring."""
+
+    def __init__(self, config, turns):
+        super().__init__(config, CostTable(config.widths, [StepTime(1, 1, 0.001)], 1))
+        self._script = itertools.cycle(turns)
+
+    standing = 1
+
+    def choose(self, request_ids, remaining):
+        decision = super().choose(request_ids, remaining)
+        return dataclasses.replace(decision, width=next(self._script))
+
+
 def _script_widths(path: Path) -> None:
     """An engine reads its widths when it starts; scripted ones need no measured step times."""
-    configure, choose, measure = (
-        AdaptiveConfig.from_environment,
-        WidthPolicy.choose,
-        widths.measure_steps,
-    )
-    script = None
+    turns = None
 
-    def from_environment(block_size):
-        nonlocal script
+    def configure(block_size):
+        nonlocal turns
         wanted = json.loads(path.read_text())
         if isinstance(wanted, str):
-            os.environ[VARIABLE] = wanted
-            return configure(block_size)
+            os.environ[VARIABLE], turns = wanted, None
+            return AdaptiveConfig.from_environment(block_size)
         turns = [min(width, block_size) for width in wanted]
-        script = itertools.cycle(turns)
         return AdaptiveConfig.for_block_size(block_size, widths=sorted({1, block_size, *turns}))
 
-    def measure_steps(run, batches, widths):
-        return [StepTime(1, 1, 0.001)] if script else measure(run, batches, widths)
+    def make_policy(config, measure):
+        return _Scripted(config, turns) if turns else measured_policy(config, measure)
 
-    def choose_scripted(self, request_ids, remaining):
-        decision = choose(self, request_ids, remaining)
-        return dataclasses.replace(decision, width=next(script)) if script else decision
-
-    AdaptiveConfig.from_environment = from_environment
-    WidthPolicy.choose = choose_scripted
-    widths.measure_steps = measure_steps
+    DFlareWorker.configure = staticmethod(configure)
+    DFlareWorker.make_policy = staticmethod(make_policy)
 
 
 def _jump(req, now=time.time):

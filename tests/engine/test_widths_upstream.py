@@ -84,7 +84,7 @@ def test_results_are_cut_by_the_width_of_their_own_step():
 
 
 def test_who_else_copies_the_drafters_pool_is_known_when_context_may_wait():
-    """`AdaptiveWidths` asks at `init_cuda_graphs`."""
+    """`WorkerStart` asks at `init_cuda_graphs`."""
     assert isinstance(BaseSpecWorker.hicache_draft_plan, property)
     assert HiCacheDraftPlan().device_pools == ()
     assert "init_hicache_draft_plan()" in inspect.getsource(Scheduler.init_memory_pools)

@@ -62,6 +62,11 @@ class WidthController:
         self._gap = False
         return width
 
+    @property
+    def standing(self) -> int:
+        """Steps for which the width that :meth:`begin` gave stands, its own included."""
+        return self._policy.standing if self._policy else 1
+
     def interrupt(self) -> None:
         """A prefill is launched, or nothing runs: the next step's time says nothing about it."""
         self._gap = True

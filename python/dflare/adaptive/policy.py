@@ -110,6 +110,14 @@ class WidthPolicy:
         self._held, self._hold = decision, _HOLD - 1 if chosen == best else 0
         return decision
 
+    @property
+    def standing(self) -> int:
+        """Steps for which the latest decision is meant to stand, the next one to run included.
+
+        Other requests, or fewer tokens left than its width, end it earlier.
+        """
+        return self._hold + 1
+
     def observe(
         self, decision: Decision, commit_lens: Sequence[int], seconds: float | None = None
     ) -> None:

@@ -1,98 +1,42 @@
-"""A decode step of dummy tokens, to measure what widths cost before anybody waits."""
+"""A batch of dummy requests, to measure what widths cost before anybody waits."""
 
 from typing import Any
 
 import torch
-from sglang.srt.model_executor.forward_batch_info import (
-    CaptureHiddenMode,
-    ForwardBatch,
-    ForwardMode,
-    enable_num_token_non_padded,
-)
-from sglang.srt.speculative.dflash_info import DFlashVerifyInput
-from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
-from sglang.srt.speculative.spec_utils import draft_tp_context
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.speculative.draft_worker_common import make_draft_input_v2
 
 _CONTEXT = 128  # tokens before the block
 
 
-def dummy_step(worker: Any, batch: int) -> None:
-    """Draft, verify, accept and append at the worker's present width, and wait for the device.
+def dummy_batch(requests: int, runner: Any) -> ScheduleBatch:
+    """A decode batch as the scheduler hands it to the worker, of requests that nobody made.
 
-    All tokens live in slot 0, which SGLang reserves for padding; nothing that a request reads is
-    touched.
+    Their row of `req_to_token` is 0, which belongs to padding and names slot 0 for every token:
+    nothing that a request reads is touched.
 
     Args:
-        worker: a `DFlareWorker`, whose `block_size` is the width.
-        batch: requests in the step.
+        requests: bs.
+        runner: the target's `ModelRunner`.
     """
-    width, device = int(worker.block_size), worker.device
-    target = worker.model_runner
-    tokens = torch.zeros(batch * width, dtype=torch.long, device=device)
-    lens = torch.full((batch,), _CONTEXT, dtype=torch.long, device=device)
-    offsets = torch.arange(width, device=device)
-    positions = (lens[:, None] + offsets).reshape(-1)
-    shared: dict[str, Any] = {
-        "forward_mode": ForwardMode.TARGET_VERIFY,
-        "batch_size": batch,
-        "input_ids": tokens,
-        "req_pool_indices": torch.zeros(batch, dtype=torch.long, device=device),
-        "seq_lens": lens,
-        "out_cache_loc": tokens,
-        "seq_lens_cpu": lens.cpu() + width,
-        "seq_lens_sum": batch * (_CONTEXT + width),
-        "positions": positions,
-        "spec_algorithm": SpeculativeAlgorithm.DFLASH,
-        "num_token_non_padded": torch.full((), batch * width, dtype=torch.int32, device=device)
-        if enable_num_token_non_padded()
-        else None,
-        "global_num_token_non_padded_cpu": batch * width,
-        "can_run_decode_cuda_graph": True,
-    }
-    plan = target.kv_index_translator.plan(
-        req_pool_indices=shared["req_pool_indices"],
+    device = runner.device
+    lens = torch.full((requests,), _CONTEXT, dtype=torch.long, device=device)
+    batch = ScheduleBatch(
+        reqs=[],
+        req_to_token_pool=runner.req_to_token_pool,
+        token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
+        model_config=runner.model_config,
+        device=device,
         seq_lens=lens,
-        seq_lens_cpu=shared["seq_lens_cpu"],
-        write_virtual=tokens,
-        read_extent=width,
+        req_pool_indices=torch.zeros(requests, dtype=torch.long, device=device),
     )
-    if width > 1:
-        _draft(worker, shared, plan)
-    verify = DFlashVerifyInput(draft_token=tokens, positions=positions, draft_token_num=width)
-    forward = ForwardBatch(**shared, spec_info=verify, capture_hidden_mode=CaptureHiddenMode.FULL)
-    plan.bind(forward, target.kv_index_translator)
-    output = target.forward(forward).logits_output
-    torch.argmax(output.next_token_logits, dim=-1)
-    worker._append_target_hidden_to_draft_kv_by_loc(
-        target_hidden=output.hidden_states,
-        cache_loc=tokens,
-        cache_loc_2d=tokens.view(batch, width),
-        positions=positions,
-        commit_lens=torch.ones(batch, dtype=torch.int32, device=device),
+    batch.forward_mode = ForwardMode.DECODE
+    batch.spec_algorithm = runner.spec_algorithm
+    batch.seq_lens_cpu = torch.full((requests,), _CONTEXT, dtype=torch.long)
+    batch.seq_lens_sum = requests * _CONTEXT
+    batch.spec_info = make_draft_input_v2(
+        bonus_tokens=torch.zeros(requests, dtype=torch.long, device=device), new_seq_lens=lens
     )
-    if torch.device(device).type != "cpu":
-        torch.get_device_module(device).synchronize()
-    # The scheduler would take these for the marks of a batch of its own, and let a prefill's writes
-    # go ahead of the reads that they stand before.
-    for runner in (target, worker.draft_model_runner):
-        runner.shared_read_done_event = None
-
-
-def _draft(worker: Any, shared: dict[str, Any], plan: Any) -> None:
-    runner, model = worker.draft_model_runner, worker.model_runner.model
-    forward = ForwardBatch(
-        **shared,
-        input_embeds=model.get_input_embeddings()(shared["input_ids"]),
-        spec_info=worker._draft_block_spec_info,
-        capture_hidden_mode=CaptureHiddenMode.NULL,
-    )
-    plan.bind(forward, runner.kv_index_translator)
-    with draft_tp_context(worker.draft_parallel_layout):
-        output = runner.forward(forward)
-        if output.can_run_graph and worker._draft_sampler is not None:
-            return  # the head ran inside the graph
-        hidden = output.logits_output.hidden_states
-        drafted = hidden.view(shared["batch_size"], int(worker.block_size), -1)[:, 1:]
-        worker._greedy_sample_from_vocab_parallel_head(
-            hidden_states=drafted.reshape(-1, hidden.shape[-1]), lm_head=model.lm_head
-        )
+    batch.can_run_decode_cuda_graph = True
+    return batch

@@ -233,7 +233,7 @@ def trace_steps(worker: Any) -> None:
         (worker.target_worker, "forward_batch_generation", "verify"),
         (worker, "_accept_block", "sampling"),
         (worker, "_accept_anchors", "sampling"),
-        (worker, "_append_target_hidden_to_draft_kv_by_loc", "append"),
+        (worker.context, "append", "append"),
     ]
     if worker._target_logits_processor is not None:
         # Tensor-parallel logits that the target left in shards.

@@ -7,13 +7,13 @@ eagle_worker_v2.py, build_adaptive_runtime_state), and a step swaps its set in a
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
-from sglang.srt.runtime_context import get_parallel, get_spec
+from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
 from sglang.srt.speculative.draft_worker_common import (
     build_block_pos_offsets,
     make_draft_block_spec_info,
@@ -21,6 +21,9 @@ from sglang.srt.speculative.draft_worker_common import (
 )
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
+
+from dflare.engine.swapping import swapped
+from dflare.errors import UnsupportedError
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +44,37 @@ _ACCEPT_BUFFER_PAIRS = (
     "_out_tokens_bufs",
     "_new_seq_lens_bufs",
 )
+# Tensors that steps make on first use too, of sizes that have nothing to do with the block.
+_UNSIZED_BUFFERS = {
+    "_draft_greedy_gathered_max_buf",
+    "_draft_greedy_gathered_ids_buf",
+    "_draft_greedy_local_max_buf",
+    "_draft_greedy_local_arg_buf",
+    "_draft_greedy_best_rank_buf",
+    "_draft_greedy_rank_index_buf",
+    "_draft_greedy_selected_ids_buf",
+}
 _LEAST_FREE_GB = 1.0  # below it DFLASH captures no draft graphs either
+# Each captured batch size of a width is so many times the next smaller one; a batch between two is
+# padded. Every size has two graphs where the width drafts, one where it does not.
+_BATCH_RATIO, _PLAIN_BATCH_RATIO = 2.0, 1.2
 
 State = list[tuple[Any, dict[str, Any]]]
+
+
+def batches_to_capture(sizes: Sequence[int], width: int) -> list[int]:
+    """Batch sizes of the graphs of a width other than the block, which has all of them.
+
+    Args:
+        sizes: those that SGLang captures, ascending.
+        width: tokens a request.
+    """
+    ratio = _PLAIN_BATCH_RATIO if width == 1 else _BATCH_RATIO
+    kept = [sizes[0]]
+    for size in sizes[1:]:
+        if size >= ratio * kept[-1] or size == sizes[-1]:
+            kept.append(size)
+    return kept
 
 
 class WidthStates:
@@ -52,17 +83,38 @@ class WidthStates:
     def __init__(self, worker: Any, widths: Sequence[int]) -> None:
         """Build what every width but the block needs; on CUDA this captures graphs.
 
+        Widths for which memory is short are left out, the widest first: half of what is free now is
+        for their graphs, the other half for whatever serving needs.
+
         Args:
             worker: a `DFlareWorker` whose own attention backends and graphs are ready.
-            widths: verify widths, at most the worker's block size.
+            widths: verify widths, ascending, at most the worker's block size.
         """
         self._worker = worker
         self._block = int(worker.block_size)
         self._states: dict[int, State] = {}
+        on_cpu = torch.device(worker.device).type == "cpu"
+        budget = _Budget(None if on_cpu else self._free_memory_gb)
         for width in widths:
-            if width != self._block:
-                self._states[width] = [(worker, _sized_attributes(worker, width))]
-                self._states[width] += self._runner_attributes(width)
+            if width == self._block:
+                continue
+            if not budget.has_room():
+                break
+            state: State = [(worker, _sized_attributes(worker, width))]
+            if not on_cpu:  # the CPU backend takes the width from the batch
+                with budget.spending():
+                    state += self._runner_attributes(width)
+            self._states[width] = state
+        self.widths = tuple(w for w in widths if w in self._states or w == self._block)
+        dropped = sorted(set(widths) - set(self.widths))
+        if dropped:
+            logger.warning(
+                "DFLARE: no CUDA graphs for verify widths %s, which are left out: %s. Lower "
+                "--mem-fraction-static or --cuda-graph-max-bs to have them",
+                ", ".join(map(str, dropped)),
+                budget.describe(),
+            )
+        self.graph_gb = budget.spent
 
     @contextmanager
     def at(self, width: int) -> Iterator[None]:
@@ -79,9 +131,6 @@ class WidthStates:
     def _runner_attributes(self, width: int) -> State:
         """Attention backends and graphs of target and draft, where they depend on the width."""
         worker = self._worker
-        if torch.device(worker.device).type == "cpu":
-            # The CPU backend takes the width from the batch.
-            return []
         target, draft = worker.model_runner, worker.draft_model_runner
         with get_spec().override(speculative_num_draft_tokens=width):
             state: State = [(target, self._build(target, width))]
@@ -89,7 +138,7 @@ class WidthStates:
                 with (
                     draft_pp_context(),
                     draft_tp_context(worker.draft_parallel_layout),
-                    _swapped([(worker, {"block_size": width})]),
+                    swapped(worker, block_size=width),
                 ):
                     state += self._draft_attributes(draft, width)
         return state
@@ -98,26 +147,21 @@ class WidthStates:
         worker = self._worker
         if worker._draft_sampler is None:
             return [(draft, self._build(draft, width))]
-        # The block's sampler is captured into the block's graph by the hook added last.
         sampler = worker._maybe_build_draft_sampler()
-        hooks = [*draft.capture_tail_hooks[:-1], make_draft_sampler_capture_hook(sampler)]
-        with _swapped([(draft, {"capture_tail_hooks": hooks})]):
+        # The block's sampler is captured into the block's graphs by a hook of its own.
+        others = [hook for hook in draft.capture_tail_hooks if hook is not worker.sampler_hook]
+        hooks = [*others, make_draft_sampler_capture_hook(sampler)]
+        with swapped(draft, capture_tail_hooks=hooks):
             built = self._build(draft, width)
         return [(draft, built), (worker, {"_draft_sampler": sampler})]
 
     def _build(self, runner: Any, width: int) -> dict[str, Any]:
-        """A model runner's attention backend and graphs at a width.
-
-        Where the block has no graphs, or memory is short, the width runs eagerly on its own
-        backend: correct, and dear in the measured step times.
-        """
+        """A model runner's attention backend and graphs at a width."""
         backend = runner._get_attention_backend()
         graphs = runner.decode_cuda_graph_runner
         if isinstance(graphs, DecodeCudaGraphRunner):
-            if self._free_memory_gb() < _LEAST_FREE_GB:
-                logger.warning("no CUDA graphs at width %d: less than 1 GB is free", width)
-                graphs = None
-            else:
+            decode = get_exec().graph.cuda_graph_config.decode
+            with swapped(decode, bs=batches_to_capture(sorted(decode.bs), width)):
                 graphs = type(graphs)(
                     runner, attn_backend=backend, speculative_num_draft_tokens=width
                 )
@@ -128,6 +172,74 @@ class WidthStates:
         worker = self._worker
         return worker._tp_sync.available_memory_gb(
             SpecTpSyncSite.DFLASH_MEM, worker.device, worker.gpu_id, group=get_parallel().tp_group
+        )
+
+
+class _Budget:
+    """Device memory that the graphs of further widths may take, in GB."""
+
+    def __init__(self, free: Callable[[], float] | None) -> None:
+        """
+        Args:
+            free: gives what is free; None where graphs take nothing.
+        """
+        self._free = free
+        self._limit = (free() - _LEAST_FREE_GB) / 2 if free else 0.0
+        self.spent = self._largest = 0.0
+
+    def has_room(self) -> bool:
+        """Whether a width fits that takes as much as the dearest so far."""
+        return self._free is None or self.spent + self._largest <= self._limit
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """Count what building a width takes."""
+        assert self._free is not None
+        before = self._free()
+        yield
+        taken = max(0.0, before - self._free())
+        self.spent += taken
+        self._largest = max(self._largest, taken)
+
+    def describe(self) -> str:
+        """What there was, for the log."""
+        return (
+            f"{self.spent:.2f} of {max(0.0, self._limit):.2f} GB are spent and a width took up to "
+            f"{self._largest:.2f} GB"
+        )
+
+
+def tensors_of(worker: Any) -> dict[str, list[int]]:
+    """Identities of the tensors that an object's attributes hold, by attribute."""
+    found = {}
+    for name, value in vars(worker).items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        tensors = [id(item) for item in values if isinstance(item, torch.Tensor)]
+        if tensors:
+            found[name] = tensors
+    return found
+
+
+def check_nothing_is_shared(before: dict[str, list[int]], worker: Any) -> None:
+    """Refuse an SGLang whose worker makes a buffer in a step that we do not know.
+
+    It might be sized by the block, and all widths would share it in silence.
+
+    Args:
+        before: `tensors_of` the worker before its first step.
+        worker: after steps of every width.
+
+    Raises:
+        UnsupportedError: naming the attributes.
+    """
+    known = {*_DRAFT_BUFFERS, *_ACCEPT_BUFFER_PAIRS, "_accept_len_buf", *_UNSIZED_BUFFERS}
+    after = tensors_of(worker)
+    strange = sorted(n for n in after if n not in known and after[n] != before.get(n))
+    if strange:
+        raise UnsupportedError(
+            f"this SGLang's DFLASH worker makes {', '.join(strange)} in a decode step, unknown to "
+            "DFLARE: verify widths might share them. Install the SGLang that README.md "
+            "names, or set DFLARE_ADAPTIVE=off"
         )
 
 
@@ -155,12 +267,3 @@ def _swap(state: State) -> State:
         for name, value in attributes.items():
             setattr(owner, name, value)
     return replaced
-
-
-@contextmanager
-def _swapped(state: State) -> Iterator[None]:
-    replaced = _swap(state)
-    try:
-        yield
-    finally:
-        _swap(replaced)

@@ -1,4 +1,4 @@
-"""Decode steps whose width is chosen anew each time by `dflare.adaptive`.
+"""Which width each decode step has: chosen anew by `dflare.adaptive`, agreed on by all ranks.
 
 A step of width w drafts w - 1 tokens a request and verifies them with the anchor; width 1 drafts
 nothing, and the verified token's hidden states still become the drafter's context.
@@ -6,12 +6,12 @@ nothing, and the verified token's hidden states still become the drafter's conte
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from sglang.srt.disaggregation.utils import DisaggregationMode
-from sglang.srt.layers.dp_attention import get_dp_tp_group
 from sglang.srt.runtime_context import (
     get_disagg,
     get_exec,
@@ -28,9 +28,6 @@ from dflare.adaptive import (
     WidthPolicy,
     measure_steps,
 )
-from dflare.engine.deferred_context import DeferredContext
-from dflare.engine.dummy_step import dummy_step
-from dflare.engine.plain_step import plain_step
 from dflare.engine.step_timing import save_start_up_times
 from dflare.engine.width_states import WidthStates
 
@@ -39,100 +36,153 @@ logger = logging.getLogger(__name__)
 _MEASURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MEASURE_SECONDS = 20.0
 
+# Gives the policy for a configuration; called once, with a function that measures steps of the
+# widths: it takes a while.
+PolicyFactory = Callable[[AdaptiveConfig, Callable[[], CostTable]], WidthPolicy]
 
-class AdaptiveWidths:
-    """Mixin of the speculative worker; it goes before `DFlashWorkerV2`.
 
-    Rank 0 of the tensor-parallel group decides for all: step times differ between ranks. The
-    decision needs what the host knows already, so it waits for no device.
+def measured_policy(config: AdaptiveConfig, measure: Callable[[], CostTable]) -> WidthPolicy:
+    """The policy that servers use: it starts from what steps cost on this machine."""
+    return WidthPolicy(config, measure())
+
+
+class Agreement:
+    """Widths that rank 0 of a group chooses: step times differ between ranks.
+
+    The other ranks are told when a decision is made and not at every step: how long it stands is
+    part of it, and what ends it earlier (other requests, or fewer tokens left than its width) every
+    rank sees for itself. Nothing waits for a device.
     """
 
-    block_size: int
-    model_runner: Any
-    hicache_draft_plan: Any
-    _append_target_hidden_to_draft_kv_by_loc: Any
+    def __init__(self, group: Any) -> None:
+        """
+        Args:
+            group: SGLang's `GroupCoordinator`.
+        """
+        self._group = group
+        self._requests: tuple[str, ...] = ()
+        self._width = self._left = 0
 
-    def init_cuda_graphs(self) -> None:
-        """Capture the block's graphs, then those of the other widths, and measure all steps."""
-        super().init_cuda_graphs()  # type: ignore[misc]
-        self._width_group = get_dp_tp_group()
-        config = AdaptiveConfig.from_environment(int(self.block_size))
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank chooses."""
+        return self._group.rank_in_group == 0
+
+    def settle(
+        self, requests: Sequence[str], remaining: Sequence[int], choice: tuple[int, int]
+    ) -> int:
+        """Return the width of the next step, the same on all ranks.
+
+        Args:
+            requests: ids of the batch.
+            remaining: tokens that each may still produce.
+            choice: rank 0's width and for how many steps it was decided, this one included.
+        """
+        if self._group.world_size == 1:
+            return choice[0]
+        ids = tuple(requests)
+        if not (self._left and ids == self._requests and self._width <= max(remaining)):
+            self._width, self._left = self.from_leader(*choice)
+            self._requests = ids
+        self._left -= 1
+        return self._width
+
+    def from_leader(self, *values: int) -> list[int]:
+        """What rank 0 says, over the CPU group."""
+        if self._group.world_size == 1:
+            return list(values)
+        words = torch.tensor(values)
+        torch.distributed.broadcast(words, src=self._group.ranks[0], group=self._group.cpu_group)
+        return words.tolist()
+
+
+class Widths:
+    """Chooses the width of each step, puts the worker into it, and learns what came of it."""
+
+    def __init__(
+        self,
+        worker: Any,
+        *,
+        group: Any,
+        config: AdaptiveConfig | None,
+        make_policy: PolicyFactory,
+        run: Callable[[int, int], None],
+    ) -> None:
+        """Build what other widths than the block need, and measure steps of all.
+
+        Args:
+            worker: a `DFlareWorker` whose attention backends and graphs of the block are ready.
+            group: the ranks that must agree, a `GroupCoordinator`.
+            config: the settings; None for steps of the whole block only.
+            make_policy: called on rank 0 of the group and, to measure with it, on all others.
+            run: runs a dummy step of (requests, width) in the worker, which is at that width, and
+                waits for it.
+        """
+        self._block = int(worker.block_size)
+        self._largest = int(worker.model_runner.max_running_requests)
+        self._agreement, self._run = Agreement(group), run
         reason = _why_not_adaptive() if config else None
         if reason:
             logger.warning("every step verifies the whole block: adaptive widths and %s", reason)
             config = None
+        self._states = WidthStates(worker, config.widths if config else ())
+        if config and len(self._states.widths) < 2:
+            config = None
+        if config:
+            config = config.model_copy(update={"widths": self._states.widths})
+        policy = make_policy(config, lambda: self._measure(config.widths)) if config else None
         self._adaptive = config is not None
-        self.deferred_context = DeferredContext(
-            self._append_target_hidden_to_draft_kv_by_loc, at_once=self._pool_is_shared()
-        )
-        self._width_states = WidthStates(self, config.widths if config else ())
-        policy = WidthPolicy(config, self._measure_costs(config.widths)) if config else None
         self._controller: WidthController | None = None
-        if self._width_group.rank_in_group == 0:
+        if self._agreement.is_leader:
             labels = _metric_labels() if get_observability().enable_metrics else None
             metrics = SpecMetrics(labels, lambda line: logger.warning("DFLARE: %s", line))
-            self._controller = WidthController(int(self.block_size), policy, metrics)
+            self._controller = WidthController(self._block, policy, metrics)
 
-    def forward_batch_generation(
-        self,
-        batch: Any,
-        on_publish: Any = None,
-        grammar_barrier: Any = None,
-        pp_proxy_tensors: Any = None,
-    ) -> Any:
-        """Run a prefill as ever, and a decode step at the width chosen for it."""
-        step = super().forward_batch_generation  # type: ignore[misc]
-        more = on_publish, grammar_barrier, pp_proxy_tensors
-        mode = batch.forward_mode
-        if mode.is_extend() or batch.is_extend_in_batch or mode.is_idle():
-            if self._controller:
-                self._controller.interrupt()
-            self.deferred_context.flush()
-            return step(batch, *more)
-        width, requests = 0, [req.rid for req in batch.reqs]
-        if self._controller:
-            width = self._controller.begin(
-                requests,
-                [req.sampling_params.max_new_tokens - len(req.output_ids) for req in batch.reqs],
-            )
-        if not self._adaptive:
-            return step(batch, *more)
-        width = self._from_rank_0(width)
-        self.deferred_context.flush(requests if width == 1 else ())
-        with self._width_states.at(width):
-            if width == 1:
-                return plain_step(self, batch, on_publish, grammar_barrier)
-            return step(batch, *more)
+    @property
+    def graph_gb(self) -> float:
+        """Device memory that the graphs of the other widths take."""
+        return self._states.graph_gb
 
-    def on_verify_complete_cpu(
-        self, num_correct_drafts_per_req: Sequence[int], batch_size: int = 0
-    ) -> None:
-        """SGLang's hook: the result of the oldest step in flight is on the host."""
-        if self._controller:
-            _log(self._controller.complete([n + 1 for n in num_correct_drafts_per_req]))
+    def choose(self, reqs: Sequence[Any]) -> int:
+        """Return the width of the decode step that is about to be launched.
 
-    def note_request_finished(self, *, rid: str, natural_stop: bool) -> None:
-        """SGLang's hook: a request ended."""
-        if self._controller:
-            _log(self._controller.finish(rid))
-
-    def _pool_is_shared(self) -> bool:
-        """Whether the drafter's K/V are also copied between batches.
-
-        HiCache copies those of a finished request to the host and, for another one, back;
-        disaggregation receives those of a request that another server prefilled.
+        Args:
+            reqs: the batch's requests, SGLang's `Req`.
         """
-        plan = self.hicache_draft_plan
-        return bool(plan.device_pools) or get_disagg().disaggregation_mode != "null"
+        ids = [req.rid for req in reqs]
+        left = [req.sampling_params.max_new_tokens - len(req.output_ids) for req in reqs]
+        choice = (self._block, 1)
+        if self._controller:
+            choice = self._controller.begin(ids, left), self._controller.standing
+        return self._agreement.settle(ids, left, choice) if self._adaptive else self._block
 
-    def _measure_costs(self, widths: Sequence[int]) -> CostTable:
-        def run(batch: int, width: int) -> None:
-            with self._width_states.at(width):
-                dummy_step(self, batch)
+    def at(self, width: int) -> AbstractContextManager[None]:
+        """Run the worker at a width."""
+        return self._states.at(width)
+
+    def interrupt(self) -> None:
+        """A prefill runs, or nothing."""
+        if self._controller:
+            self._controller.interrupt()
+
+    def complete(self, commit_lens: Sequence[int]) -> None:
+        """The result of the oldest step in flight is on the host: committed tokens a request."""
+        if self._controller:
+            _log(self._controller.complete(commit_lens))
+
+    def finish(self, request_id: str) -> None:
+        """A request ended."""
+        if self._controller:
+            _log(self._controller.finish(request_id))
+
+    def _measure(self, widths: Sequence[int]) -> CostTable:
+        def run(requests: int, width: int) -> None:
+            with self.at(width):
+                self._run(requests, width)
 
         measured = measure_steps(run, self._batches_to_measure(), widths)
-        table = CostTable(widths, measured, int(self.model_runner.max_running_requests))
-        if self._width_group.rank_in_group == 0:
+        table = CostTable(widths, measured, self._largest)
+        if self._agreement.is_leader:
             logger.info("DFLARE: step time in ms by width, %s", table.describe())
             save_start_up_times(measured)
         return table
@@ -140,21 +190,12 @@ class AdaptiveWidths:
     def _batches_to_measure(self) -> Iterator[int]:
         """Batch sizes while there is time; the next takes about twice as long as the last."""
         start = time.perf_counter()
-        largest = int(self.model_runner.max_running_requests)
         for batch in _MEASURED_BATCHES:
             in_time = 3 * (time.perf_counter() - start) < _MEASURE_SECONDS
-            if batch > largest or not self._from_rank_0(int(in_time)):
+            (go_on,) = self._agreement.from_leader(int(in_time))
+            if batch > self._largest or not go_on:
                 return
             yield batch
-
-    def _from_rank_0(self, value: int) -> int:
-        """What rank 0 says, over the CPU group: the device is not involved."""
-        group = self._width_group
-        if group.world_size == 1:
-            return value
-        word = torch.tensor([value])
-        torch.distributed.broadcast(word, src=group.ranks[0], group=group.cpu_group)
-        return int(word)
 
 
 def _why_not_adaptive() -> str | None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from sglang.srt.speculative.base_spec_worker import HiCacheDraftMode, HiCacheDraftPlan
 
-from dflare.engine import widths
-from dflare.engine.deferred_context import DeferredContext
+from dflare.engine import context as module
+from dflare.engine import worker_start
+from dflare.engine.context import ContextAppender
 
 WIDTH = 3  # of the tapped states
 
@@ -19,19 +20,22 @@ class FakeAppend:
         self.calls: list[list[int]] = []
         self.rows: dict[int, tuple[float, int]] = {}
 
-    def __call__(self, *, target_hidden, cache_loc, positions):
-        if cache_loc.is_meta:
-            self.calls.append([len(cache_loc)])
-            return
-        assert target_hidden.shape == (len(cache_loc), WIDTH)
-        self.calls.append(cache_loc.tolist())
-        for state, slot, position in zip(target_hidden, cache_loc, positions, strict=True):
+    def __call__(self, states, slots, positions):
+        assert states.shape == (len(slots), WIDTH)
+        self.calls.append(slots.tolist())
+        for state, slot, position in zip(states, slots, positions, strict=True):
             self.rows[int(slot)] = float(state[0]), int(position)
 
 
 @pytest.fixture
 def append():
     return FakeAppend()
+
+
+def appender(append, *, at_once):
+    context = ContextAppender(None, [], [], at_once=at_once)
+    context.append = lambda states, *more: append(states[: len(more[0])], *more)
+    return context
 
 
 def plain_step(context, requests, step, padding=0):
@@ -41,7 +45,7 @@ def plain_step(context, requests, step, padding=0):
     slots = 100 * step + torch.arange(bs)
     hidden = slots[:, None].expand(bs, WIDTH).float() / 2
     padded = torch.cat([hidden, torch.full((padding, WIDTH), torch.nan)])
-    context.add(padded, slots, torch.full((bs,), step))
+    context.defer(padded, slots, torch.full((bs,), step))
 
 
 def slots_of(requests, *steps):
@@ -49,7 +53,7 @@ def slots_of(requests, *steps):
 
 
 def test_rows_wait_while_the_same_requests_take_plain_steps(append):
-    context = DeferredContext(append, at_once=False)
+    context = appender(append, at_once=False)
     for step in range(10):
         plain_step(context, ["a", "b"], step)
     assert append.calls == []
@@ -57,7 +61,7 @@ def test_rows_wait_while_the_same_requests_take_plain_steps(append):
 
 def test_a_batch_that_is_no_plain_step_finds_the_context_complete(append):
     """Before a prefill or a draft `flush` gets no requests; every row keeps its own slot."""
-    context = DeferredContext(append, at_once=False)
+    context = appender(append, at_once=False)
     for step in range(3):
         plain_step(context, ["a", "b"], step)
     context.flush()
@@ -71,7 +75,7 @@ def test_a_batch_that_is_no_plain_step_finds_the_context_complete(append):
 @pytest.mark.parametrize("others", [["a"], ["a", "b", "c"], ["b", "a"], ["a", "c"]])
 def test_rows_do_not_wait_for_other_requests(append, others):
     """A request that left has given its slots back: they may be another's from now on."""
-    context = DeferredContext(append, at_once=False)
+    context = appender(append, at_once=False)
     plain_step(context, ["a", "b"], 0)
     plain_step(context, others, 1)
     assert append.calls == [slots_of("ab", 0)]
@@ -81,7 +85,7 @@ def test_rows_do_not_wait_for_other_requests(append, others):
 
 def test_a_request_that_comes_back_has_no_rows_waiting(append):
     """Retracted and prefilled again, it may have the slots of another by then."""
-    context = DeferredContext(append, at_once=False)
+    context = appender(append, at_once=False)
     plain_step(context, ["a"], 0)
     context.flush()  # the prefill
     plain_step(context, ["a"], 1)
@@ -89,7 +93,7 @@ def test_a_request_that_comes_back_has_no_rows_waiting(append):
 
 
 def test_fifteen_steps_are_the_most_that_wait(append):
-    context = DeferredContext(append, at_once=False)
+    context = appender(append, at_once=False)
     for step in range(15):
         plain_step(context, ["a"], step)
     assert append.calls == []
@@ -101,10 +105,10 @@ def test_fifteen_steps_are_the_most_that_wait(append):
 
 
 def test_slots_that_the_scheduler_writes_over_stay_as_they_were(append):
-    context = DeferredContext(append, at_once=False)
+    context = appender(append, at_once=False)
     slots, positions = torch.tensor([7]), torch.tensor([5])
     context.flush(["a"])
-    context.add(torch.ones(1, WIDTH), slots, positions)
+    context.defer(torch.ones(1, WIDTH), slots, positions)
     slots.fill_(0)
     positions.fill_(0)
     context.flush()
@@ -112,25 +116,44 @@ def test_slots_that_the_scheduler_writes_over_stay_as_they_were(append):
 
 
 def test_padding_of_the_states_goes_nowhere(append):
-    context = DeferredContext(append, at_once=False)
+    context = appender(append, at_once=False)
     plain_step(context, ["a", "b"], 0, padding=3)
     context.flush()
     assert append.rows == {0: (0.0, 0), 1: (0.5, 0)}
 
 
-def test_states_on_a_device_go_through_at_once(append):
-    """There an append costs as little alone, and the step's buffers belong to its graph."""
-    context = DeferredContext(append, at_once=False)
-    for _ in range(2):
-        context.flush(["a"])
-        rows = torch.empty(1, dtype=torch.long, device="meta")
-        context.add(torch.empty(1, WIDTH, device="meta"), rows, rows)
+def test_no_more_waits_than_memory_is_for(append, monkeypatch):
+    """Rows of 12 bytes: room for five steps of one request, for one step of three and none."""
+    monkeypatch.setattr(module, "_MOST_BYTES", 5 * 12)
+    context = appender(append, at_once=False)
+    for step in range(6):
+        plain_step(context, ["a"], step)
+    assert append.calls == [slots_of("a", *range(5))]
+    plain_step(context, ["a", "b", "c"], 6)
+    assert append.calls[1:] == [slots_of("a", 5), slots_of("abc", 6)]
+
+
+def test_rows_of_dummy_steps_do_not_stay(append):
+    """Steps at start-up are of no request; the next may be of another size."""
+    context = appender(append, at_once=False)
+    for rows in (1, 4):
+        context.defer(torch.ones(rows, WIDTH), torch.arange(rows), torch.arange(rows))
+        context.flush()
+    assert append.calls == [[0], [0, 1, 2, 3]]
+
+
+def test_states_that_the_next_graph_overwrites_are_copied(append):
+    context = appender(append, at_once=False)
+    states, slots = torch.ones(1, WIDTH), torch.tensor([7])
+    context.flush(["a"])
+    context.defer(states, slots, slots)
+    states.fill_(5)
     context.flush()
-    assert append.calls == [[1], [1]]
+    assert append.rows == {7: (1.0, 7)}
 
 
 def test_nothing_waits_where_others_read_the_pool(append):
-    context = DeferredContext(append, at_once=True)
+    context = appender(append, at_once=True)
     for step in range(2):
         plain_step(context, ["a"], step)
         assert append.calls[step:] == [slots_of("a", step)]
@@ -149,7 +172,7 @@ def test_nothing_waits_where_others_read_the_pool(append):
 )
 def test_hicache_and_disaggregation_share_the_pool(monkeypatch, plan, disaggregation, shared):
     monkeypatch.setattr(
-        widths, "get_disagg", lambda: SimpleNamespace(disaggregation_mode=disaggregation)
+        worker_start, "get_disagg", lambda: SimpleNamespace(disaggregation_mode=disaggregation)
     )
     worker = SimpleNamespace(hicache_draft_plan=plan)
-    assert widths.AdaptiveWidths._pool_is_shared(worker) is shared
+    assert worker_start.WorkerStart._pool_is_shared(worker) is shared

@@ -1,0 +1,143 @@
+"""How the speculative worker starts: pools, checks, graphs, and what steps of each width cost."""
+
+import logging
+from typing import Any
+
+import torch
+from sglang.srt.layers.dp_attention import get_dp_tp_group
+from sglang.srt.managers.scheduler import GenerationBatchResult
+from sglang.srt.runtime_context import get_disagg, get_parallel, get_spec
+from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
+
+from dflare.adaptive import AdaptiveConfig
+from dflare.engine.context import ContextAppender
+from dflare.engine.dummy_step import dummy_batch
+from dflare.engine.hooks import check_hooks
+from dflare.engine.penalties import Penalties
+from dflare.engine.shared_taps import SharedTaps
+from dflare.engine.step_timing import trace_steps
+from dflare.engine.width_states import check_nothing_is_shared, tensors_of
+from dflare.engine.widths import Widths, measured_policy
+from dflare.errors import UnsupportedError
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerStart(DFlashWorkerV2):
+    """A DFLASH worker that is ready for steps of any width; `DFlareWorker` is what runs them.
+
+    Attributes:
+        penalties: counts of penalised requests.
+        context: writes the drafter's context.
+        widths: chooses the width of each step.
+    """
+
+    # What a server is configured by and what chooses its widths; a test may have others.
+    configure = staticmethod(lambda block_size: AdaptiveConfig.from_environment(block_size))
+    make_policy = staticmethod(measured_policy)
+
+    def __init__(self, *args, **kwargs) -> None:
+        check_hooks()
+        super().__init__(*args, **kwargs)
+
+    def alloc_memory_pool(self, *args, **kwargs) -> None:
+        """Allocate the drafter's pool and keep its per-layer K and V buffers at hand."""
+        super().alloc_memory_pool(*args, **kwargs)
+        pool = self.draft_model_runner.token_to_kv_pool
+        layers = self.draft_model.layers
+        buffers = [pool.get_kv_buffer(layer.self_attn.attn.layer_id) for layer in layers]
+        self._k_pools = [k for k, _ in buffers]
+        self._v_pools = [v for _, v in buffers]
+        self._check_cache()
+        vocab_size = self.model_runner.model_config.vocab_size
+        self.penalties = Penalties(vocab_size, self.device)
+        # Before the target's graphs are captured.
+        self._taps = SharedTaps()
+        self.model_runner.capture_tail_hooks.append(self._taps)
+        if get_parallel().tp_rank == 0:
+            self._log_once()
+
+    def init_cuda_graphs(self) -> None:
+        """Capture the block's graphs, then those of the other widths, and measure all steps."""
+        others = list(self.draft_model_runner.capture_tail_hooks)
+        super().init_cuda_graphs()
+        added = [h for h in self.draft_model_runner.capture_tail_hooks if h not in others]
+        self.sampler_hook = added[0] if self._draft_sampler is not None else None
+        self.context = ContextAppender(
+            self.draft_model, self._k_pools, self._v_pools, at_once=self._pool_is_shared()
+        )
+        before = tensors_of(self)
+        self.widths = Widths(
+            self,
+            group=get_dp_tp_group(),
+            config=self.configure(int(self.block_size)),
+            make_policy=self.make_policy,
+            run=self._dummy_step,
+        )
+        check_nothing_is_shared(before, self)
+        # SGLang's account of what graphs take: shown in its log and its metrics.
+        usage = self._additional_graph_memory_usage
+        usage["target_verify"] = usage.get("target_verify", 0.0) + self.widths.graph_gb
+        trace_steps(self)
+
+    def _pool_is_shared(self) -> bool:
+        """Whether the drafter's K/V are also copied between batches.
+
+        HiCache copies those of a finished request to the host and, for another one, back;
+        disaggregation receives those of a request that another server prefilled.
+        """
+        plan = self.hicache_draft_plan
+        return bool(plan.device_pools) or get_disagg().disaggregation_mode != "null"
+
+    def _decode(self, batch: Any, width: int) -> GenerationBatchResult:
+        """Run a decode step at the width that the worker is in."""
+        raise NotImplementedError
+
+    def _dummy_step(self, requests: int, width: int) -> None:
+        """Run a step that serves nobody, append what it left, and wait for the device."""
+        self._decode(dummy_batch(requests, self.model_runner), width)
+        self.context.flush()
+        if torch.device(self.device).type != "cpu":
+            torch.get_device_module(self.device).synchronize()
+        # The scheduler would take these for the marks of a batch of its own, and let a prefill's
+        # writes go ahead of the reads that they stand before.
+        for runner in (self.model_runner, self.draft_model_runner):
+            runner.shared_read_done_event = None
+
+    def _check_cache(self) -> None:
+        """Refuse a K/V cache that the operators would refuse at the first request.
+
+        Raises:
+            UnsupportedError: it has another dtype than the drafter.
+        """
+        pool, dtype = self._k_pools[0], self.draft_model.context_kv_proj.dtype
+        if pool.dtype != dtype:
+            raise UnsupportedError(
+                f"the drafter's K/V cache is {pool.dtype} and its weights are {dtype}; DFLARE "
+                "keeps both in one dtype: serve without --speculative-draft-kv-cache-dtype"
+            )
+
+    def _log_once(self) -> None:
+        draft = self.draft_model.draft_config
+        target_bytes, draft_bytes = (
+            _kv_bytes_per_token(runner.token_to_kv_pool)
+            for runner in (self.model_runner, self.draft_model_runner)
+        )
+        logger.info(
+            "DFLARE: drafter of %d layers, taps %s, block %d; K/V %d (target) + %d (drafter) "
+            "bytes a token; draft attention backend %s",
+            draft.num_hidden_layers,
+            ", ".join(map(str, draft.target_layer_ids)),
+            self.block_size,
+            target_bytes,
+            draft_bytes,
+            get_spec().speculative_draft_attention_backend,
+        )
+        if note := draft.sliding_note():
+            logger.warning("DFLARE: %s", note)
+
+
+def _kv_bytes_per_token(pool) -> int:
+    """Bytes that one token takes in all layers of a KV pool, on this rank."""
+    size = pool.get_kv_size_bytes()
+    return (sum(size) if isinstance(size, tuple) else size) // (pool.size + pool.page_size)
