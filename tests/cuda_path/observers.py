@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from device import DEVICE
 
-from dflare.adaptive import AdaptiveConfig, StepTime, WidthPolicy
-from dflare.engine import widths
+from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
 from dflare.engine.worker import DFlareWorker
 
 # Frames of these are not the cause of a wait.
@@ -36,14 +35,16 @@ class Proposals:
             return step(worker, batch, *args, **kwargs)
 
         def _accept_block(worker, *, candidates, prefix_lens, **kwargs):
-            if candidates.shape[1] > 1:
+            if candidates.shape[1] > 1 and worker._traced is not None:
                 steps.append((worker._traced, prefix_lens.clone(), candidates.clone()))
             return accept(worker, candidates=candidates, prefix_lens=prefix_lens, **kwargs)
 
         def _accept_anchors(worker, *, candidates, prefix_lens, **kwargs):
-            steps.append((worker._traced, prefix_lens.clone(), candidates.clone()))
+            if worker._traced is not None:  # not a dummy step at the start
+                steps.append((worker._traced, prefix_lens.clone(), candidates.clone()))
             return anchors(worker, candidates=candidates, prefix_lens=prefix_lens, **kwargs)
 
+        DFlareWorker._traced = None
         DFlareWorker.forward_batch_generation = forward_batch_generation
         DFlareWorker._accept_block = _accept_block
         DFlareWorker._accept_anchors = _accept_anchors
@@ -61,22 +62,27 @@ class Proposals:
 def script_widths(script: list[int] | None) -> list[int]:
     """Let decode steps have these widths in turn, without measuring; returns those that ran."""
     ran: list[int] = []
-    choose = WidthPolicy.choose
     if script is None:
         return ran
-    turns = itertools.cycle(script)
 
-    def from_environment(block_size):
-        chosen = sorted({1, block_size, *script})
-        return AdaptiveConfig.for_block_size(block_size, widths=chosen)
+    class Scripted(WidthPolicy):
+        """Takes widths in turn, whatever they bring."""
 
-    def choose_scripted(policy, request_ids, remaining):
-        ran.append(next(turns))
-        return dataclasses.replace(choose(policy, request_ids, remaining), width=ran[-1])
+        standing = 1
+        _turns = itertools.cycle(script)
 
-    AdaptiveConfig.from_environment = from_environment
-    WidthPolicy.choose = choose_scripted
-    widths.measure_steps = lambda *_: [StepTime(1, 1, 0.001)]
+        def choose(self, request_ids, remaining):
+            ran.append(next(self._turns))
+            return dataclasses.replace(super().choose(request_ids, remaining), width=ran[-1])
+
+    def configure(block_size: int) -> AdaptiveConfig:
+        return AdaptiveConfig.for_block_size(block_size, widths=sorted({1, block_size, *script}))
+
+    def make_policy(config: AdaptiveConfig, _measure: Any) -> WidthPolicy:
+        return Scripted(config, CostTable(config.widths, [StepTime(1, 1, 0.001)], 1))
+
+    DFlareWorker.configure = staticmethod(configure)
+    DFlareWorker.make_policy = staticmethod(make_policy)
     return ran
 
 
