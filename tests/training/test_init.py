@@ -168,7 +168,7 @@ def test_the_shipped_configurations_are_sound():
     for name in ("cpu", "gpu"):
         pipeline = load_pipeline(root / f"demo/{name}.yaml")
         assert (root / "demo" / pipeline.train).exists()
-        for other in (pipeline.synth.openers, pipeline.evaluate.questions):
+        for other in (pipeline.synth.openers, *pipeline.evaluate.prompts):
             assert (root / "demo" / other).exists()
         # What is measured must not have been learned.
-        assert pipeline.evaluate.questions in pipeline.synth.exclude
+        assert set(pipeline.evaluate.prompts) <= set(pipeline.synth.exclude)

@@ -61,9 +61,7 @@ class StepTimer:
             folder.mkdir(parents=True, exist_ok=True)
             self._trace = _TraceFile(folder / f"trace-{os.getpid()}.json")
         except OSError as error:
-            raise DFlareError(
-                f"{TRACE_ENV}={folder}: {error.strerror}; expected a folder that can be written to"
-            ) from error
+            raise _unwritable(folder, error) from error
 
     def wrap(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return `function`, timed as `part` of the decode step in which it runs.
@@ -205,15 +203,28 @@ def save_start_up_times(measured: Iterable[StepTime]) -> None:
     """Keep the step times measured at start-up if `DFLARE_STEP_TRACE` names a folder.
 
     They go to `step-times-<pid>.json`, which `dflare.adaptive.CostTable.load` reads.
+
+    Raises:
+        DFlareError: the folder cannot be written to.
     """
-    folder = os.environ.get(TRACE_ENV)
-    if not folder:
+    if not os.environ.get(TRACE_ENV):
         return
+    folder = Path(os.environ[TRACE_ENV])
     models = get_serving().served_model_name, get_spec().speculative_draft_model_path
     target, draft = (Path(model).name for model in models)
     versions = f"sglang {version('sglang')}, torch {version('torch')}"
     about = f"{target} with {draft}; {device_name()}; {versions}"
-    save_step_times(Path(folder) / f"step-times-{os.getpid()}.json", measured, about)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_step_times(folder / f"step-times-{os.getpid()}.json", measured, about)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> DFlareError:
+    return DFlareError(
+        f"{TRACE_ENV}={folder}: {error.strerror}; expected a folder that can be written to"
+    )
 
 
 def trace_steps(worker: Any) -> None:
