@@ -52,18 +52,6 @@ def results_read_too_early() -> None:
 
 
 @_plant
-def schedule_outside_the_graph() -> None:
-    """The schedule is made anew each step, but the graph reads the one of its capture."""
-    make = CudaBlockAttentionBackend.init_forward_metadata_in_graph
-    CudaBlockAttentionBackend.init_forward_metadata_in_graph = (  # type: ignore[method-assign]
-        lambda self, batch: None
-    )
-    CudaBlockAttentionBackend.init_forward_metadata_out_graph = (  # type: ignore[method-assign]
-        lambda self, batch, in_capture=False: make(self, batch)
-    )
-
-
-@_plant
 def host_waits_in_plain_step() -> None:
     """The plain step reads a tensor of the device."""
     accept = DFlareWorker._accept_anchors

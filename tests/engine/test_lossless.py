@@ -89,6 +89,7 @@ def test_small_pool_retracts_and_loses_nothing(demo_pair, questions, expected):
     with running_engine(*demo_pair, **flags) as engine:
         answers = generate(engine, questions[:12], concurrency=8, max_new_tokens=64)
     assert tokens(answers) == expected[:12]
+    assert any(answer["meta_info"]["num_retractions"] for answer in answers)
 
 
 def test_long_prompt_and_shared_prefixes(demo_pair, questions):
