@@ -53,12 +53,11 @@ def _fail(*_args: Any) -> None:
 
 
 def _kill_engine_processes(*_args: Any, **_kwargs: Any) -> None:
-    server = forkserver._forkserver._forkserver_pid
-    tracker = multiprocessing.resource_tracker._resource_tracker._pid
-    children = psutil.Process().children(recursive=True)
-    for child in (child for child in children if child.pid not in (server, tracker)):
+    # Not all children of this process: the schedulers of tests/cuda_path are some of them.
+    children = psutil.Process(forkserver._forkserver._forkserver_pid).children(recursive=True)
+    for child in children:
         child.kill()
-    psutil.wait_procs([child for child in children if child.pid not in (server, tracker)])
+    psutil.wait_procs(children)
 
 
 @contextmanager
