@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dflare.engine import width_states
-from dflare.engine.shared_taps import SharedTaps, graph_memory
+from dflare.engine.shared_taps import SharedTaps
 from dflare.engine.width_states import (
     WidthStates,
     _Budget,
@@ -22,6 +22,21 @@ QWEN3_8B_TOKEN = 9 * 4096 * 2  # taps x hidden size x bytes of bfloat16
 WIDTHS = [1, 2, 3, 4, 6, 8, 12, 16]  # of a drafter of block 16
 # SGLang's batch sizes for 48 requests (server_args, _generate_cuda_graph_bs)
 BATCHES = [*range(1, 9), 10, 12, 14, 16, 18, 20, 22, 24, 28, 32, 36, 40, 44, 46, 48]
+
+
+def graph_memory(
+    token_bytes: int, batch_sizes: list[int], widths: list[int], *, shared: bool
+) -> int:
+    """Bytes of tapped states that the graphs of all widths keep.
+
+    Args:
+        token_bytes: T * H values of one token.
+        batch_sizes: captured, for every width.
+        widths: tokens a request.
+        shared: whether they share one buffer.
+    """
+    tokens = [batch * width for batch in batch_sizes for width in widths]
+    return token_bytes * (max(tokens) if shared else sum(tokens))
 
 
 def test_taps_of_all_widths_take_at_most_what_dflash_takes():

@@ -37,18 +37,3 @@ class SharedTaps:
         shared = self._buffer[: len(states)]
         shared.copy_(states)
         out.hidden_states = shared
-
-
-def graph_memory(
-    token_bytes: int, batch_sizes: list[int], widths: list[int], *, shared: bool
-) -> int:
-    """Bytes of tapped states that the graphs of all widths keep.
-
-    Args:
-        token_bytes: T * H values of one token.
-        batch_sizes: captured, for every width.
-        widths: tokens a request.
-        shared: whether they share one buffer.
-    """
-    tokens = [batch * width for batch in batch_sizes for width in widths]
-    return token_bytes * (max(tokens) if shared else sum(tokens))
