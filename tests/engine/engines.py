@@ -1,5 +1,6 @@
 """Real `sglang.Engine`s whose processes are forked instead of spawned, to start fast."""
 
+import asyncio
 import json
 import logging
 import multiprocessing
@@ -60,6 +61,14 @@ def _kill_engine_processes(*_args: Any, **_kwargs: Any) -> None:
     psutil.wait_procs(children)
 
 
+def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    # Engines share a loop: what waits in it, say SGLang's watch for SIGTERM, would go on in the next.
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+
+
 @contextmanager
 def running_engine(
     target: Path | str,
@@ -96,6 +105,7 @@ def running_engine(
         yield engine
     finally:
         engine.shutdown()
+        _end_tasks(engine.loop)
 
 
 @contextmanager
