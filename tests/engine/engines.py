@@ -62,7 +62,7 @@ def _kill_engine_processes(*_args: Any, **_kwargs: Any) -> None:
 
 
 def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:
-    # Engines share a loop: what waits in it, say SGLang's watch for SIGTERM, would go on in the next.
+    # Engines share a loop: SGLang's watch for SIGTERM, say, would go on in the next one's.
     tasks = asyncio.all_tasks(loop)
     for task in tasks:
         task.cancel()
