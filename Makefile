@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: test-cuda-path help install install-train wheel demo test test-all test-fast test-emulation kernels demo-drafter bench \
-  bench-quick soak lint format
+  bench-quick soak lint format counts
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -90,6 +90,9 @@ lint: $(STAMP)  ## format, lint and type checks
 	$(VENV)/bin/ruff check python tests bench scripts csrc setup.py build_backend.py build_toolkit.py
 	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
 	$(VENV)/bin/mypy
+
+counts: $(STAMP)  ## lines, long functions, import circles, beside the goals
+	@$(PY) scripts/counts.py
 
 format: $(STAMP)  ## format the sources
 	$(VENV)/bin/ruff format python tests bench scripts csrc setup.py build_backend.py build_toolkit.py
