@@ -74,6 +74,10 @@ def random_tensors(config: DraftConfig, seed: int = 0) -> dict[str, torch.Tensor
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in expected_tensors(config).items():
+        if name == "d2t":
+            ids = torch.randperm(config.vocab_size, generator=generator)[: shape[0]].sort().values
+            tensors[name] = ids - torch.arange(shape[0])
+            continue
         values = torch.randn(shape, generator=generator)
         if name.endswith("norm.weight"):
             values = 1 + 0.1 * values

@@ -20,6 +20,9 @@ class ReferencePair:
         weights: dict[str, torch.Tensor] = {}
         for file in sorted(Path(draft).glob("*.safetensors")):
             weights |= load_file(file)
+        # Token id less row of the draft head, of a drafter that drafts some tokens alone.
+        d2t = weights.pop("d2t", None)
+        self.drafted = None if d2t is None else d2t + torch.arange(len(d2t))
         self.w = {name: tensor.to(dtype) for name, tensor in weights.items()}
         self.taps = self.config["dflash_config"]["target_layer_ids"]
         self.mask = self.config["dflash_config"]["mask_token_id"]
@@ -64,7 +67,12 @@ class ReferencePair:
             up = h @ self.w[name + "mlp.up_proj.weight"].T
             x = x + (gate * up) @ self.w[name + "mlp.down_proj.weight"].T
         x = self._norm(x, self.w["norm.weight"])
-        return self.target.lm_head(x[1:])
+        logits = self.target.lm_head(x[1:])
+        if self.drafted is not None:
+            others = torch.ones(logits.shape[-1], dtype=torch.bool)
+            others[self.drafted] = False
+            logits = logits.masked_fill(others, float("-inf"))
+        return logits
 
     def _attention(self, d: int, h: torch.Tensor, context: torch.Tensor, n: int) -> torch.Tensor:
         def project(name: str, value: torch.Tensor) -> torch.Tensor:

@@ -98,7 +98,8 @@ BAD_VALUES = [
     ),
     ({"partial_rotary_factor": 0.01}, "`partial_rotary_factor` is 0.01, expected one that turns"),
     ({"quantization_config": {"quant_method": "fp8"}}, "`quantization_config` is"),
-    ({"draft_vocab_size": 32}, "`draft_vocab_size` is 32, expected `vocab_size` = 512"),
+    ({"draft_vocab_size": 513}, "`draft_vocab_size` is 513, expected at most `vocab_size` = 512"),
+    ({"draft_vocab_size": 0}, "`draft_vocab_size` is 0, expected a positive integer"),
     ({"target_hidden_size": 128}, "`target_hidden_size` is 128, expected `hidden_size` = 64"),
     ({"dflash_config": [1]}, "`dflash_config` is [1], expected an object"),
     (

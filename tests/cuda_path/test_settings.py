@@ -1,7 +1,8 @@
 """DFLARE on the CUDA device at other settings: page sizes, windows, measured widths, a backend."""
 
 import pytest
-from models import greedy, prompts
+from models import greedy, prompts, write_pair
+from reference_drafter import ReferencePair
 from scheduler_process import running_scheduler
 from test_same_tokens import check
 
@@ -24,6 +25,15 @@ def test_draft_window(pair, reference):
     with running_scheduler(*pair, widths=[4], speculative_draft_window_size=32) as scheduler:
         requests = greedy("window", prompts(3, 10, 90, seed=60), 24)
         check(scheduler.generate(requests), requests, reference, window=32)
+
+
+def test_a_draft_vocabulary(tmp_path):
+    """The draft graphs of every width end with the rows of 200 tokens."""
+    pair = write_pair(tmp_path, draft_vocab_size=200)
+    with running_scheduler(*pair, widths=[4, 2, 1, 3]) as scheduler:
+        requests = greedy("vocabulary", prompts(3, 10, 60, seed=90), 24)
+        check(scheduler.generate(requests), requests, ReferencePair(*pair))
+        assert scheduler.call("report")["graph_launches"] > 0
 
 
 @pytest.mark.long

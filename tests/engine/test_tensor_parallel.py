@@ -3,18 +3,25 @@
 import os
 
 import pytest
+from checkpoints import write_random_draft
 from engines import running_engine
+from reference_drafter import ReferencePair
 from test_same_drafts import check, random_prompts
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
-@pytest.mark.parametrize("page_size", [16, pytest.param(1, marks=pytest.mark.long)])
-def test_two_ranks_draft_like_one(random_pair, random_reference, page_size):
+@pytest.mark.parametrize(
+    ("page_size", "drafted"), [(16, 200), pytest.param(1, None, marks=pytest.mark.long)]
+)
+def test_two_ranks_draft_like_one(random_pair, tmp_path, page_size, drafted):
+    """Drafts are taken from 200 tokens, which lie on both ranks, or from the vocabulary."""
     prompts = random_prompts(3, 5, 80)
-    with running_engine(*random_pair, page_size=page_size, tp_size=2) as engine:
-        check(engine, random_reference, prompts, 24, f"tp-{page_size}")
+    draft = write_random_draft(tmp_path / "draft", draft_vocab_size=drafted)
+    reference = ReferencePair(random_pair[0], draft)
+    with running_engine(random_pair[0], draft, page_size=page_size, tp_size=2) as engine:
+        check(engine, reference, prompts, 24, f"tp-{page_size}")
         sampling = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
         two = [
             a["output_ids"] for a in engine.generate(input_ids=prompts, sampling_params=sampling)

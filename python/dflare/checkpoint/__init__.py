@@ -10,9 +10,17 @@ from dflare.checkpoint.pair import Check, check_pair, pair_checks, read_target_c
 from dflare.checkpoint.reader import read_config
 from dflare.checkpoint.save import save_checkpoint
 from dflare.checkpoint.sizes import DraftSizes, draft_sizes, target_kv_bytes_per_token
-from dflare.checkpoint.tensors import check_finite, check_tensors, expected_tensors, load_tensors
+from dflare.checkpoint.tensors import (
+    DRAFT_TO_TARGET,
+    check_finite,
+    check_tensors,
+    draft_vocabulary,
+    expected_tensors,
+    load_tensors,
+)
 
 __all__ = [
+    "DRAFT_TO_TARGET",
     "Check",
     "DraftConfig",
     "DraftSizes",
@@ -24,6 +32,7 @@ __all__ = [
     "check_tensors",
     "convert",
     "draft_sizes",
+    "draft_vocabulary",
     "expected_tensors",
     "find_folder",
     "inspect_draft",

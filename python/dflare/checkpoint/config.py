@@ -59,6 +59,11 @@ class DraftConfig(BaseModel):
     rope: Rope
     max_position_embeddings: int = Field(gt=0, description="a positive integer")
     vocab_size: int = Field(gt=0, description="a positive integer (the target's vocabulary)")
+    draft_vocab_size: int | None = Field(
+        None,
+        gt=0,
+        description="a positive integer (tokens that may be drafted) or null for the vocabulary",
+    )
     block_size: int = Field(
         ge=MIN_BLOCK_SIZE,
         le=MAX_BLOCK_SIZE,
@@ -160,6 +165,8 @@ class DraftConfig(BaseModel):
             "use_sliding_window": sliding,
             "vocab_size": self.vocab_size,
         }
+        if self.draft_vocab_size is not None:
+            content["draft_vocab_size"] = self.draft_vocab_size
         if self.rope.partial_rotary_factor != 1.0:
             content["partial_rotary_factor"] = self.rope.partial_rotary_factor
         return content
@@ -236,6 +243,11 @@ def _contradictions(config: DraftConfig, names: dict[str, str]) -> list[str]:
     if config.mask_token_id >= config.vocab_size:
         problems.append(
             f"{named('mask_token_id')} is {config.mask_token_id}, expected an id below "
+            f"{named('vocab_size')} = {config.vocab_size}; correct either"
+        )
+    if (config.draft_vocab_size or 0) > config.vocab_size:
+        problems.append(
+            f"{named('draft_vocab_size')} is {config.draft_vocab_size}, expected at most "
             f"{named('vocab_size')} = {config.vocab_size}; correct either"
         )
     if len(config.layer_types) != config.num_hidden_layers:

@@ -10,7 +10,7 @@ from dflare.checkpoint.problems import name_some, raise_problems
 from dflare.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "I64": "int64"}
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class TensorHeader:
     Attributes:
         name: As the file has it, in the checkpoint's dialect.
         shape: Sizes.
-        dtype: bfloat16, float16 or float32, else safetensors' own name (F8_E4M3, I32, ...).
+        dtype: bfloat16, float16, float32 or int64, else safetensors' own name (F8_E4M3, I32, ...).
         file: Where it lies.
     """
 

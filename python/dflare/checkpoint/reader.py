@@ -85,6 +85,9 @@ def parse_config(
     problems: list[str] = []
     values: dict[str, Any] = {key: content[key] for key in _PLAIN_KEYS if key in content}
     values["dialect"] = dialect
+    # Other programs also write it where nothing is left out.
+    if content.get("draft_vocab_size") != content.get("vocab_size"):
+        values["draft_vocab_size"] = content.get("draft_vocab_size")
     if block_size is not None:
         values["block_size"] = block_size
     _refuse_other_drafters(content, problems)
@@ -231,13 +234,6 @@ def _refuse_other_drafters(content: dict[str, Any], problems: list[str]) -> None
                 f"`{key}` is {content[key]!r}, which DFlare drafters do not have; "
                 "use a checkpoint without it"
             )
-    draft_vocabulary = content.get("draft_vocab_size")
-    if draft_vocabulary not in (None, content.get("vocab_size")):
-        problems.append(
-            f"`draft_vocab_size` is {draft_vocabulary!r}, expected `vocab_size` = "
-            f"{content.get('vocab_size')!r}: a DFlare drafter uses the target's head; "
-            "export it without pruning"
-        )
     target_hidden = content.get("target_hidden_size")
     if target_hidden not in (None, content.get("hidden_size")):
         problems.append(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dflare.checkpoint.config import DraftConfig
 from dflare.checkpoint.problems import name_some, raise_problems
-from dflare.checkpoint.tensors import expected_tensors
+from dflare.checkpoint.tensors import expected_dtype, expected_tensors
 from dflare.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -125,8 +125,9 @@ def _check(destination: Path, config: DraftConfig, tensors: "dict[str, torch.Ten
         shape, dtype = tuple(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch.")
         if shape != expected[name]:
             problems.append(f"`{name}` is {list(shape)}, expected {list(expected[name])}")
-        if dtype != config.dtype:
-            problems.append(f"`{name}` is {dtype}, expected {config.dtype}; convert it first")
+        if dtype != expected_dtype(name, config):
+            wanted = expected_dtype(name, config)
+            problems.append(f"`{name}` is {dtype}, expected {wanted}; convert it first")
     raise_problems(destination, problems)
 
 

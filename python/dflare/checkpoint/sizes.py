@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dflare.checkpoint.config import DraftConfig
-from dflare.checkpoint.tensors import expected_tensors
+from dflare.checkpoint.tensors import DRAFT_TO_TARGET, expected_tensors
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class DraftSizes:
 
 def draft_sizes(config: DraftConfig) -> DraftSizes:
     """Compute a drafter's sizes; its K/V has the dtype of its weights."""
-    parameters = sum(math.prod(shape) for shape in expected_tensors(config).values())
+    shapes = expected_tensors(config)
+    shapes.pop(DRAFT_TO_TARGET, None)
+    parameters = sum(map(math.prod, shapes.values()))
     kv_elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return DraftSizes(
         parameters=parameters,

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 FUSION_WEIGHTS = "layer_fusion_weights"
+# Of a drafter with a draft vocabulary: token id less row of the draft head, as in EAGLE-3's
+# checkpoints (SafeAILab/EAGLE, eagle/model/cnets.py).
+DRAFT_TO_TARGET = "d2t"
 # DFlash's one projection of all taps: fc in z-lab's and SGLang's code, context_proj in AngelSpec's.
 _DFLASH_TENSORS = {"fc.weight", "context_proj.weight"}
 
@@ -56,7 +59,38 @@ def expected_tensors(config: DraftConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, inner)
         shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+    if config.draft_vocab_size is not None:
+        shapes[DRAFT_TO_TARGET] = (config.draft_vocab_size,)
     return shapes
+
+
+def expected_dtype(name: str, config: DraftConfig) -> str:
+    """Return the dtype of a tensor: everything but token ids has the configuration's."""
+    return "int64" if name == DRAFT_TO_TARGET else config.dtype
+
+
+def draft_vocabulary(d2t: "torch.Tensor", vocab_size: int) -> "torch.Tensor":
+    """Return the token id of each row of the draft head.
+
+    Args:
+        d2t: [V'] int64, token id less row.
+        vocab_size: The target's, V.
+
+    Returns:
+        [V'] int64.
+
+    Raises:
+        CheckpointError: Ids that do not increase or are not the target's.
+    """
+    import torch
+
+    ids = d2t + torch.arange(len(d2t), device=d2t.device)
+    if int(ids[0]) < 0 or int(ids[-1]) >= vocab_size or not bool((ids.diff() > 0).all()):
+        raise CheckpointError(
+            f"`{DRAFT_TO_TARGET}` gives token ids {int(ids.min())} to {int(ids.max())}, expected "
+            f"ids from 0 to {vocab_size - 1} that increase; write it with `dflare draft-vocab`"
+        )
+    return ids
 
 
 def check_tensors(path: str | Path, config: DraftConfig) -> dict[str, TensorHeader]:
@@ -90,9 +124,10 @@ def check_tensors(path: str | Path, config: DraftConfig) -> dict[str, TensorHead
         header = renamed[name]
         if header.shape != shape:
             problems.append(_shape_problem(header, name, shape, config))
-        if header.dtype != config.dtype:
+        dtype = expected_dtype(name, config)
+        if header.dtype != dtype:
             problems.append(
-                f"`{header.name}` is {header.dtype}, expected {config.dtype} as config.json says; "
+                f"`{header.name}` is {header.dtype}, expected {dtype} as config.json says; "
                 "save it so, or correct `torch_dtype`"
             )
     raise_problems(folder, problems)
@@ -185,13 +220,14 @@ def read_tensors(headers: dict[str, TensorHeader]) -> dict[str, "torch.Tensor"]:
 
 
 def check_finite(path: str | Path, config: DraftConfig) -> None:
-    """Look for NaN and infinity in every weight, one tensor at a time.
+    """Look for NaN and infinity in every weight, one tensor at a time, and at the token ids.
 
     Raises:
         CheckpointError: Names the tensors and how many bad values each has.
     """
     bad = []
-    for header in check_tensors(path, config).values():
+    headers = check_tensors(path, config)
+    for header in headers.values():
         stat = header.file.stat()
         count = _unsound_values(header.file, stat.st_size, stat.st_mtime_ns).get(header.name, 0)
         if count:
@@ -201,6 +237,8 @@ def check_finite(path: str | Path, config: DraftConfig) -> None:
             f"{find_folder(path)}: NaN or infinite weights in {name_some(bad)}; "
             "export the drafter again from a sound training step"
         )
+    if ids := headers.get(DRAFT_TO_TARGET):
+        draft_vocabulary(read_tensors({DRAFT_TO_TARGET: ids})[DRAFT_TO_TARGET], config.vocab_size)
 
 
 @cache

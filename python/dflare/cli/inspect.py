@@ -58,6 +58,7 @@ def _summary_table(inspection: "Inspection") -> "Table":
         ("target layers", str(config.num_target_layers)),
         ("block size (B)", str(config.block_size)),
         ("mask token", str(config.mask_token_id)),
+        ("drafted tokens", f"{config.draft_vocab_size or config.vocab_size:,}"),
         ("hidden, MLP size", f"{config.hidden_size}, {config.intermediate_size}"),
         (
             "query, K/V heads",

@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.dp_attention import get_dp_tp_group
+from sglang.srt.lora.layers import unwrap_lora_layer
 from sglang.srt.managers.scheduler import GenerationBatchResult
-from sglang.srt.runtime_context import get_disagg, get_parallel, get_spec
+from sglang.srt.runtime_context import get_disagg, get_exec, get_parallel, get_spec
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 
 from dflare.adaptive import AdaptiveConfig
 from dflare.engine.context import ContextAppender
+from dflare.engine.draft_head import DraftHeadSampler, make_draft_head
 from dflare.engine.dummy_step import dummy_batch
 from dflare.engine.hooks import check_hooks
 from dflare.engine.penalties import Penalties
@@ -27,6 +29,7 @@ class WorkerStart(DFlashWorkerV2):
     """A DFLASH worker that is ready for steps of any width; `DFlareWorker` is what runs them.
 
     Attributes:
+        draft_head: rows of the target's head for the tokens that are drafted; None for all.
         penalties: counts of penalised requests.
         context: writes the drafter's context.
         widths: chooses the width of each step.
@@ -39,6 +42,9 @@ class WorkerStart(DFlashWorkerV2):
     def __init__(self, *args, **kwargs) -> None:
         check_hooks()
         super().__init__(*args, **kwargs)
+        # Before the size of the pools is chosen by what memory is left.
+        target_head = unwrap_lora_layer(self.target_worker.model_runner.model.lm_head)
+        self.draft_head = make_draft_head(self.draft_model, target_head)
 
     def alloc_memory_pool(self, *args, **kwargs) -> None:
         """Allocate the drafter's pool and keep its per-layer K and V buffers at hand."""
@@ -79,6 +85,14 @@ class WorkerStart(DFlashWorkerV2):
         usage = self._additional_graph_memory_usage
         usage["target_verify"] = usage.get("target_verify", 0.0) + self.widths.graph_gb
         trace_steps(self)
+
+    def _maybe_build_draft_sampler(self) -> Any:
+        """As DFLASH's, which knows when a draft's tokens are not taken in its graph."""
+        sampler = super()._maybe_build_draft_sampler()
+        if sampler is None or self.draft_head is None:
+            return sampler
+        largest = max(get_exec().graph.cuda_graph_config.decode.bs)
+        return DraftHeadSampler(self.draft_head, int(self.block_size), largest)
 
     def _pool_is_shared(self) -> bool:
         """Whether the drafter's K/V are also copied between batches.

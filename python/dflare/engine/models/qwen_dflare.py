@@ -160,6 +160,8 @@ class QwenDFlareDraftModel(nn.Module):
     - `context_kv_proj` [D, 2 * KV * hd, H]: this rank's `k_proj_target` rows, then `v_proj_target`.
     - `context_kv_bias` [D, 2 * KV * hd] where the checkpoint has attention biases.
     - `fusion_probs` [D, T] float32: softmax of `layer_fusion_weights` over the taps.
+
+    and, where the checkpoint has a draft vocabulary, `d2t` [V'] int64 (`engine/draft_head.py`).
     """
 
     draft_parallel_spec = DraftParallelSpec(tp_execution=DraftTPExecution.SINGLE_GROUP)
@@ -195,6 +197,9 @@ class QwenDFlareDraftModel(nn.Module):
             if draft.attention_bias
             else None
         )
+        if draft.draft_vocab_size is not None:
+            ids = torch.empty(draft.draft_vocab_size, dtype=torch.int64)
+            self.d2t = nn.Parameter(ids, requires_grad=False)
         self.fusion_probs = nn.Buffer(
             torch.empty(depth, taps, dtype=torch.float32), persistent=False
         )

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from dflare.checkpoint import (
+    DRAFT_TO_TARGET,
+    draft_vocabulary,
     expected_tensors,
     load_dflash_tensors,
     load_tensors,
@@ -53,6 +55,9 @@ def export_drafter(drafter: Drafter, state: dict[str, Tensor], folder: Path) -> 
             twin = name.replace(f".{projection}.", f".{projection}_target.")
             if twin not in tensors:
                 tensors[twin] = tensors[name].clone()
+    if drafter.draft_ids is not None:
+        rows = torch.arange(len(drafter.draft_ids), device=drafter.draft_ids.device)
+        tensors[DRAFT_TO_TARGET] = drafter.draft_ids - rows
     return save_checkpoint(folder, config, tensors, force=True)
 
 
@@ -86,5 +91,7 @@ def load_drafter(path: str | Path) -> Drafter:
         config = read_config(path)
         drafter = Drafter(config)
         tensors = load_tensors(path, config)
+        if config.draft_vocab_size is not None:
+            drafter.draft_ids = draft_vocabulary(tensors.pop(DRAFT_TO_TARGET), config.vocab_size)
     drafter.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return drafter.eval()

@@ -176,6 +176,24 @@ class Drafter(nn.Module):
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = Rotary(config)
+        # [V'] int64, the tokens that are drafted; none for all.
+        self.draft_ids: Tensor | None = None
+
+    def logits(self, states: Tensor, head: Tensor) -> Tensor:
+        """Logits of final hidden states.
+
+        Args:
+            states: ``[..., H]``.
+            head: ``[V, H]``, the target's.
+
+        Returns:
+            ``[..., V]``, minus infinity for tokens that are not drafted.
+        """
+        logits = states @ head.T.to(states.dtype)
+        if self.draft_ids is None:
+            return logits
+        ids = self.draft_ids.to(logits.device)
+        return torch.full_like(logits, -torch.inf).index_copy_(-1, ids, logits[..., ids])
 
     def layer(self, d: int) -> DraftLayer:
         """Draft layer d."""

@@ -120,7 +120,7 @@ def draft_table(
     for states, wanted in zip(
         hidden.flatten(0, 1).split(_CHUNK), truth.flatten().split(_CHUNK), strict=True
     ):
-        logits = (states @ target.head.T.to(states.dtype)).float()
+        logits = drafter.logits(states, target.head).float()
         best = logits.topk(min(_CANDIDATES, logits.shape[-1]), -1)
         own = logits.gather(-1, wanted.clamp(min=0)[:, None])
         # Of equal logits the first counts as the better one, as for argmax.

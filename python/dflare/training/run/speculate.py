@@ -134,7 +134,7 @@ def decode(
     answers = [Decoded([token], [], []) for token in anchors.tolist()]
     going = [answer.ids[0] not in stop_ids and max_new_tokens > 1 for answer in answers]
     while any(going):
-        drafts = (context.draft(target, anchors, lengths) @ target.head.T).argmax(-1)
+        drafts = drafter.logits(context.draft(target, anchors, lengths), target.head).argmax(-1)
         positions = lengths[:, None] + torch.arange(size, device=device)
         mask = cache.extend(positions, min(room, int(lengths.max()) + size))
         states = target.read(
