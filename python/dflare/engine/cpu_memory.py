@@ -1,12 +1,44 @@
-"""CPU stand-ins for the Triton kernels with which SGLang keeps its KV slots in order."""
+"""Memory on the CPU platform: weights and K/V in huge pages, and what keeps slots in order."""
+
+import math
+import mmap
+from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+_HUGE_PAGE = 1 << 21
+
+
+def huge_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in huge pages where the system gives them, all of them touched.
+
+    A decode step reads every weight once: with small pages the processor looks up a page every
+    4 KiB. And a page that a step touches first costs it a fault.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):  # a kernel without them, another system
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(*shape).zero_()
+
+
+def move_to_huge_pages(model: torch.nn.Module) -> None:
+    """Move every weight of two huge pages and more."""
+    for parameter in model.parameters():
+        if parameter.nbytes >= 2 * _HUGE_PAGE and parameter.is_contiguous():
+            parameter.data = huge_zeros(parameter.shape, parameter.dtype).copy_(parameter.data)
+
 
 class CpuKVPool(MHATokenToKVPool):
-    """`MHATokenToKVPool` whose slot moves are plain indexing instead of a Triton copy."""
+    """`MHATokenToKVPool` in huge pages; slot moves are indexing instead of a Triton copy."""
+
+    def _create_buffers_normal(self) -> None:
+        k_shape, v_shape = self._kv_buffer_shapes()
+        self.k_buffer = [huge_zeros(k_shape, self.store_dtype) for _ in range(self.layer_num)]
+        self.v_buffer = [huge_zeros(v_shape, self.store_dtype) for _ in range(self.layer_num)]
 
     def _init_kv_copy_and_warmup(self) -> None:
         self._kv_copy_config = None
