@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import write_random_draft
 from tiny_models import tiny_causal_lm
 from transformers import (
     AutoModelForCausalLM,
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from dflare.training.data.target import Target
+from dflare.training.drafter.export import export_drafter, load_drafter
 from dflare.training.drafter.init import build_drafter, draft_config, start_fusion, tap_sizes
 from dflare.training.errors import ConfigError
 from dflare.training.run.config import DrafterSection, load_config
@@ -149,6 +151,43 @@ def test_rope_comes_from_the_layers_of_the_drafters_kind():
     gemma = Target(AutoModelForCausalLM.from_config(config), (0, 1, 2))
     for window, theta in ((None, 1e6), (16, 1e4)):
         assert draft_config(section(sliding_window=window), gemma).rope.theta == theta
+
+
+@pytest.mark.parametrize("dialect", ["angelslim", "angelspec"])
+def test_training_goes_on_from_a_drafter_with_a_larger_block(target, tmp_path, dialect):
+    config = draft_config(section(intermediate_size=40), target)
+    write_random_draft(tmp_path, config=config, dialect=dialect)
+    drafter = build_drafter(
+        section(intermediate_size=40, block_size=8, init=str(tmp_path)), target, 0
+    )
+    given = load_drafter(tmp_path)
+    assert (given.config.block_size, drafter.config.block_size) == (4, 8)
+    assert drafter.state_dict().keys() == given.state_dict().keys()
+    for name, value in given.state_dict().items():
+        assert torch.equal(drafter.state_dict()[name], value), name
+
+
+def test_a_drafter_keeps_the_tokens_that_it_drafts(target, tmp_path):
+    config = draft_config(section(), target).model_copy(update={"draft_vocab_size": 20})
+    write_random_draft(tmp_path / "draft", config=config)
+    drafter = build_drafter(section(init=str(tmp_path / "draft")), target, 0)
+    again = load_drafter(export_drafter(drafter, drafter.state_dict(), tmp_path / "again"))
+    assert len(again.draft_ids) == 20
+    assert torch.equal(again.draft_ids, load_drafter(tmp_path / "draft").draft_ids)
+
+
+def test_a_drafter_that_computes_something_else_is_refused_by_what_differs(target, tmp_path):
+    write_random_draft(tmp_path, config=draft_config(section(intermediate_size=40), target))
+    wanted = section(taps=(0, 1), architecture="dflash", init=str(tmp_path))
+    with pytest.raises(ConfigError) as error:
+        build_drafter(wanted, target, 0)
+    for text in (
+        "intermediate_size is 64 and 40 in the checkpoint",
+        "target_layer_ids is (0, 1) and (0, 1, 2) in the checkpoint",
+        "architecture is 'dflash' and 'dflare' in the checkpoint",
+    ):
+        assert text in str(error.value)
+    assert "block_size" not in str(error.value)
 
 
 def test_random_starts_depend_on_the_seed_alone(target):

@@ -6,6 +6,7 @@ training then only has to teach it to look ahead from context K/V and mask token
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from dflare.checkpoint import DraftConfig, make_config, spread_taps
 from dflare.training.data.target import Target
+from dflare.training.drafter.export import load_drafter
 from dflare.training.drafter.model import Drafter, RMSNorm
 from dflare.training.drafter.section import DrafterSection
 from dflare.training.errors import ConfigError
@@ -109,6 +111,8 @@ def build_drafter(
                 torch.nn.init.zeros_(parameter)
     if section.init == "target":
         copy_target_layers(drafter, target, init_layers(section, config))
+    elif section.init != "random":
+        copy_drafter(drafter, section.init)
     return drafter
 
 
@@ -116,6 +120,43 @@ def init_layers(section: DrafterSection, config: DraftConfig) -> tuple[int, ...]
     """Return the target layer that each draft layer starts from."""
     last = config.num_target_layers
     return section.init_layers or tuple(range(last - section.layers, last))
+
+
+def copy_drafter(drafter: Drafter, path: str) -> None:
+    """Go on from a trained drafter, with a block of any size: no weight depends on it.
+
+    Args:
+        drafter: Overwritten; it has K/V projections for the context if ``path``'s drafter has.
+        path: Folder or hub id, any dialect.
+
+    Raises:
+        CheckpointError: Not a drafter, or not a whole one.
+        ConfigError: A drafter that computes something else, by the settings that differ.
+    """
+    start = load_drafter(path)
+    wanted, given = (_computation(part) for part in (drafter, start))
+    differing = [
+        f"{name} is {value!r} and {given[name]!r} in the checkpoint"
+        for name, value in wanted.items()
+        if value != given[name]
+    ]
+    if differing:
+        raise ConfigError(
+            f"drafter.init {path}: {'; '.join(differing)}; set them as the checkpoint has them, or "
+            "start from the target"
+        )
+    drafter.load_state_dict(start.state_dict())
+    drafter.draft_ids = start.draft_ids
+    drafted = {"draft_vocab_size": start.config.draft_vocab_size}
+    drafter.config = drafter.config.model_copy(update=drafted)
+
+
+def _computation(drafter: Drafter) -> dict[str, Any]:
+    """What a drafter computes but for its weights, its block and the tokens that it drafts."""
+    other = {"block_size", "draft_vocab_size", "dtype", "dialect"}
+    fields = drafter.config.model_dump(exclude=other)
+    shared_kv = not drafter.layer(0).self_attn.separate_context
+    return fields | {"architecture": drafter.architecture, "shared_kv": shared_kv}
 
 
 @torch.no_grad()

@@ -23,7 +23,8 @@ class DrafterSection(Section):
         mask_token_id: Token that stands for slots to be predicted; one that text never holds.
         intermediate_size: Width of the feed-forward; none for the target's.
         sliding_window: Tokens that every draft layer sees; none for all.
-        init: Start from layers of the target, or from random weights.
+        init: Start from layers of the target (``target``), from random weights (``random``), or
+            from a drafter: its folder or Hugging Face id, any dialect. The block may be another.
         init_layers: Target layers to start from; none for its last D.
         dtype: Of the exported weights.
     """
@@ -36,6 +37,6 @@ class DrafterSection(Section):
     mask_token_id: int = Field(ge=0)
     intermediate_size: int | None = Field(default=None, gt=0)
     sliding_window: int | None = Field(default=None, gt=0)
-    init: Literal["target", "random"] = "target"
+    init: str = "target"
     init_layers: tuple[int, ...] | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
