@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from dflare.checkpoint.config import DraftConfig
 from dflare.checkpoint.dialects import is_dflash
 from dflare.checkpoint.folder import find_folder, read_json
-from dflare.checkpoint.headers import read_headers
-from dflare.checkpoint.problems import name_some, raise_problems
+from dflare.checkpoint.headers import Advice, Expected, compare, read_headers
+from dflare.checkpoint.problems import raise_problems
 from dflare.checkpoint.reader import parse_config
 from dflare.checkpoint.tensors import FUSION_WEIGHTS, expected_tensors, read_tensors
 
@@ -54,22 +54,16 @@ def load_dflash_tensors(path: str | Path, config: DraftConfig) -> dict[str, "tor
     folder = find_folder(path)
     headers = read_headers(folder)
     expected = {
-        name: shape
+        name: Expected(shape, None)
         for name, shape in expected_tensors(config).items()
         if name != FUSION_WEIGHTS and "_target." not in name
     }
-    expected["fc.weight"] = (config.hidden_size, config.num_taps * config.hidden_size)
-    problems = []
-    missing, unknown = expected.keys() - headers.keys(), headers.keys() - expected.keys()
-    if missing:
-        problems.append(f"missing tensors: {name_some(sorted(missing))}; fetch it again")
-    if unknown:
-        problems.append(f"unknown tensors: {name_some(sorted(unknown))}; DFlash has none of these")
-    for name in sorted(expected.keys() & headers.keys()):
-        if headers[name].shape != expected[name]:
-            problems.append(
-                f"`{name}` is {list(headers[name].shape)}, expected {list(expected[name])} from "
-                "config.json; correct it, or fetch the weights that belong to it"
-            )
-    raise_problems(folder, problems)
+    projection = (config.hidden_size, config.num_taps * config.hidden_size)
+    expected["fc.weight"] = Expected(projection, None)
+    advice = Advice(
+        "fetch it again",
+        "DFlash has none of these",
+        " from config.json; correct it, or fetch the weights that belong to it",
+    )
+    raise_problems(folder, compare(headers, expected, advice))
     return read_tensors(headers)

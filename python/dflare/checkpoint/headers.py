@@ -1,10 +1,11 @@
-"""Read what safetensors files hold, without reading a weight."""
+"""What safetensors files hold, read without a weight, and whether that is what it should be."""
 
-import json
-import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from dflare.checkpoint.dialects import layer_of
 from dflare.checkpoint.folder import find_folder, read_json
 from dflare.checkpoint.problems import name_some, raise_problems
 from dflare.errors import CheckpointError
@@ -28,6 +29,67 @@ class TensorHeader:
     shape: tuple[int, ...]
     dtype: str
     file: Path
+
+
+class Expected(NamedTuple):
+    """What a tensor should be: sizes, and a dtype, or none where any will do."""
+
+    shape: tuple[int, ...]
+    dtype: str | None
+
+
+class Advice(NamedTuple):
+    """What to do about tensors that are missing, unknown, misshapen or of another dtype."""
+
+    missing: str
+    unknown: str
+    shape: str
+    dtype: str = ""
+
+
+def compare(
+    found: Mapping[str, TensorHeader], expected: Mapping[str, Expected], advice: Advice
+) -> list[str]:
+    """Hold tensors against what they should be, both ways.
+
+    Args:
+        found, expected: By the same names; messages use those of the file.
+        advice: Ends the sentences.
+
+    Returns:
+        A sentence for each problem. Whole layers too few or too many are told by their number, not
+        by the names of their tensors.
+    """
+    there, wanted = _layers(found), _layers(expected)
+    problems = []
+    if len(there) != len(wanted):
+        problems.append(
+            f"`num_hidden_layers` is {len(wanted)} and the weights hold {len(there)} layers; "
+            "correct config.json, or fetch the weights that belong to it"
+        )
+    missing = [n for n in expected if n not in found and layer_of(n) not in wanted - there]
+    unknown = [
+        header.name
+        for name, header in found.items()
+        if name not in expected and layer_of(name) not in there - wanted
+    ]
+    if missing:
+        problems.append(f"missing tensors: {name_some(missing)}; {advice.missing}")
+    if unknown:
+        problems.append(f"unknown tensors: {name_some(unknown)}; {advice.unknown}")
+    for name, (shape, dtype) in expected.items():
+        header = found.get(name)
+        if header and header.shape != shape:
+            text = f"`{header.name}` is {list(header.shape)}, expected {list(shape)}"
+            problems.append(f"{text}{advice.shape}")
+        if header and dtype and header.dtype != dtype:
+            text = f"`{header.name}` is {header.dtype}, expected {dtype}"
+            problems.append(f"{text}{advice.dtype}")
+    return problems
+
+
+def _layers(names: Iterable[str]) -> set[int]:
+    return {layer for layer in map(layer_of, names) if layer is not None}
 
 
 def read_headers(path: str | Path) -> dict[str, TensorHeader]:
@@ -85,36 +147,18 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_header(file: Path) -> dict[str, TensorHeader]:
-    """Parse a safetensors header: its length (u64), then JSON, then the weights."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
-            raise CheckpointError(
-                f"{file.name} is cut short or not safetensors ({size} bytes, its header alone "
-                f"would need {8 + length}); fetch it again"
-            )
-        try:
-            content = json.loads(stream.read(length))
-            entries = {key: value for key, value in content.items() if key != "__metadata__"}
-            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            headers = {
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            return {
                 name: TensorHeader(
-                    name,
-                    tuple(entry["shape"]),
-                    _DTYPES.get(entry["dtype"], entry["dtype"]),
-                    file,
+                    name, tuple(x.get_shape()), _DTYPES.get(x.get_dtype(), x.get_dtype()), file
                 )
-                for name, entry in entries.items()
+                for name, x in slices.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{file.name} has no safetensors header ({error}); fetch it again"
-            ) from error
-    if 8 + length + end != size:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{file.name} has {size} bytes, expected {8 + length + end}: it is cut short or "
-            "damaged; fetch it again"
-        )
-    return headers
+            f"{file.name} is cut short, damaged or not safetensors ({error}); fetch it again"
+        ) from error

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dflare.checkpoint.config import DraftConfig
-from dflare.checkpoint.problems import name_some, raise_problems
-from dflare.checkpoint.tensors import expected_dtype, expected_tensors
+from dflare.checkpoint.headers import Advice, TensorHeader, compare
+from dflare.checkpoint.problems import raise_problems
+from dflare.checkpoint.tensors import expected_headers
 from dflare.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -113,22 +114,14 @@ def check_destination(folder: str | Path, *, force: bool = False) -> None:
 
 
 def _check(destination: Path, config: DraftConfig, tensors: "dict[str, torch.Tensor]") -> None:
-    expected = expected_tensors(config)
-    problems = []
-    missing = [name for name in expected if name not in tensors]
-    unknown = [name for name in tensors if name not in expected]
-    if missing:
-        problems.append(f"missing tensors: {name_some(missing)}; pass every tensor")
-    if unknown:
-        problems.append(f"unknown tensors: {name_some(unknown)}; leave them out")
-    for name in expected.keys() & tensors.keys():
-        shape, dtype = tuple(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch.")
-        if shape != expected[name]:
-            problems.append(f"`{name}` is {list(shape)}, expected {list(expected[name])}")
-        if dtype != expected_dtype(name, config):
-            wanted = expected_dtype(name, config)
-            problems.append(f"`{name}` is {dtype}, expected {wanted}; convert it first")
-    raise_problems(destination, problems)
+    given = {
+        name: TensorHeader(
+            name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), destination
+        )
+        for name, tensor in tensors.items()
+    }
+    advice = Advice("pass every tensor", "leave them out", "", "; convert it first")
+    raise_problems(destination, compare(given, expected_headers(config), advice))
 
 
 def _take_place(staging: Path, destination: Path) -> None:

@@ -4,12 +4,12 @@ import math
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dflare.checkpoint.config import DraftConfig
-from dflare.checkpoint.dialects import DFLASH_ADVICE, angelslim_name, layer_of
+from dflare.checkpoint.dialects import DFLASH_ADVICE, angelslim_name
 from dflare.checkpoint.folder import find_folder
-from dflare.checkpoint.headers import TensorHeader, read_headers
+from dflare.checkpoint.headers import Advice, Expected, TensorHeader, compare, read_headers
 from dflare.checkpoint.problems import name_some, raise_problems
 from dflare.errors import CheckpointError
 
@@ -69,6 +69,14 @@ def expected_dtype(name: str, config: DraftConfig) -> str:
     return "int64" if name == DRAFT_TO_TARGET else config.dtype
 
 
+def expected_headers(config: DraftConfig) -> dict[str, Expected]:
+    """Return shape and dtype of every tensor of a drafter by its AngelSlim name."""
+    return {
+        name: Expected(shape, expected_dtype(name, config))
+        for name, shape in expected_tensors(config).items()
+    }
+
+
 def draft_vocabulary(d2t: "torch.Tensor", vocab_size: int) -> "torch.Tensor":
     """Return the token id of each row of the draft head.
 
@@ -115,75 +123,18 @@ def check_tensors(path: str | Path, config: DraftConfig) -> dict[str, TensorHead
         if name in renamed:
             problems.append(f"`{renamed[name].name}` and `{header.name}` are the same; remove one")
         renamed[name] = header
-    expected = expected_tensors(config)
-    problems += _layer_problems(renamed, config)
-    problems += _name_problems(renamed, expected, config)
-    for name, shape in expected.items():
-        if name not in renamed:
-            continue
-        header = renamed[name]
-        if header.shape != shape:
-            problems.append(_shape_problem(header, name, shape, config))
-        dtype = expected_dtype(name, config)
-        if header.dtype != dtype:
-            problems.append(
-                f"`{header.name}` is {header.dtype}, expected {dtype} as config.json says; "
-                "save it so, or correct `torch_dtype`"
-            )
-    raise_problems(folder, problems)
-    return renamed
-
-
-def _layers(names: Any) -> set[int]:
-    return {layer for layer in map(layer_of, names) if layer is not None}
-
-
-def _layer_problems(found: dict[str, TensorHeader], config: DraftConfig) -> list[str]:
-    count = len(_layers(found))
-    if count == config.num_hidden_layers:
-        return []
-    return [
-        f"`num_hidden_layers` is {config.num_hidden_layers} and the weights hold {count} layers; "
-        "correct config.json, or fetch the weights that belong to it"
-    ]
-
-
-def _name_problems(
-    found: dict[str, TensorHeader], expected: dict[str, tuple[int, ...]], config: DraftConfig
-) -> list[str]:
-    """Name missing and unknown tensors; whole layers too few or too many are told elsewhere."""
-    there, wanted = _layers(found), _layers(expected)
-    missing = [n for n in expected if n not in found and layer_of(n) not in wanted - there]
-    unknown = [
-        header.name
-        for name, header in found.items()
-        if name not in expected and layer_of(name) not in there - wanted
-    ]
-    problems = []
-    if missing:
-        problems.append(
-            f"missing tensors: {name_some(missing)}; fetch the checkpoint again, or convert it "
-            "with `dflare convert` if it is of another dialect"
-        )
-    if unknown:
-        problems.append(
-            f"unknown tensors: {name_some(unknown)}; a DFlare drafter of the {config.dialect} "
-            "dialect has none of these: remove them, or use the program that they are for"
-        )
-    return problems
-
-
-def _shape_problem(
-    header: TensorHeader, name: str, shape: tuple[int, ...], config: DraftConfig
-) -> str:
-    text = f"`{header.name}` is {list(header.shape)}, expected {list(shape)}"
-    if name != FUSION_WEIGHTS:
-        return f"{text} from config.json; correct it, or fetch the weights that belong to it"
-    return (
-        f"{text}: config.json has D = {config.num_hidden_layers} draft layers and T = "
-        f"{config.num_taps} taps {list(config.target_layer_ids)}; correct `num_hidden_layers` or "
-        "`target_layer_ids`, or fetch the weights that belong to it"
+    advice = Advice(
+        "fetch the checkpoint again, or convert it with `dflare convert` if it is of another "
+        "dialect",
+        f"a DFlare drafter of the {config.dialect} dialect has none of these: remove them, or use "
+        "the program that they are for",
+        f" from config.json, which has D = {config.num_hidden_layers} draft layers and T = "
+        f"{config.num_taps} taps {list(config.target_layer_ids)}; correct it (`num_hidden_layers`, "
+        "`target_layer_ids`, sizes), or fetch the weights that belong to it",
+        " as config.json says; save it so, or correct `torch_dtype`",
     )
+    raise_problems(folder, problems + compare(renamed, expected_headers(config), advice))
+    return renamed
 
 
 def load_tensors(
