@@ -229,4 +229,15 @@ constexpr int64_t attention_partials_size(const AttentionPlan& plan, int head_di
   return int64_t{plan.max_partials} * plan.units * 16 * plan.warps * (head_dim + 2);
 }
 
+// ------------------------------------------------------------ lookup_continuations
+
+// A request's text is a few thousand tokens, scanned once a step by one block.
+constexpr int kLookupThreads = 256;
+constexpr int kMaxMatch = 1024;  // of a text's last tokens, kept in shared memory
+
+// The best match of each warp, then the end of the text.
+constexpr int lookup_shared_bytes(int longest_match) {
+  return kLookupThreads / 32 * int{sizeof(int64_t)} + longest_match * int{sizeof(int32_t)};
+}
+
 }  // namespace dflare

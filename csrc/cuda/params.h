@@ -119,4 +119,23 @@ struct BlockAttentionParams {
 };
 cudaError_t run_block_attention(const BlockAttentionParams& params, cudaStream_t stream);
 
+// ------------------------------------------------------------ lookup_continuations
+
+// What followed the longest earlier occurrence of the end of each request's text: tokens of its
+// seq_lens[b] slots, then its anchor. Of equally long ones the latest.
+struct LookupParams {
+  const int32_t* tokens;        // [slots]
+  const int32_t* req_to_token;  // [rows, max_len], rows req_to_token_stride apart
+  int64_t req_to_token_stride;
+  const int64_t* req_pool_indices;  // [batch_size]
+  const void* seq_lens;             // [batch_size], int32 or int64
+  bool seq_lens_64bit;
+  const int64_t* anchors;  // [batch_size]
+  int batch_size, count;
+  int least_match, longest_match;  // shorter ones do not count, longer ones are as good
+  int64_t* found;                  // out: [batch_size, count]; zeros where nothing matches
+  int32_t* lengths;                // out: [batch_size], tokens that match; 0: none
+};
+cudaError_t run_lookup_continuations(const LookupParams& params, cudaStream_t stream);
+
 }  // namespace dflare

@@ -64,6 +64,9 @@ int emu_block_attention_schedule(const dflare::AttentionScheduleParams* p) {
 int emu_block_attention(const dflare::BlockAttentionParams* p) {
   return dflare::run_block_attention<DFLARE_EMULATED_ELEMENT, kHeadDim>(*p, nullptr);
 }
+int emu_lookup_continuations(const dflare::LookupParams* p) {
+  return dflare::run_lookup_continuations(*p, nullptr);
+}
 
 dflare::AttentionPlan emu_plan_attention(int batch_size, int block_size, int num_heads,
                                          int kv_heads, int sm_count, int shared_memory_per_sm) {
@@ -82,10 +85,10 @@ int64_t emu_attention_partials_size(const dflare::AttentionPlan* plan) {
 
 // Sizes of the parameter structs, which the tests mirror.
 size_t emu_size_of(int which) {
-  const size_t sizes[] = {sizeof(dflare::FuseNormParams), sizeof(dflare::KvProjectWriteParams),
-                          sizeof(dflare::NormRopeWriteParams),
-                          sizeof(dflare::AttentionScheduleParams),
-                          sizeof(dflare::BlockAttentionParams)};
+  const size_t sizes[] = {
+      sizeof(dflare::FuseNormParams),       sizeof(dflare::KvProjectWriteParams),
+      sizeof(dflare::NormRopeWriteParams),  sizeof(dflare::AttentionScheduleParams),
+      sizeof(dflare::BlockAttentionParams), sizeof(dflare::LookupParams)};
   return sizes[which];
 }
 }

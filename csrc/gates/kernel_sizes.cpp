@@ -54,4 +54,6 @@ int main() {
   print_attention(128, 8);
   print_attention(256, 4);
   std::printf("block_attention_schedule_kernel 32 0 1\n");
+  std::printf("lookup_continuations_kernel %d %d 1\n", dflare::kLookupThreads,
+              dflare::lookup_shared_bytes(dflare::kMaxMatch));
 }

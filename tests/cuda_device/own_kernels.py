@@ -13,7 +13,12 @@ from . import load
 from .build import HERE, Toolkit, build, cache_lock, torch_includes, torch_libraries
 from .compiler import CACHE, ROOT, compile_all, link
 
-_OPS = ("append_context_kv", "block_attention", "block_attention_schedule")
+_OPS = (
+    "append_context_kv",
+    "block_attention",
+    "block_attention_schedule",
+    "lookup_continuations",
+)
 _FLAGS = ["-std=c++20", "-O2", "-march=native", "-fPIC", "-DDFLARE_EMULATION"]
 _FLAGS += ["-fvisibility=hidden", "-Wno-unknown-pragmas", "-x", "c++"]
 CSRC = ROOT / "csrc"

@@ -4,7 +4,12 @@ import emulated
 import torch
 from device import DEVICE
 
-_OPERATORS = ("append_context_kv", "block_attention", "block_attention_schedule")
+_OPERATORS = (
+    "append_context_kv",
+    "block_attention",
+    "block_attention_schedule",
+    "lookup_continuations",
+)
 
 
 def install() -> None:

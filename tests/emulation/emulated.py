@@ -159,6 +159,24 @@ class BlockAttentionParams(ctypes.Structure):
     ]
 
 
+class LookupParams(ctypes.Structure):
+    _fields_ = [
+        ("tokens", c_void_p),
+        ("req_to_token", c_void_p),
+        ("req_to_token_stride", c_int64),
+        ("req_pool_indices", c_void_p),
+        ("seq_lens", c_void_p),
+        ("seq_lens_64bit", c_bool),
+        ("anchors", c_void_p),
+        ("batch_size", c_int),
+        ("count", c_int),
+        ("least_match", c_int),
+        ("longest_match", c_int),
+        ("found", c_void_p),
+        ("lengths", c_void_p),
+    ]
+
+
 # ---------------------------------------------------------------- build
 
 
@@ -235,7 +253,12 @@ def _link(tree: Path, jobs: list[tuple], flags: tuple[str, ...] = ()) -> Path:
 
 
 RUNTIME = [f"emulation/{name}.cpp" for name in ("emulator", "scheduler", "fiber", "guarded_memory")]
-KERNELS = ["cuda/fuse_norm.cu", "cuda/norm_rope_write.cu", "cuda/block_attention_schedule.cu"]
+KERNELS = [
+    "cuda/fuse_norm.cu",
+    "cuda/norm_rope_write.cu",
+    "cuda/block_attention_schedule.cu",
+    "cuda/lookup_continuations.cu",
+]
 
 
 def build(dtype: torch.dtype, head_dim: int, plant: Plant | None = None) -> Path:
@@ -343,6 +366,7 @@ class Emulator:
             NormRopeWriteParams,
             AttentionScheduleParams,
             BlockAttentionParams,
+            LookupParams,
         ]
         for which, struct in enumerate(mirrored):
             expected = library.emu_size_of(which)

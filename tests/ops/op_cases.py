@@ -69,6 +69,36 @@ def append_case(
     }
 
 
+def lookup_case(
+    seed: int, lengths: list[int], *, vocabulary: int, repeat: int = 0, long: bool = True
+) -> Case:
+    """Arguments of lookup_continuations for texts of these lengths before their anchors.
+
+    Args:
+        vocabulary: different tokens.
+        repeat: tokens with which every text begins and ends, if it is long enough.
+        long: whether the lengths are int64.
+    """
+    g = torch.Generator().manual_seed(seed)
+    table, rows = page_table(g, lengths)
+    tokens = torch.full((sum(lengths) + 3,), -1).int()
+    anchors = torch.randint(0, vocabulary, (len(lengths),), generator=g)
+    for b, (row, length) in enumerate(zip(rows.tolist(), lengths, strict=True)):
+        text = torch.randint(0, vocabulary, (length,), generator=g)
+        if length > 2 * repeat > 0:
+            text[length - repeat :] = text[:repeat]
+            anchors[b] = text[repeat]
+        tokens[table[row, :length].long()] = text.int()
+    lens = torch.tensor(lengths)
+    return {
+        "tokens": tokens,
+        "req_to_token": table,
+        "req_pool_indices": rows,
+        "seq_lens": lens if long else lens.int(),
+        "anchors": anchors,
+    }
+
+
 def page_table(g: torch.Generator, lengths: list[int], spare: int = 3) -> tuple[Tensor, Tensor]:
     """req_to_token with every token in a random slot, garbage past each length, and its rows."""
     rows = torch.randperm(len(lengths) + 2, generator=g)[: len(lengths)]

@@ -26,6 +26,10 @@ from dflare.ops.block_attention import (  # noqa: E402
     block_attention_schedule,
 )
 from dflare.ops.linear import linear  # noqa: E402
+from dflare.ops.lookup_continuations import (  # noqa: E402
+    lookup_continuations,
+    lookup_continuations_reference,
+)
 from dflare.ops.paged_attention import paged_attention, paged_attention_reference  # noqa: E402
 from dflare.ops.pointwise import add_rms_norm, rotate_heads, silu_and_mul  # noqa: E402
 
@@ -43,6 +47,8 @@ __all__ = [
     "check_sizes",
     "check_support",
     "linear",
+    "lookup_continuations",
+    "lookup_continuations_reference",
     "paged_attention",
     "paged_attention_reference",
     "rotate_heads",
