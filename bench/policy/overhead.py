@@ -9,7 +9,7 @@ from statistics import mean
 
 import numpy as np
 
-from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
+from dflare.adaptive import AdaptiveConfig, ArmPolicy, CostTable, StepTime
 
 _WEIGHTS = np.zeros(8_000_000)  # 64 MB, more than a last-level cache
 
@@ -21,9 +21,11 @@ def measure(batch: int, block_size: int, cold: bool, steps: int = 400) -> tuple[
     """
     config = AdaptiveConfig.for_block_size(block_size)
     measured = [
-        StepTime(n, w, 5e-3 + 1e-4 * n * w) for n in (1, 2, 4, 8, 16, 32, 64) for w in config.widths
+        StepTime(n, a, 5e-3 + 1e-4 * n * a.nodes)
+        for n in (1, 2, 4, 8, 16, 32, 64)
+        for a in config.arms
     ]
-    policy = WidthPolicy(config, CostTable(config.widths, measured))
+    policy = ArmPolicy(config, CostTable(config.arms, measured))
     requests, remaining = [f"request {i}" for i in range(batch)], [100] * batch
     rng = np.random.default_rng(0)
     chose, observed = [], []
@@ -33,7 +35,7 @@ def measure(batch: int, block_size: int, cold: bool, steps: int = 400) -> tuple[
         start = time.perf_counter()
         decision = policy.choose(requests, remaining)
         chose.append(time.perf_counter() - start)
-        commit = np.minimum(decision.width, rng.geometric(0.4, batch)).tolist()
+        commit = np.minimum(decision.arm.nodes, rng.geometric(0.4, batch)).tolist()
         if cold:
             np.add(_WEIGHTS, 1, out=_WEIGHTS)
         start = time.perf_counter()

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from bench.policy import scenarios
 from bench.policy.simulate import best_ragged
-from dflare.adaptive import AdaptiveConfig, WidthPolicy
+from dflare.adaptive import AdaptiveConfig, ArmPolicy
 from dflare.training.data.generate import Generator, Sampling
 from dflare.training.data.prompts import encode, read_prompts, stop_tokens
 from dflare.training.data.target import Target, load_target, target_path
@@ -78,7 +78,7 @@ def serve(
     concurrency: int,
     seconds: scenarios.Seconds,
     width: int | None = None,
-    policy: WidthPolicy | None = None,
+    policy: ArmPolicy | None = None,
     seed: int = 0,
 ) -> float:
     """Tokens per second of one width or of the policy, with so many requests at a time."""
@@ -91,7 +91,7 @@ def serve(
             batch.append(waiting.pop())
         left = [len(request.trace) - request.at for request in batch]
         decision = policy.choose([request.rid for request in batch], left) if policy else None
-        chosen = decision.width if decision else width
+        chosen = decision.arm.nodes if decision else width
         assert chosen
         took = seconds(len(batch), chosen)
         commits = []
@@ -145,7 +145,7 @@ def main() -> None:
     drafter = load_drafter(args.drafter)
     traces = record(drafter, args.target, args.tokens)
     traces["mix"] = [trace for pool in traces.values() for trace in pool]
-    config = AdaptiveConfig.for_block_size(drafter.config.block_size)
+    config = AdaptiveConfig.for_block_size(drafter.config.block_size, proposers=["chain"])
     seconds = scenarios.chosen(args, config.widths)
     ladder = scenarios.batch_sizes(args.max_batch)
     worst = float("inf")
@@ -157,9 +157,9 @@ def main() -> None:
                 for width in config.widths:
                     rates[width].append(serve(requests, concurrency, seconds, width=width))
                 table = scenarios.start_up_table(
-                    seconds, config.widths, args.max_batch, _TABLE_ERROR, [seed, 1]
+                    seconds, config.arms, args.max_batch, _TABLE_ERROR, [seed, 1]
                 )
-                policy = WidthPolicy(config, table)
+                policy = ArmPolicy(config, table)
                 rates["policy"].append(
                     serve(requests, concurrency, seconds, policy=policy, seed=seed)
                 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.policy.world import Scenario
-from dflare.adaptive import CostTable, StepTime
+from dflare.adaptive import Arm, CostTable, StepTime, chain
 
 Seconds = Callable[[int, int], float]
 
@@ -43,7 +43,7 @@ def chosen(args: argparse.Namespace, widths: tuple[int, ...]) -> Seconds:
 
 def measured(path: Path, widths: tuple[int, ...]) -> Seconds:
     """What a server measured at start-up: `step-times-<pid>.json` of `DFLARE_STEP_TRACE`."""
-    table = CostTable.load(path, widths)
+    table = CostTable.load(path, [chain(width) for width in widths])
     column = {width: i for i, width in enumerate(widths)}
     return lambda batch, width: float(table.seconds(batch)[column[width]])
 
@@ -55,7 +55,7 @@ def batch_sizes(largest: int) -> list[int]:
 
 def start_up_table(
     seconds: Seconds,
-    widths: tuple[int, ...],
+    arms: tuple[Arm, ...],
     largest: int,
     error: float,
     seed: Sequence[int],
@@ -63,11 +63,11 @@ def start_up_table(
     """What start-up measures, with its relative error."""
     rng = np.random.default_rng(seed)
     return CostTable(
-        widths,
+        arms,
         [
-            StepTime(n, w, seconds(n, w) * rng.lognormal(0.0, error))
+            StepTime(n, arm, seconds(n, arm.nodes) * rng.lognormal(0.0, error))
             for n in batch_sizes(largest)
-            for w in widths
+            for arm in arms
         ],
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from bench.policy import scenarios
 from bench.policy.world import Scenario, World
-from dflare.adaptive import AdaptiveConfig, WidthPolicy
+from dflare.adaptive import AdaptiveConfig, ArmPolicy
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ def run(scenario: Scenario, seed: int, config: AdaptiveConfig) -> Outcome:
     widths = np.array(config.widths)
     largest = max_concurrency(scenario)
     table = scenarios.start_up_table(
-        scenario.seconds, config.widths, largest, scenario.seed_noise, [seed, 2]
+        scenario.seconds, config.arms, largest, scenario.seed_noise, [seed, 2]
     )
-    policy = WidthPolicy(config, table)
+    policy = ArmPolicy(config, table)
     world = World(scenario, seed)
     expected = best = committed = elapsed = lost = ragged = uniform = 0.0
     switches, settled, used = 0, 0, dict.fromkeys(config.widths, 0)
@@ -59,20 +59,20 @@ def run(scenario: Scenario, seed: int, config: AdaptiveConfig) -> Outcome:
         survival = world.survival(progress)
         times = np.array([scenario.step_seconds(bs, int(w), progress) for w in widths])
         tokens = np.cumsum(survival.sum(axis=0))[widths - 1]
-        column = config.widths.index(decision.width)
+        column = config.widths.index(decision.arm.nodes)
         top = float((tokens / times).max())
         expected += tokens[column]
         best += top * times[column]
         if decision.exploring:
             lost += times[column] - tokens[column] / top
         else:
-            switches += bool(settled) and decision.width != settled
-            settled = decision.width
+            switches += bool(settled) and decision.arm.nodes != settled
+            settled = decision.arm.nodes
         elapsed += times[column]
-        used[decision.width] += 1
+        used[decision.arm.nodes] += 1
         uniform += top
         ragged += best_ragged(survival, bs, widths, times)
-        commit, seconds = world.step(decision.width, survival, progress)
+        commit, seconds = world.step(decision.arm.nodes, survival, progress)
         committed += sum(commit)
         policy.observe(decision, commit, seconds)
         for rid in world.finished:
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
 
-    config = AdaptiveConfig.for_block_size(args.block_size)
+    config = AdaptiveConfig.for_block_size(args.block_size, proposers=["chain"])
     seconds = scenarios.chosen(args, config.widths)
     print(f"step times: {args.table or args.shape + ' shape'}, widths {config.widths}")
     print(f"{'scenario':32} regret  policy / best fixed  explored  switches  ragged gain  widths")

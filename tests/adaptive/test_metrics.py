@@ -7,7 +7,7 @@ import time
 import prometheus_client
 import pytest
 
-from dflare.adaptive.metrics import SpecMetrics
+from dflare.adaptive import SpecMetrics, chain
 
 LABELS = {"model_name": "target", "tp_rank": "0"}
 
@@ -34,9 +34,9 @@ def publish_after_a_second(metrics, accept_rates, monkeypatch):
 
 def test_steps_are_counted_and_averaged(value, monkeypatch):
     metrics = SpecMetrics(LABELS)
-    metrics.record(1, [1, 1], predicted=0.01, actual=0.012)
-    metrics.record(4, [3, 2], exploring=True, predicted=0.02, actual=0.022)
-    metrics.record(4, [4])
+    metrics.record(chain(1), [1, 1], predicted=0.01, actual=0.012)
+    metrics.record(chain(4), [3, 2], exploring=True, predicted=0.02, actual=0.022)
+    metrics.record(chain(4), [4])
     line = publish_after_a_second(metrics, [0.8, 0.6, 0.5], monkeypatch)
     assert line == (
         "verify width 2.80, accept length 2.20, step 17.00 ms (predicted 15.00), "
@@ -57,9 +57,9 @@ def test_positions_are_counted_without_a_policy(value, monkeypatch):
     """Of a block of w, w - 1 tokens are drafted; behind a rejected one none is reached."""
     metrics = SpecMetrics(LABELS)
     for commits in ([4, 1], [2], [3, 3, 1]):
-        metrics.record(4, commits)
-    metrics.record(2, [2])
-    metrics.record(1, [1, 1])
+        metrics.record(chain(4), commits)
+    metrics.record(chain(2), [2])
+    metrics.record(chain(1), [1, 1])
     line = publish_after_a_second(metrics, (), monkeypatch)
     assert line.endswith(", acceptance by position 0.71 0.75 0.33")
     counts = {
@@ -73,7 +73,7 @@ def test_positions_are_counted_without_a_policy(value, monkeypatch):
 
 def test_plain_steps_say_nothing_about_positions(value, monkeypatch):
     metrics = SpecMetrics(LABELS)
-    metrics.record(1, [1, 1])
+    metrics.record(chain(1), [1, 1])
     line = publish_after_a_second(metrics, (), monkeypatch)
     assert line == "verify width 1.00, accept length 1.00"
     assert value("drafts_reached_total", position="1") is None
@@ -81,9 +81,9 @@ def test_plain_steps_say_nothing_about_positions(value, monkeypatch):
 
 def test_counters_go_on_and_gauges_start_over(value, monkeypatch):
     metrics = SpecMetrics(LABELS)
-    metrics.record(2, [2])
+    metrics.record(chain(2), [2])
     publish_after_a_second(metrics, [0.9], monkeypatch)
-    metrics.record(1, [1])
+    metrics.record(chain(1), [1])
     publish_after_a_second(metrics, [0.9], monkeypatch)
     assert value("verify_width") == 1
     assert value("committed_tokens_total") == 3
@@ -91,7 +91,7 @@ def test_counters_go_on_and_gauges_start_over(value, monkeypatch):
 
 def test_without_labels_there_is_a_line_for_the_log_and_nothing_else(value, monkeypatch):
     metrics = SpecMetrics(None)
-    metrics.record(2, [2, 1])
+    metrics.record(chain(2), [2, 1])
     line = publish_after_a_second(metrics, [0.9], monkeypatch)
     assert line == "verify width 2.00, accept length 1.50, acceptance by position 0.50"
     assert value("committed_tokens_total") is None
@@ -99,7 +99,7 @@ def test_without_labels_there_is_a_line_for_the_log_and_nothing_else(value, monk
 
 def test_nothing_is_written_before_the_interval_is_over(value):
     metrics = SpecMetrics(LABELS)
-    metrics.record(2, [2])
+    metrics.record(chain(2), [2])
     assert metrics.publish(lambda: [0.9]) is None
     assert value("committed_tokens_total") == 0
 
@@ -107,14 +107,14 @@ def test_nothing_is_written_before_the_interval_is_over(value):
 def test_an_idle_server_has_counted_everything_and_writes_no_more_lines_for_it(value, monkeypatch):
     metrics = SpecMetrics(LABELS)
     for tokens in (2, 1):
-        metrics.record(2, [tokens])
+        metrics.record(chain(2), [tokens])
         assert metrics.publish(lambda: [0.9], idle=True) is None
     assert value("committed_tokens_total") == 3
-    metrics.record(4, [4])
+    metrics.record(chain(4), [4])
     line = publish_after_a_second(metrics, [0.9], monkeypatch)
     assert line == "verify width 4.00, accept length 4.00, acceptance by position 1.00 1.00 1.00"
     assert value("committed_tokens_total") == 7
-    metrics.record(1, [1])
+    metrics.record(chain(1), [1])
     assert metrics.publish(lambda: [0.9], idle=True) is None
 
 
@@ -123,9 +123,9 @@ def test_another_process_collects_what_the_scheduler_wrote(tmp_path):
     script = textwrap.dedent(
         """
         import time
-        from dflare.adaptive.metrics import SpecMetrics
+        from dflare.adaptive import SpecMetrics, chain
         metrics = SpecMetrics({"model_name": "target"})
-        metrics.record(2, [2, 1])
+        metrics.record(chain(2), [2, 1])
         time.sleep(1.1)
         assert metrics.publish(lambda: [0.5])
         """

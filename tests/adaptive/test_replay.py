@@ -3,7 +3,7 @@
 import pytest
 from bench.policy import replay
 
-from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
+from dflare.adaptive import AdaptiveConfig, ArmPolicy, CostTable, StepTime
 
 
 def seconds(batch, width):
@@ -24,8 +24,8 @@ def test_requests_run_side_by_side():
 
 
 def test_the_policy_comes_near_the_best_width():
-    config = AdaptiveConfig.for_block_size(8)
-    table = CostTable(config.widths, [StepTime(1, w, seconds(1, w)) for w in config.widths])
+    config = AdaptiveConfig.for_block_size(8, proposers=["chain"])
+    table = CostTable(config.arms, [StepTime(1, a, seconds(1, a.nodes)) for a in config.arms])
     traces = [[min(7, 59 - i) for i in range(60)]] * 30
     best = replay.serve(traces, 1, seconds, width=8)
-    assert replay.serve(traces, 1, seconds, policy=WidthPolicy(config, table)) > 0.97 * best
+    assert replay.serve(traces, 1, seconds, policy=ArmPolicy(config, table)) > 0.97 * best

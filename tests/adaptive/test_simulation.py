@@ -31,7 +31,7 @@ def by_speed(scenario, runs):
 
 @pytest.mark.parametrize(("scenario", "runs"), [by_speed(*workload) for workload in WORKLOADS])
 def test_regret_against_the_oracle_is_at_most_five_percent(scenario, runs):
-    config = AdaptiveConfig.for_block_size(scenario.block_size)
+    config = AdaptiveConfig.for_block_size(scenario.block_size, proposers=["chain"])
     outcomes = [simulate.run(scenario, seed=seed, config=config) for seed in range(runs)]
     assert mean(outcome.regret for outcome in outcomes) <= 0.05
     assert mean(outcome.explored for outcome in outcomes) <= 0.02

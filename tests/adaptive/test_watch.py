@@ -2,11 +2,11 @@
 
 import random
 
-from dflare.adaptive import SpecMetrics
+from dflare.adaptive import PLAIN, SpecMetrics, chain
 from dflare.adaptive.watch import ADVICE, AcceptanceWatch
 
 
-def watched(rates, steps=200, width=4, requests=2):
+def watched(rates, steps=200, requests=2):
     """What is said while first drafts are accepted with each of the rates in turn."""
     said = []
     watch = AcceptanceWatch(said.append)
@@ -14,7 +14,7 @@ def watched(rates, steps=200, width=4, requests=2):
     lows = []
     for rate in rates:
         for _ in range(steps):
-            watch.observe(width, [1 + (draw.random() < rate) for _ in range(requests)])
+            watch.observe([1 + (draw.random() < rate) for _ in range(requests)])
         lows.append(watch.low)
     return said, lows
 
@@ -42,8 +42,11 @@ def test_it_is_noticed_later_too_and_when_it_is_over():
 
 
 def test_steps_without_a_draft_say_nothing():
-    said, lows = watched([0.0], width=1)
-    assert said == [] and lows == [False]
+    said = []
+    metrics = SpecMetrics(None, said.append)
+    for _ in range(200):
+        metrics.record(PLAIN, [1])
+    assert said == []
 
 
 def test_few_steps_say_nothing():
@@ -55,5 +58,5 @@ def test_metrics_hear_it_from_every_step(monkeypatch):
     said = []
     metrics = SpecMetrics(None, said.append)
     for _ in range(200):
-        metrics.record(4, [1])
+        metrics.record(chain(4), [1])
     assert len(said) == 1

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from device import DEVICE
 
-from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
+from dflare.adaptive import PLAIN, AdaptiveConfig, ArmPolicy, CostTable, StepTime, chain
 from dflare.engine.worker import DFlareWorker
 
 # Frames of these are not the cause of a wait.
@@ -27,7 +27,6 @@ class Proposals:
     def __init__(self) -> None:
         self._steps: list[tuple[list[str], torch.Tensor, torch.Tensor]] = []
         step, accept = DFlareWorker.forward_batch_generation, DFlareWorker._accept_block
-        anchors = DFlareWorker._accept_anchors
         steps = self._steps
 
         def forward_batch_generation(worker, batch, *args, **kwargs):
@@ -35,19 +34,13 @@ class Proposals:
             return step(worker, batch, *args, **kwargs)
 
         def _accept_block(worker, *, candidates, prefix_lens, **kwargs):
-            if candidates.shape[1] > 1 and worker._traced is not None:
-                steps.append((worker._traced, prefix_lens.clone(), candidates.clone()))
-            return accept(worker, candidates=candidates, prefix_lens=prefix_lens, **kwargs)
-
-        def _accept_anchors(worker, *, candidates, prefix_lens, **kwargs):
             if worker._traced is not None:  # not a dummy step at the start
                 steps.append((worker._traced, prefix_lens.clone(), candidates.clone()))
-            return anchors(worker, candidates=candidates, prefix_lens=prefix_lens, **kwargs)
+            return accept(worker, candidates=candidates, prefix_lens=prefix_lens, **kwargs)
 
         DFlareWorker._traced = None
         DFlareWorker.forward_batch_generation = forward_batch_generation
         DFlareWorker._accept_block = _accept_block
-        DFlareWorker._accept_anchors = _accept_anchors
 
     def collect(self) -> dict[str, list[dict[str, Any]]]:
         """`prefix` (context length) and `block` of every step since the last call, by request."""
@@ -65,7 +58,7 @@ def script_widths(script: list[int] | None) -> list[int]:
     if script is None:
         return ran
 
-    class Scripted(WidthPolicy):
+    class Scripted(ArmPolicy):
         """Takes widths in turn, whatever they bring."""
 
         standing = 1
@@ -73,13 +66,13 @@ def script_widths(script: list[int] | None) -> list[int]:
 
         def choose(self, request_ids, remaining):
             ran.append(next(self._turns))
-            return dataclasses.replace(super().choose(request_ids, remaining), width=ran[-1])
+            return dataclasses.replace(super().choose(request_ids, remaining), arm=chain(ran[-1]))
 
     def configure(block_size: int) -> AdaptiveConfig:
         return AdaptiveConfig.for_block_size(block_size, widths=sorted({1, block_size, *script}))
 
-    def make_policy(config: AdaptiveConfig, _measure: Any) -> WidthPolicy:
-        return Scripted(config, CostTable(config.widths, [StepTime(1, 1, 0.001)], 1))
+    def make_policy(config: AdaptiveConfig, _measure: Any) -> ArmPolicy:
+        return Scripted(config, CostTable(config.arms, [StepTime(1, PLAIN, 0.001)], 1))
 
     DFlareWorker.configure = staticmethod(configure)
     DFlareWorker.make_policy = staticmethod(make_policy)

@@ -54,22 +54,23 @@ def results_read_too_early() -> None:
 @_plant
 def host_waits_in_plain_step() -> None:
     """The plain step reads a tensor of the device."""
-    accept = DFlareWorker._accept_anchors
+    accept = DFlareWorker._accept_block
 
-    def read(worker: Any, *, prefix_lens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        int(prefix_lens.sum())
+    def read(worker: Any, *, prefix_lens: torch.Tensor, **kwargs: Any) -> Any:
+        if worker.block_size == 1:
+            int(prefix_lens.sum())
         return accept(worker, prefix_lens=prefix_lens, **kwargs)
 
-    DFlareWorker._accept_anchors = read  # type: ignore[method-assign]
+    DFlareWorker._accept_block = read  # type: ignore[method-assign]
 
 
 @_plant
 def staging_buffer_reused() -> None:
     """A pinned buffer is written again before its copy to the device has run."""
     staging = torch.zeros(64, dtype=torch.long, pin_memory=True)
-    accept = DFlareWorker._accept_anchors
+    accept = DFlareWorker._accept_block
 
-    def stage(worker: Any, *, next_token_logits: Any, **kwargs: Any) -> torch.Tensor:
+    def stage(worker: Any, *, next_token_logits: Any, **kwargs: Any) -> Any:
         count = len(next_token_logits)
         staging[:count] = torch.arange(count)
         rows = torch.empty(count, dtype=torch.long, device="cuda")
@@ -77,7 +78,7 @@ def staging_buffer_reused() -> None:
         staging.fill_(0)
         return accept(worker, next_token_logits=next_token_logits[rows], **kwargs)
 
-    DFlareWorker._accept_anchors = stage  # type: ignore[method-assign]
+    DFlareWorker._accept_block = stage  # type: ignore[method-assign]
 
 
 @_plant

@@ -19,9 +19,19 @@ from sglang.srt.models.registry import ModelRegistry
 import dflare.engine.attention
 import dflare.engine.models.qwen_dflare
 import dflare.engine.sampling  # noqa: F401
-from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
+from dflare.adaptive import (
+    LEAST_MATCH,
+    NEVER,
+    PLAIN,
+    AdaptiveConfig,
+    Arm,
+    ArmPolicy,
+    CostTable,
+    StepTime,
+    chain,
+)
 from dflare.adaptive.config import VARIABLE
-from dflare.engine.widths import measured_policy
+from dflare.engine.arms import measured_policy
 from dflare.engine.worker import DFlareWorker
 
 ModelRegistry.get_supported_archs()
@@ -29,7 +39,6 @@ ModelRegistry.get_supported_archs()
 
 def _trace_proposals(path: str) -> None:
     step, accept = DFlareWorker.forward_batch_generation, DFlareWorker._accept_block
-    accept_anchors = DFlareWorker._accept_anchors
 
     def write(worker, candidates, prefix_lens):
         if worker._traced_reqs is None:
@@ -46,32 +55,37 @@ def _trace_proposals(path: str) -> None:
         return step(self, batch, *args, **kwargs)
 
     def _accept_block(self, *, candidates, prefix_lens, **kwargs):
-        if candidates.shape[1] > 1:
-            write(self, candidates, prefix_lens)
-        return accept(self, candidates=candidates, prefix_lens=prefix_lens, **kwargs)
-
-    def _accept_anchors(self, *, candidates, prefix_lens, **kwargs):
         write(self, candidates, prefix_lens)
-        return accept_anchors(self, candidates=candidates, prefix_lens=prefix_lens, **kwargs)
+        return accept(self, candidates=candidates, prefix_lens=prefix_lens, **kwargs)
 
     DFlareWorker._traced_reqs = None
     DFlareWorker.forward_batch_generation = forward_batch_generation
     DFlareWorker._accept_block = _accept_block
-    DFlareWorker._accept_anchors = _accept_anchors
 
 
-class _Scripted(WidthPolicy):
-    """Takes widths in turn, whatever they bring."""
+class _Scripted(ArmPolicy):
+    """Takes arms in turn, whatever they bring."""
 
     def __init__(self, config, turns):
-        super().__init__(config, CostTable(config.widths, [StepTime(1, 1, 0.001)], 1))
+        super().__init__(config, CostTable(config.arms, [StepTime(1, PLAIN, 0.001)], 1))
         self._script = itertools.cycle(turns)
 
     standing = 1
 
     def choose(self, request_ids, remaining):
         decision = super().choose(request_ids, remaining)
-        return dataclasses.replace(decision, width=next(self._script))
+        arm, splice = next(self._script)
+        return dataclasses.replace(decision, arm=arm, splice=splice)
+
+
+def _turn(turn: int | list, block_size: int) -> tuple[Arm, int]:
+    """A step's arm and least strength from a width of chains, or a proposer and a width."""
+    if isinstance(turn, int):
+        return chain(min(turn, block_size)), NEVER
+    proposer, width = turn
+    if proposer == "spliced":
+        return chain(min(width, block_size)), LEAST_MATCH
+    return Arm(proposer, min(width, block_size)), NEVER
 
 
 def _script_widths(path: Path) -> None:
@@ -84,8 +98,11 @@ def _script_widths(path: Path) -> None:
         if isinstance(wanted, str):
             os.environ[VARIABLE], turns = wanted, None
             return AdaptiveConfig.from_environment(block_size)
-        turns = [min(width, block_size) for width in wanted]
-        return AdaptiveConfig.for_block_size(block_size, widths=sorted({1, block_size, *turns}))
+        turns = [_turn(turn, block_size) for turn in wanted]
+        widths = sorted({1, block_size, *(arm.nodes for arm, _ in turns)})
+        looks_up = any(arm.proposer == "lookup" or splice < NEVER for arm, splice in turns)
+        proposers = ["chain", "lookup"] if looks_up else ["chain"]
+        return AdaptiveConfig.for_block_size(block_size, widths=widths, proposers=proposers)
 
     def make_policy(config, measure):
         return _Scripted(config, turns) if turns else measured_policy(config, measure)

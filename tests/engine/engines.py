@@ -21,6 +21,8 @@ _WIDTHS = Path(tempfile.gettempdir()) / f"dflare-test-widths-{os.getpid()}.json"
 TURNS = (3, 1, 8, 2, 1, 1, 5, 8, 8, 4)
 # Context waits for its append most of the time, and the most that may wait is reached.
 MOSTLY_PLAIN = (1,) * 20 + (4,)
+# Every kind of arm and every change between two: a look-up alone, one that replaces drafts, drafts.
+ALL_ARMS = (3, ("lookup", 5), ("spliced", 8), 1, 1, ("lookup", 2), 8, ("spliced", 3), ("lookup", 8))
 _ready = False
 
 
@@ -73,14 +75,14 @@ def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:
 def running_engine(
     target: Path | str,
     draft: Path | str | None = None,
-    widths: Sequence[int] | str = TURNS,
+    widths: Sequence[int | tuple[str, int]] | str = TURNS,
     **server_args: Any,
 ) -> Iterator[Any]:
     """A `sglang.Engine` of `target`, with DFLARE if there is a drafter.
 
     Args:
-        widths: verify widths of successive decode steps, cyclic, cut to the block; or a value of
-            `DFLARE_ADAPTIVE`.
+        widths: verify widths of successive decode steps, cyclic, cut to the block, of the drafter
+            or with their proposer, `lookup` or `spliced`; or a value of `DFLARE_ADAPTIVE`.
     """
     _prepare()
     _WIDTHS.write_text(json.dumps(widths))

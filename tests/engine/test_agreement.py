@@ -1,4 +1,4 @@
-"""Tensor-parallel ranks take the same widths, and talk about decisions only."""
+"""Tensor-parallel ranks take the same arms, and talk about decisions only."""
 
 import random
 from types import SimpleNamespace
@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dflare.adaptive import AdaptiveConfig, CostTable, StepTime, WidthPolicy
-from dflare.engine.widths import Agreement
+from dflare.adaptive import AdaptiveConfig, ArmPolicy, CostTable, StepTime, chain
+from dflare.engine.arms import Agreement
 
 pytestmark = pytest.mark.slow  # imports SGLang
 
@@ -32,29 +32,31 @@ class Wire:
             self._heard += 1
 
 
-def test_the_same_widths_with_a_word_a_decision(monkeypatch):
+def test_the_same_arms_with_a_word_a_decision(monkeypatch):
     wire = Wire(monkeypatch)
     config = AdaptiveConfig.for_block_size(8)
-    times = [StepTime(n, w, 0.01 + 0.001 * w) for n in (1, 4) for w in config.widths]
-    policy = WidthPolicy(config, CostTable(config.widths, times))
-    leader, other = (Agreement(group) for group in wire.ranks)
+    times = [StepTime(n, a, 0.01 + 0.001 * a.nodes) for n in (1, 4) for a in config.arms]
+    policy = ArmPolicy(config, CostTable(config.arms, times))
+    leader, other = (Agreement(group, config.arms) for group in wire.ranks)
     draw = random.Random(0)
-    widths, steps = [], 400
+    arms, steps = [], 400
     for start in range(0, steps, 100):
         requests = [f"r{start}-{i}" for i in range(draw.randrange(1, 4))]
         for step in range(100):
             # In the end fewer tokens are left than the block has.
             left = [100 - step - draw.randrange(2) for _ in requests]
             decision = policy.choose(requests, [max(n, 1) for n in left])
-            ours = leader.settle(requests, left, (decision.width, policy.standing))
-            assert ours == decision.width
-            assert other.settle(requests, left, (0, 0)) == ours
-            policy.observe(decision, [draw.randrange(1, ours + 1) for _ in requests], 0.02)
-            widths.append(ours)
-    assert len(set(widths)) > 2, "the policy did not change its mind"
+            choice = decision.arm, decision.splice, policy.standing
+            ours = leader.settle(requests, left, choice)
+            assert ours == choice[:2]
+            assert other.settle(requests, left, None) == ours
+            most = decision.arm.nodes
+            policy.observe(decision, [draw.randrange(1, most + 1) for _ in requests], 0.02)
+            arms.append(decision.arm)
+    assert len(set(arms)) > 2, "the policy did not change its mind"
     assert len(wire.said) < steps / 3, f"{len(wire.said)} words for {steps} steps"
 
 
 def test_one_rank_alone_says_nothing():
     group = SimpleNamespace(world_size=1, rank_in_group=0)
-    assert Agreement(group).settle(["a"], [5], (4, 8)) == 4
+    assert Agreement(group).settle(["a"], [5], (chain(4), 6, 8)) == (chain(4), 6)

@@ -5,7 +5,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from engines import running_engine
+from engines import ALL_ARMS, running_engine
 from prompts import chat
 from transformers import AutoTokenizer
 
@@ -38,7 +38,7 @@ def both(demo_pair):
     ids = {name: chat(tokenizer, question) for name, question in ask.items()}
     results = []
     for draft in (None, demo_pair[1]):
-        with running_engine(demo_pair[0], draft, grammar_backend="xgrammar") as engine:
+        with running_engine(demo_pair[0], draft, ALL_ARMS, grammar_backend="xgrammar") as engine:
             results.append(_all_requests(engine, ids))
     return results
 

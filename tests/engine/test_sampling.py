@@ -15,6 +15,7 @@ from dflare.checkpoint import save_checkpoint
 pytestmark = pytest.mark.slow
 
 TEMPERATURE, TOP_K, TOP_P = 0.8, 5, 0.97
+SAMPLING = {"temperature": TEMPERATURE, "top_k": TOP_K, "top_p": TOP_P, "ignore_eos": True}
 SAMPLES, LENGTH = 3000, 3
 # Probability that a correct engine fails this test; a wrong one fails with far smaller p-values.
 FALSE_ALARM_RATE = 1e-4
@@ -63,37 +64,73 @@ def find_prompt(model, constant: int) -> list[int]:
     raise AssertionError("no prompt of 2000 makes the drafter's token likely")
 
 
-def test_distribution_of_three_tokens(constant_pair):
-    target, draft, model, constant = constant_pair
-    prompt = find_prompt(model, constant)
+def find_repeating_prompt(model) -> list[int]:
+    """A prompt whose look-up is often possible behind the first token, and often right then."""
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(500):
+        x, y, z, first, second = torch.randint(5, 500, (5,), generator=draw).tolist()
+        for _ in range(4):
+            prompt = [x, y, first, second, z, x, y]
+            likely = next_token_probs(model, prompt)
+            first = max(likely, key=likely.__getitem__)
+            then = next_token_probs(model, [*prompt, first])
+            second = max(then, key=then.__getitem__)
+            if prompt[2:4] == [first, second] and likely[first] > 0.3 and then[second] < 0.8:
+                return prompt
+    raise AssertionError("no prompt of 500 repeats itself with the likeliest tokens")
+
+
+def three_tokens(model, prompt: list[int]) -> Counter[tuple[int, ...]]:
+    """How often each three tokens are expected behind a prompt in `SAMPLES` answers."""
     expected: Counter[tuple[int, ...]] = Counter()
     for first, p in next_token_probs(model, prompt).items():
         for second, q in next_token_probs(model, [*prompt, first]).items():
             for third, r in next_token_probs(model, [*prompt, first, second]).items():
                 expected[first, second, third] = p * q * r * SAMPLES
-    sampling = {
-        "temperature": TEMPERATURE,
-        "top_k": TOP_K,
-        "top_p": TOP_P,
-        "max_new_tokens": LENGTH,
-        "ignore_eos": True,
-    }
-    rids = [f"sample-{i}" for i in range(SAMPLES)]
-    with running_engine(target, draft, widths=(4, 2, 1, 3), random_seed=7) as engine:
-        answers = engine.generate(input_ids=[prompt] * SAMPLES, sampling_params=sampling, rid=rids)
+    return expected
+
+
+def assert_distribution(answers, expected: Counter[tuple[int, ...]]) -> None:
     observed = Counter(tuple(answer["output_ids"]) for answer in answers)
     assert set(observed) <= set(expected), "a token that top-k or top-p excludes was sampled"
-    blocks = [step["block"] for i in range(0, SAMPLES, 75) for step in proposals(f"sample-{i}")]
-    assert {len(block) for block in blocks} == {1, 2, 3, 4}, "all widths must happen"
-    assert {token for block in blocks for token in block[1:]} == {constant}
-    accepted = sum(answer["meta_info"]["spec_num_correct_drafts"] for answer in answers)
-    assert SAMPLES * 0.05 < accepted < SAMPLES * 1.9, "both accepting and rejecting must happen"
     rare = [cell for cell in expected if expected[cell] < 5]
     common = [cell for cell in expected if expected[cell] >= 5]
     f_expected = [expected[cell] for cell in common] + [sum(expected[cell] for cell in rare)]
     f_observed = [observed[cell] for cell in common] + [sum(observed[cell] for cell in rare)]
     p_value = chisquare(f_observed, f_expected).pvalue
     assert p_value > FALSE_ALARM_RATE, f"{f_observed} against {f_expected}"
+
+
+def test_distribution_of_three_tokens_with_look_ups(constant_pair):
+    target, draft, model, constant = constant_pair
+    prompt = find_repeating_prompt(model)
+    sampling = SAMPLING | {"max_new_tokens": LENGTH}
+    rids = [f"look-up-{i}" for i in range(SAMPLES)]
+    turns = (("lookup", 4), ("spliced", 3), 1, ("spliced", 4), ("lookup", 2))
+    with running_engine(target, draft, widths=turns, random_seed=7) as engine:
+        answers = engine.generate(input_ids=[prompt] * SAMPLES, sampling_params=sampling, rid=rids)
+    assert_distribution(answers, three_tokens(model, prompt))
+    blocks = [step["block"] for i in range(0, SAMPLES, 75) for step in proposals(f"look-up-{i}")]
+    proposed = Counter(block[1] for block in blocks if len(block) > 1)
+    assert proposed[prompt[3]] > 10 and proposed[constant] > 0, "both must propose"
+    accepted = sum(answer["meta_info"]["spec_num_correct_drafts"] for answer in answers)
+    assert SAMPLES * 0.05 < accepted < SAMPLES * 1.9, "both accepting and rejecting must happen"
+
+
+def test_distribution_of_three_tokens(constant_pair):
+    target, draft, model, constant = constant_pair
+    prompt = find_prompt(model, constant)
+    expected = three_tokens(model, prompt)
+    sampling = SAMPLING | {"max_new_tokens": LENGTH}
+    rids = [f"sample-{i}" for i in range(SAMPLES)]
+    with running_engine(target, draft, widths=(4, 2, 1, 3), random_seed=7) as engine:
+        answers = engine.generate(input_ids=[prompt] * SAMPLES, sampling_params=sampling, rid=rids)
+    assert_distribution(answers, expected)
+    blocks = [step["block"] for i in range(0, SAMPLES, 75) for step in proposals(f"sample-{i}")]
+    assert {len(block) for block in blocks} == {1, 2, 3, 4}, "all widths must happen"
+    assert {token for block in blocks for token in block[1:]} == {constant}
+    accepted = sum(answer["meta_info"]["spec_num_correct_drafts"] for answer in answers)
+    assert SAMPLES * 0.05 < accepted < SAMPLES * 1.9, "both accepting and rejecting must happen"
 
 
 def test_greedy_and_sampled_requests_in_one_batch(constant_pair, random_pair):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engines import running_engine
+from engines import ALL_ARMS, running_engine
 from scipy.stats import chisquare
 from sglang.srt.plugins import load_plugins
 
@@ -137,7 +137,7 @@ def answers(random_pair):
     prompts = [[5 + i, 6, 7] for i in range(5)]
     hot = {"temperature": 1.0, "max_new_tokens": 24, "ignore_eos": True, "sampling_seed": 11}
     kinds = [hot, hot | {"top_k": 20, "top_p": 0.9}, hot | {"min_p": 0.02}]
-    with running_engine(*random_pair) as engine:
+    with running_engine(*random_pair, ALL_ARMS) as engine:
 
         def run(kind, ids):
             return engine.generate(input_ids=ids, sampling_params=kind)

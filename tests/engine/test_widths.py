@@ -12,7 +12,7 @@ from prompts import chat_prompts
 from test_same_drafts import check, random_prompts
 from transformers import AutoTokenizer
 
-from dflare.adaptive import CostTable
+from dflare.adaptive import AdaptiveConfig, CostTable
 from dflare.adaptive.config import VARIABLE
 from dflare.engine.launch import pair_args
 from dflare.engine.server_process import ServerProcess
@@ -111,6 +111,7 @@ METRICS = {
     "dflare_committed_tokens_total",
     "dflare_drafts_reached_total",
     "dflare_drafts_accepted_total",
+    "dflare_accepted_tokens_total",
     "dflare_acceptance_low",
 }
 
@@ -130,7 +131,7 @@ def test_a_server_measures_chooses_and_reports(random_pair, tmp_path, monkeypatc
             assert requests.post(f"{server.url}/generate", json=body, timeout=120).ok
         text = requests.get(f"{server.url}/metrics", timeout=30).text
         log = server.log.read_text()
-    assert len(re.findall(r"step time in ms by width, batch 1: 1:\d", log)) == 1
+    assert len(re.findall(r"step time in ms by arm, batch 1: plain 1 \d", log)) == 1
     assert re.search(r"DFLARE: verify width [\d.]+, accept length [\d.]+, step [\d.]+ ms", log)
     assert re.search(r"DFLARE: verify width .*, acceptance by position [\d.]+", log)
     samples = [line for line in text.splitlines() if line.startswith("dflare_")]
@@ -140,9 +141,10 @@ def test_a_server_measures_chooses_and_reports(random_pair, tmp_path, monkeypatc
     assert sorted(positions) == ["1", "2", "3"], "one for each drafted token of a block of four"
     check_step_trace(tmp_path / "trace")
     (times,) = (tmp_path / "trace").glob("step-times-*.json")
-    (batch_1,) = re.findall(r"step time in ms by width, batch 1: ([\d:. ]+);", log)
-    logged = [float(cell.split(":")[1]) / 1e3 for cell in batch_1.split()]
-    assert CostTable.load(times, [1, 2, 3, 4]).seconds(1) == pytest.approx(logged, rel=0.01)
+    (batch_1,) = re.findall(r"step time in ms by arm, batch 1: ([^;]+);", log)
+    logged = [float(cell.split(" ")[2]) / 1e3 for cell in batch_1.split(", ")]
+    arms = AdaptiveConfig.for_block_size(4).arms
+    assert CostTable.load(times, arms).seconds(1) == pytest.approx(logged, rel=0.01)
 
 
 def check_step_trace(folder):

@@ -1,19 +1,27 @@
-"""Verification width that adapts to load and acceptance; imports neither SGLang nor torch."""
+"""Who proposes, and how much is verified, by load and acceptance; knows no SGLang, no torch."""
 
+from dflare.adaptive.arms import PLAIN, Arm, chain
 from dflare.adaptive.config import AdaptiveConfig
-from dflare.adaptive.controller import WidthController, measure_steps
+from dflare.adaptive.controller import ArmController, measure_steps
 from dflare.adaptive.cost import CostTable, StepTime, save_step_times
+from dflare.adaptive.lookup import LEAST_MATCH, NEVER, Comparison
 from dflare.adaptive.metrics import SpecMetrics
-from dflare.adaptive.policy import Decision, WidthPolicy
+from dflare.adaptive.policy import ArmPolicy, Decision
 
 __all__ = [
+    "LEAST_MATCH",
+    "NEVER",
+    "PLAIN",
     "AdaptiveConfig",
+    "Arm",
+    "ArmController",
+    "ArmPolicy",
+    "Comparison",
     "CostTable",
     "Decision",
     "SpecMetrics",
     "StepTime",
-    "WidthController",
-    "WidthPolicy",
+    "chain",
     "measure_steps",
     "save_step_times",
 ]

@@ -1,7 +1,7 @@
-"""Online estimates of how many drafted tokens the target will accept.
+"""Online estimates of how many proposed tokens the target will accept.
 
-A logistic model: given that the drafted tokens before it were accepted, position ``i`` of
-request ``r`` is accepted with
+A logistic model, one a proposer: given that the proposed tokens before it were accepted, position
+``i`` of request ``r`` is accepted with
 
     logit P = level + shape[i] + tilt[r]
 
@@ -9,7 +9,7 @@ request ``r`` is accepted with
 harder a request is than the others. Each term is a Gaussian that widens while nothing is
 observed, so that stale knowledge counts for less and what recovered is tried again; one extended
 Kalman step for each run of equal steps updates all of them. What a step does not show never enters:
-positions at or beyond the width, and positions behind the first rejected one.
+positions beyond those that were compared, and positions behind the first rejected one.
 """
 
 from collections.abc import Hashable, Sequence
@@ -34,18 +34,28 @@ _MAX_REQUESTS = 4096  # beyond it the longest-known request is forgotten: it nev
 class AcceptanceModel:
     """Acceptance by position: a prior shared by the server and a posterior per request."""
 
-    def __init__(self, block_size: int, memory: int, prior: float = 0.6):
+    def __init__(
+        self,
+        block_size: int,
+        memory: int,
+        prior: float = 0.6,
+        rise: float = 0.0,
+        request_memory: int | None = None,
+    ):
         """
         Args:
-            block_size: Largest width; positions ``1 .. block_size - 1`` hold drafted tokens.
+            block_size: Largest width; positions ``1 .. block_size - 1`` hold proposed tokens.
             memory: Steps without observation until a term is as uncertain as at the start.
-            prior: Conditional acceptance that is assumed before anything was observed.
+            prior: Acceptance of the first position that is assumed before anything was observed.
+            rise: By how many logits the positions behind it are taken to be better.
+            request_memory: The same as `memory`, of what tells a request apart.
         """
         self._memory = memory
+        self._request_memory = request_memory or memory
         self._position = np.arange(1, block_size)
         self._level = float(np.log(prior / (1 - prior)))
         self._level_var = _LEVEL_VAR
-        self._shape = np.zeros(block_size - 1)
+        self._shape = np.where(self._position > 1, rise, 0.0)
         self._shape_var = np.full(block_size - 1, _SHAPE_VAR)
         self._spread = _FIRST_SPREAD
         self._tilt = np.zeros(64)
@@ -93,37 +103,42 @@ class AcceptanceModel:
     def observe(
         self,
         request_ids: Sequence[Hashable],
-        width: int,
-        commit_lens: Sequence[Sequence[int]] | Sequence[Ints],
+        shown: int,
+        accepted: Sequence[Sequence[int]] | Ints,
+        known: Ints | None = None,
     ) -> None:
-        """Learn from verified batches of the same requests and one width.
+        """Learn from verified batches of the same requests.
 
         Args:
             request_ids: [bs]; what ended meanwhile teaches the shared terms alone.
-            width: Tokens verified per request; 1 shows nothing and only lets knowledge age.
-            commit_lens: [steps, bs] committed tokens, accepted drafts plus one, in ``1 .. width``.
+            shown: Positions that were proposed; 0 shows nothing and only lets knowledge age.
+            accepted: [steps, bs] how many proposed tokens were right before the first wrong one.
+            known: [steps, bs] positions of which it is known what was right; all by default.
         """
-        self._age(request_ids, len(commit_lens))
-        if width == 1:
+        self._age(request_ids, len(accepted))
+        if not shown:
             return
         slots = np.array([self._slot_of.get(rid, 0) for rid in request_ids])
-        shown = slice(0, width - 1)
-        position = self._position[shown]
-        logits, var = self._logits(slots, width - 1)
+        position = self._position[:shown]
+        shape = slice(0, len(position))
+        logits, var = self._logits(slots, len(position))
         accept = _sigmoid(logits)
-        committed = np.array(commit_lens)[..., None]
-        seen = (position <= committed).sum(axis=0)
-        accepted = (position < committed).sum(axis=0)
+        hits = np.array(accepted)[..., None]
+        reached = position <= hits + 1
+        if known is not None:
+            reached &= position <= known[..., None]
+        seen = reached.sum(axis=0)
+        right = (position <= hits).sum(axis=0)
         info = seen * accept * (1 - accept)
-        error = accepted - seen * accept
+        error = right - seen * accept
 
         level_move, level_var = _kalman(self._level_var, info, error, var, (0, 1))
-        shape_move, shape_var = _kalman(self._shape_var[None, shown], info, error, var, (0,))
+        shape_move, shape_var = _kalman(self._shape_var[None, shape], info, error, var, (0,))
         tilt_move, tilt_var = _kalman(self._tilt_var[slots, None], info, error, var, (1,))
         self._level = float(_clip(self._level + level_move))
         self._level_var = float(level_var)
-        self._shape[shown] = _clip(self._shape[shown] + shape_move)
-        self._shape_var[shown] = shape_var
+        self._shape[shape] = _clip(self._shape[shape] + shape_move)
+        self._shape_var[shape] = shape_var
         self._tilt[slots] = _clip(self._tilt[slots] + tilt_move)
         self._tilt_var[slots] = tilt_var
         self._tilt[0] = 0.0
@@ -134,7 +149,7 @@ class AcceptanceModel:
         self._level_var = min(self._level_var + rate * _LEVEL_VAR, _LEVEL_VAR)
         np.minimum(self._shape_var + rate * _SHAPE_VAR, _SHAPE_VAR, out=self._shape_var)
         slots = np.array([self._slot_of.get(rid, 0) for rid in request_ids])
-        tilt_var = self._tilt_var[slots] + rate * self._spread
+        tilt_var = self._tilt_var[slots] + steps / self._request_memory * self._spread
         self._tilt_var[slots] = np.minimum(tilt_var, self._spread)
 
     def conditional(self) -> Array:

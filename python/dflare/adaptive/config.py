@@ -2,20 +2,21 @@
 
 import json
 import os
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dflare.adaptive.arms import PLAIN, Arm
 from dflare.errors import UnsupportedError
 
 VARIABLE = "DFLARE_ADAPTIVE"
 
 
 class AdaptiveConfig(BaseModel):
-    """Settings of :class:`dflare.adaptive.WidthPolicy`.
+    """Settings of :class:`dflare.adaptive.ArmPolicy`.
 
     A width counts the tokens of one request that the target verifies in a step: the anchor and
-    ``width - 1`` drafted tokens. Width 1 is plain decoding without any draft work.
+    ``width - 1`` proposed tokens. Width 1 is plain decoding without any proposal.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -24,18 +25,24 @@ class AdaptiveConfig(BaseModel):
         description="Widths to choose from, ascending, from 1 to at most the block size. Each "
         "costs one set of CUDA graphs.",
     )
+    proposers: tuple[Literal["chain", "lookup"], ...] = Field(
+        default=("chain", "lookup"),
+        min_length=1,
+        description="Who may propose: the drafter (`chain`), and the request's own text "
+        "(`lookup`), alone and, with `chain`, in place of drafted tokens.",
+    )
     explore: float = Field(
         default=0.003,
         ge=0.0,
         le=0.2,
-        description="Share of the decode time that may be spent on widths that the estimates "
+        description="Share of the decode time that may be spent on arms that the estimates "
         "call slower, in order to learn whether they still are. 0 never explores: acceptance "
-        "that recovers while the width is 1 then goes unnoticed.",
+        "that recovers while nothing is drafted then goes unnoticed.",
     )
     patience: float = Field(
         default=0.02,
         ge=0.0,
-        description="How much predicted gain must pile up, in step times, before the width "
+        description="How much predicted gain must pile up, in step times, before the arm "
         "changes: 0.1 changes at once for a gain of 10 % and after 10 steps for one of 1 %.",
     )
     memory: int = Field(
@@ -60,6 +67,12 @@ class AdaptiveConfig(BaseModel):
                 "or turn adaptive verification off"
             )
         return self
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """The plain step first, then each proposer's arms by width."""
+        wider = self.widths[1:]
+        return (PLAIN, *(Arm(who, width) for who in self.proposers for width in wider))
 
     @classmethod
     def for_block_size(cls, block_size: int, **settings: object) -> Self:

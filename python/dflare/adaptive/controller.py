@@ -5,21 +5,24 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+from dflare.adaptive.arms import Arm, chain
 from dflare.adaptive.cost import StepTime
+from dflare.adaptive.lookup import NEVER, Comparison
 from dflare.adaptive.metrics import SpecMetrics
-from dflare.adaptive.policy import Decision, WidthPolicy
+from dflare.adaptive.policy import ArmPolicy, Decision
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Launched:
     decision: Decision | None
-    width: int
+    arm: Arm
     batch: int
     timed: bool
+    seen: Callable[[], Comparison] | None = None
 
 
-class WidthController:
-    """Says before each decode step how wide to verify, and learns when its result is known.
+class ArmController:
+    """Says before each decode step which arm it is, and learns when its result is known.
 
     Results come in the order of the steps; under overlap scheduling one step late. A step's time is
     that from the previous result to its own: it holds everything that a step costs, scheduling and
@@ -30,13 +33,13 @@ class WidthController:
     def __init__(
         self,
         block_size: int,
-        policy: WidthPolicy | None = None,
+        policy: ArmPolicy | None = None,
         metrics: SpecMetrics | None = None,
     ):
         """
         Args:
-            block_size: The width of every step if there is no policy.
-            policy: Chooses the widths.
+            block_size: Nodes of every step's chain if there is no policy.
+            policy: Chooses the arms.
             metrics: Where to count steps, with or without a policy.
         """
         self._block_size = block_size
@@ -47,25 +50,33 @@ class WidthController:
         self._gap = True
         self._unfinished = 0  # requests of the last step launched, less those that ended since
 
-    def begin(self, request_ids: Sequence[Hashable], remaining: Sequence[int]) -> int:
-        """Return the width of the decode step that is about to be launched.
+    def begin(
+        self, request_ids: Sequence[Hashable], remaining: Sequence[int]
+    ) -> tuple[Arm, int, int]:
+        """Choose the decode step that is about to be launched.
 
         Args:
             request_ids: The batch's requests.
             remaining: Tokens that each may still produce.
+
+        Returns:
+            Its arm; the least strength of a look-up that stands in for drafted tokens; and for how
+            many steps the choice stands, this one included.
         """
         self._unfinished = len(request_ids)
         left = [max(tokens, 1) for tokens in remaining]
         decision = self._policy.choose(request_ids, left) if self._policy else None
-        width = decision.width if decision else self._block_size
-        self._launched.append(_Launched(decision, width, len(request_ids), not self._gap))
+        arm, splice, standing = chain(self._block_size), NEVER, 1
+        if self._policy and decision:
+            arm, splice, standing = decision.arm, decision.splice, self._policy.standing
+        self._launched.append(_Launched(decision, arm, len(request_ids), not self._gap))
         self._gap = False
-        return width
+        return arm, splice, standing
 
-    @property
-    def standing(self) -> int:
-        """Steps for which the width that :meth:`begin` gave stands, its own included."""
-        return self._policy.standing if self._policy else 1
+    def compare(self, seen: Callable[[], Comparison]) -> None:
+        """Give what the step just launched shows about proposals, to be called with its result."""
+        if self._launched:
+            self._launched[-1].seen = seen
 
     def interrupt(self) -> None:
         """A prefill is launched, or nothing runs: the next step's time says nothing about it."""
@@ -85,18 +96,21 @@ class WidthController:
         step = self._launched.popleft() if self._launched else None
         seconds = now - self._last_result if step and step.timed and self._last_result else None
         self._last_result = now
-        if step is None or step.batch != len(commit_lens) or max(commit_lens) > step.width:
+        if step is None or step.batch != len(commit_lens) or max(commit_lens) > step.arm.nodes:
             # Results and steps no longer match. That may cost speed, never a request.
             self._launched.clear()
             self._gap = True
             return None
+        seen = step.seen() if step.seen else None
         if self._policy and step.decision:
-            self._policy.observe(step.decision, commit_lens, seconds)
+            self._policy.observe(step.decision, commit_lens, seconds, seen)
         if self._metrics is None:
             return None
         self._metrics.record(
-            step.width,
+            step.arm,
             commit_lens,
+            seen,
+            splice=step.decision.splice if step.decision else NEVER,
             exploring=step.decision.exploring if step.decision else False,
             predicted=step.decision.predicted_seconds if step.decision else None,
             actual=seconds,
@@ -121,27 +135,27 @@ class WidthController:
 
 
 def measure_steps(
-    run: Callable[[int, int], None],
+    run: Callable[[int, Arm], None],
     batches: Iterable[int],
-    widths: Sequence[int],
+    arms: Sequence[Arm],
     repeats: int = 3,
 ) -> list[StepTime]:
     """Time dummy decode steps at start-up, to seed a :class:`CostTable`.
 
     Args:
-        run: Executes one step of (batch, width) and waits for it.
+        run: Executes one step of (batch, arm) and waits for it.
         batches: Batch sizes, ascending; a generator may end them when it takes too long.
-        widths: Widths to measure.
-        repeats: Timed steps a cell, after one that is not timed. They go round all widths of a
-            batch size, so that a busy moment does not fall on one width.
+        arms: Arms to measure.
+        repeats: Timed steps a cell, after one that is not timed. They go round all arms of a
+            batch size, so that a busy moment does not fall on one arm.
     """
     measured: list[StepTime] = []
     for batch in batches:
-        for width in widths:
-            run(batch, width)
+        for arm in arms:
+            run(batch, arm)
         for _ in range(repeats):
-            for width in widths:
+            for arm in arms:
                 tic = time.perf_counter()
-                run(batch, width)
-                measured.append(StepTime(batch, width, time.perf_counter() - tic))
+                run(batch, arm)
+                measured.append(StepTime(batch, arm, time.perf_counter() - tic))
     return measured

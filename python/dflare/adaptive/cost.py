@@ -1,14 +1,14 @@
-"""How long a decode step takes, by batch size and verify width.
+"""How long a decode step takes, by batch size and arm.
 
 Seeded with step times measured when the engine starts, refined by every step it serves:
 
-    log seconds(batch, width) = log seed(batch, width) + drift + shift[width] + cell[batch, width]
+    log seconds(batch, arm) = log seed(batch, arm) + drift + shift[arm] + cell[batch, arm]
 
 ``drift`` is what all steps share now: a slower machine, longer contexts, other work. It may change
-from one step to the next, so that what a width costs against another shows only in steps that lie
-close together in time. ``shift`` and ``cell`` are what start-up measured wrong, for a width as a
+from one step to the next, so that what an arm costs against another shows only in steps that lie
+close together in time. ``shift`` and ``cell`` are what start-up measured wrong, for an arm as a
 whole and for one cell; they change slowly. All are estimated by one Kalman filter with the full
-covariance: it knows that a width which is never left says nothing about the others, however long
+covariance: it knows that an arm which is never left says nothing about the others, however long
 it is served. Residuals beyond a few times what noise and doubt explain are clipped: where the times
 are known, one stalled step teaches next to nothing and a lasting change is followed within some
 tens of steps; where start-up may have measured anything, the first steps are believed.
@@ -17,44 +17,46 @@ tens of steps; where start-up may have measured anything, the first steps are be
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from dflare.adaptive.arms import PLAIN, Arm
+
 Array = npt.NDArray[np.float64]
 
 _DRIFT_NOISE = 0.03**2  # variance that one step adds to the drift
-_SHIFT_VAR = 0.1**2  # of start-up measurements of a width, and what forgetting leads back to
+_SHIFT_VAR = 0.1**2  # of start-up measurements of an arm, and what forgetting leads back to
 _CELL_VAR = 0.1**2  # the same of one cell
 _GUESS_VAR = 0.3**2  # the same of a cell beyond the measured batch sizes
 _MEMORY = 5000  # steps in which a correction fades to a third of what was learned
 _CLIP = 2.5  # in standard deviations of a residual
 _SCALE_GAIN = 0.05
 _FIRST_SCALE = 0.05
-_HOPE = 3**0.5  # standard deviations by which a width may be cheaper than it looks
+_HOPE = 3**0.5  # standard deviations by which an arm may be cheaper than it looks
 
 
 class StepTime(NamedTuple):
     """One measured decode step."""
 
     batch: int
-    width: int
+    arm: Arm
     seconds: float
 
 
 class CostTable:
-    """Seconds of a decode step over (batch size, verify width), monotone in both."""
+    """Seconds of a decode step over (batch size, arm), monotone in requests and nodes."""
 
-    def __init__(self, widths: Sequence[int], measured: Iterable[StepTime], largest: int = 0):
+    def __init__(self, arms: Sequence[Arm], measured: Iterable[StepTime], largest: int = 0):
         """
         Args:
-            widths: Widths to answer for, ascending.
+            arms: Arms to answer for: the plain one, then each proposer's by nodes.
             measured: Start-up measurements in any order; repeats count by their median. Cells
-                without one are interpolated along the batch sizes of their width, whole widths
-                without one between their neighbours.
+                without one are interpolated along the batch sizes of their arm, whole arms
+                without one between their proposer's others.
             largest: Batch size up to which steps will be served. Beyond those that were measured
                 each doubling gets cells of its own, which go on with the last slope until steps
                 are served.
@@ -62,29 +64,35 @@ class CostTable:
         Raises:
             ValueError: There is no measurement, or one is not positive.
         """
-        cells: dict[tuple[int, int], list[float]] = defaultdict(list)
+        cells: dict[tuple[int, Arm], list[float]] = defaultdict(list)
         for step in measured:
-            if step.batch < 1 or step.width < 1 or not step.seconds > 0:
-                raise ValueError(f"step times need batch, width and seconds > 0, got {step}")
-            cells[step.batch, step.width].append(step.seconds)
+            if step.batch < 1 or step.arm.nodes < 1 or not step.seconds > 0:
+                raise ValueError(f"step times need batch, nodes and seconds > 0, got {step}")
+            cells[step.batch, step.arm].append(step.seconds)
         if not cells:
             raise ValueError("a cost table needs at least one measured step, got none")
-        self.widths = tuple(widths)
-        self._column = {width: i for i, width in enumerate(self.widths)}
+        self.arms = tuple(arms)
+        self._column = {arm: i for i, arm in enumerate(self.arms)}
+        # Columns of each proposer, behind the plain arm's: along them time does not fall.
+        proposers = dict.fromkeys(arm.proposer for arm in self.arms if arm != PLAIN)
+        self._rising = [
+            [i for i, arm in enumerate(self.arms) if arm.proposer in (PLAIN.proposer, who)]
+            for who in proposers
+        ] or [[0]]
         batches = sorted({batch for batch, _ in cells})
         median = {cell: float(np.median(seconds)) for cell, seconds in cells.items()}
-        seed = _fill(np.array(batches), self.widths, median)
+        seed = _fill(np.array(batches), self.arms, self._rising, median)
         own_var = [_CELL_VAR] * len(batches)
         while batches[-1] < largest:
             batches.append(min(2 * batches[-1], largest))
-            seed = np.vstack((seed, _next_row(batches, seed)))
+            seed = np.vstack((seed, _next_row(batches, seed, self._rising)))
             own_var.append(_GUESS_VAR)
         self._batches = np.array(batches)
         self._log_seed = np.log(seed)
-        count = len(self.widths)
+        count = len(self.arms)
         # State: the drift, then row by row the corrections, shift and cell in one.
-        same_width = np.tile(np.eye(count), (len(batches), len(batches)))
-        self._prior = _SHIFT_VAR * same_width + np.diag(np.repeat(own_var, count))
+        same_arm = np.tile(np.eye(count), (len(batches), len(batches)))
+        self._prior = _SHIFT_VAR * same_arm + np.diag(np.repeat(own_var, count))
         self._mean = np.zeros(1 + seed.size)
         self._var = np.zeros((1 + seed.size, 1 + seed.size))
         self._var[0, 0] = _SHIFT_VAR
@@ -94,46 +102,46 @@ class CostTable:
         self._refresh()
 
     def seconds(self, batch: int) -> Array:
-        """Predicted seconds of a step of `batch` requests for each width, [widths]."""
+        """Predicted seconds of a step of `batch` requests for each arm, [arms]."""
         low, high, share = self._between(batch)
         seconds = self._grid[low] + share * (self._grid[high] - self._grid[low])
         # Beyond the largest measured batch the last slopes go on; they may cross.
-        return np.maximum.accumulate(seconds) if share > 1 else seconds
+        return self._of_each(seconds, np.maximum.accumulate) if share > 1 else seconds
 
     def describe(self) -> str:
-        """The table in one line: milliseconds for every measured batch size, by width."""
+        """The table in one line: milliseconds for every measured batch size, by arm."""
         rows = []
         for batch, seconds in zip(self._batches, self._grid, strict=True):
-            cells = zip(self.widths, seconds, strict=True)
-            rows.append(f"batch {batch}: " + " ".join(f"{w}:{1e3 * s:.2f}" for w, s in cells))
+            cells = zip(self.arms, seconds, strict=True)
+            rows.append(f"batch {batch}: " + ", ".join(f"{a} {1e3 * s:.2f}" for a, s in cells))
         return "; ".join(rows)
 
     def doubt(self, batch: int, against: int) -> Array:
-        """Factor, at most 1, by which each width may be cheaper than predicted, [widths].
+        """Factor, at most 1, by which each arm may be cheaper than predicted, [arms].
 
         Args:
             batch: Requests of the step.
-            against: Index of the width that the others are compared with; its own factor is 1.
+            against: Index of the arm that the others are compared with; its own factor is 1.
         """
-        count = len(self.widths)
+        count = len(self.arms)
         first = 1 + int(np.abs(self._batches - batch).argmin()) * count
         var = self._var[first : first + count, first : first + count]
         own = var.diagonal()
         var = own + own[against] - 2 * var[against]
         return np.exp(-_HOPE * np.sqrt(np.maximum(var, 0.0)))
 
-    def observe(self, batch: int, width: int, seconds: Sequence[float]) -> None:
+    def observe(self, batch: int, arm: Arm, seconds: Sequence[float]) -> None:
         """Learn from served steps of one kind in a row.
 
         Args:
             batch: Requests of each step.
-            width: Tokens verified per request.
+            arm: What they were.
             seconds: What each step took, from its predecessor's result to its own; at least one.
         """
-        column, steps = self._column[width], len(seconds)
+        column, steps = self._column[arm], len(seconds)
         low, high, share = self._between(batch)
         share = min(share, 1.0)
-        cells = [1 + row * len(self.widths) + column for row in (low, high)]
+        cells = [1 + row * len(self.arms) + column for row in (low, high)]
         weights = np.array([1 - share, share])
         self._forget(steps)
         predicted = (1 - share) * self._raw[low, column] + share * self._raw[high, column]
@@ -177,16 +185,28 @@ class CostTable:
         correction = self._mean[1:].reshape(self._log_seed.shape)
         grid = self._raw = np.exp(self._log_seed + correction + self._mean[0])
         # The middle between the tightest monotone bounds from above and from below.
-        upper = np.maximum.accumulate(np.maximum.accumulate(grid, axis=0), axis=1)
-        flipped = np.minimum.accumulate(grid[::-1, ::-1], axis=0)
-        lower = np.minimum.accumulate(flipped, axis=1)[::-1, ::-1]
+        upper = self._of_each(np.maximum.accumulate(grid, axis=0), np.maximum.accumulate)
+        lower = np.minimum.accumulate(grid[::-1], axis=0)[::-1]
+        plain = lower[:, 0]
+        for rising in self._rising:
+            from_above = np.minimum.accumulate(lower[:, rising[::-1]], axis=1)[:, ::-1]
+            lower[:, rising[1:]] = from_above[:, 1:]
+            plain = np.minimum(plain, from_above[:, 0])
+        lower[:, 0] = plain
         self._grid = (upper + lower) / 2
 
+    def _of_each(self, seconds: Array, along: Callable[..., Array]) -> Array:
+        """Apply a function along the arms of each proposer, the plain one before them."""
+        result = seconds.copy()
+        for rising in self._rising:
+            result[..., rising[1:]] = along(seconds[..., rising], axis=-1)[..., 1:]
+        return result
+
     @classmethod
-    def load(cls, path: Path, widths: Sequence[int]) -> Self:
+    def load(cls, path: Path, arms: Sequence[Arm]) -> Self:
         """Read a table that :func:`save_step_times` wrote."""
         steps = json.loads(path.read_text())["steps"]
-        return cls(widths, (StepTime(*step) for step in steps))
+        return cls(arms, (StepTime(n, Arm(*arm), seconds) for n, arm, seconds in steps))
 
 
 def save_step_times(path: Path, measured: Iterable[StepTime], about: str) -> None:
@@ -198,22 +218,37 @@ def _clip(residuals: Array, limit: float) -> Array:
     return np.minimum(np.maximum(residuals, -limit), limit)
 
 
-def _next_row(batches: Sequence[int], seconds: Array) -> Array:
-    """Step times of the last of `batches`, from those of the batches before it, [widths]."""
+def _next_row(batches: Sequence[int], seconds: Array, rising: Sequence[Sequence[int]]) -> Array:
+    """Step times of the last of `batches`, from those of the batches before it, [arms]."""
     if len(batches) == 2:
         return seconds[-1]
     step = (batches[-1] - batches[-2]) / (batches[-2] - batches[-3])
     slope = np.maximum(seconds[-1] - seconds[-2], 0.0)
-    # Wider steps grow faster; noise in the last two rows must not turn that round.
-    return np.maximum.accumulate(seconds[-1] + step * np.maximum.accumulate(slope))
+    row = seconds[-1] + step * slope
+    for columns in rising:
+        # More nodes grow faster; noise in the last two rows must not turn that round.
+        faster = seconds[-1, columns] + step * np.maximum.accumulate(slope[columns])
+        row[columns[1:]] = np.maximum.accumulate(faster)[1:]
+    return row
 
 
 def _fill(
-    batches: npt.NDArray[np.int64], widths: Sequence[int], median: dict[tuple[int, int], float]
+    batches: npt.NDArray[np.int64],
+    arms: Sequence[Arm],
+    rising: Sequence[Sequence[int]],
+    median: dict[tuple[int, Arm], float],
 ) -> Array:
-    columns: dict[int, Array] = {}
-    for width in sorted({width for _, width in median}):
-        known = [batch for batch in batches if (batch, width) in median]
-        columns[width] = np.interp(batches, known, [median[batch, width] for batch in known])
-    measured = np.stack(list(columns.values()), axis=1)
-    return np.stack([np.interp(widths, list(columns), row) for row in measured])
+    """The cells of all arms, [batches, arms]: what is not measured lies between what is."""
+    columns: dict[Arm, Array] = {}
+    for arm in {arm for _, arm in median}:
+        known = [batch for batch in batches if (batch, arm) in median]
+        columns[arm] = np.interp(batches, known, [median[batch, arm] for batch in known])
+    filled = np.empty((len(batches), len(arms)))
+    for group in rising:
+        proposers = PLAIN.proposer, arms[group[-1]].proposer
+        measured = sorted((a for a in columns if a.proposer in proposers), key=lambda a: a.nodes)
+        measured = measured or list(columns)[:1]
+        wanted, nodes = [arms[i].nodes for i in group], [arm.nodes for arm in measured]
+        for row, seconds in enumerate(np.stack([columns[arm] for arm in measured], axis=1)):
+            filled[row, group] = np.interp(wanted, nodes, seconds)
+    return filled

@@ -10,6 +10,10 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
+from dflare.adaptive.arms import Arm
+from dflare.adaptive.lookup import NEVER, Comparison, Ints
 from dflare.adaptive.watch import AcceptanceWatch
 
 _INTERVAL = 1.0  # seconds between writes; steps in between only count in Python
@@ -33,6 +37,8 @@ class SpecMetrics:
     dflare_drafts_reached_total     counter   drafted tokens whose predecessors in the block were
                                               all accepted, label ``position`` from 1
     dflare_drafts_accepted_total    counter   of these, accepted
+    dflare_accepted_tokens_total    counter   proposals accepted, label ``proposer``: ``chain`` for
+                                              the drafter, ``lookup`` for the text so far
     dflare_acceptance_low           gauge     1 while hardly any first draft is accepted
     =============================== ========= ====================================================
     """
@@ -53,9 +59,11 @@ class SpecMetrics:
 
     def record(
         self,
-        width: int,
+        arm: Arm,
         commit_lens: Sequence[int],
+        seen: Comparison | None = None,
         *,
+        splice: int = NEVER,
         exploring: bool = False,
         predicted: float | None = None,
         actual: float | None = None,
@@ -63,19 +71,35 @@ class SpecMetrics:
         """Count one decode step.
 
         Args:
-            width: Tokens verified per request.
+            arm: What was verified.
             commit_lens: Committed tokens of each request.
-            exploring: Whether the policy called the width slower than another.
+            seen: What the look-up and the drafter alone would have got, where that is known.
+            splice: Least strength of a look-up whose tokens stood in for drafted ones.
+            exploring: Whether the policy called the arm slower than another.
             predicted, actual: Step time in seconds; counted where both are known.
         """
-        self._watch.observe(width, commit_lens)
-        self._by_width[width] += 1
+        if arm.proposer == "chain":
+            self._watch.observe(commit_lens if seen is None else seen.drafted + 1)
+        self._by_width[arm.nodes] += 1
         self._explored += exploring
-        self._commits[width].update(commit_lens)
+        self._commits[arm.nodes].update(commit_lens)
+        self._count_by_proposer(arm, np.asarray(commit_lens) - 1, seen, splice)
         if predicted is not None and actual is not None:
             self._timed += 1
             self._predicted_sum += predicted
             self._actual_sum += actual
+
+    def _count_by_proposer(
+        self, arm: Arm, accepted: Ints, seen: Comparison | None, splice: int
+    ) -> None:
+        """Tell apart whose proposals were accepted; what both proposed counts as the drafter's."""
+        total = int(accepted.sum())
+        if arm.proposer == "chain" and seen is not None:
+            agreed = np.minimum(seen.agreed, accepted)
+            looked_up = int((accepted - agreed)[seen.strength() >= splice].sum())
+            self._by_proposer["lookup"] += looked_up
+            total -= looked_up
+        self._by_proposer[arm.proposer] += total
 
     def publish(
         self, accept_rates: Callable[[], Sequence[float]], idle: bool = False
@@ -83,7 +107,7 @@ class SpecMetrics:
         """Write the metrics if the interval is over, or nothing runs that could do it later.
 
         Args:
-            accept_rates: Gives the estimated acceptance by position, ``WidthPolicy.accept_rates``;
+            accept_rates: Gives the estimated acceptance by position, ``ArmPolicy.accept_rates``;
                 nothing without a policy.
             idle: Whether every request has ended: the counters are then complete.
 
@@ -118,6 +142,7 @@ class SpecMetrics:
             self._gauges.write(width, accept, accept_rates(), times)
             self._gauges.low.set(self._watch.low)
             self._gauges.count_positions(reached, accepted)
+            self._gauges.count_proposers(self._by_proposer)
             self._gauges.count(
                 self._by_width,
                 self._explored,
@@ -133,6 +158,7 @@ class SpecMetrics:
 
     def _clear(self) -> None:
         self._by_width: Counter[int] = Counter()
+        self._by_proposer: Counter[str] = Counter()  # accepted tokens
         # Of each width, requests by the tokens that they committed.
         self._commits: defaultdict[int, Counter[int]] = defaultdict(Counter)
         self._explored = self._timed = 0
@@ -184,6 +210,7 @@ class _Gauges:
         self._tokens = counter("committed_tokens", "Tokens committed by steps.").labels(**bound)
         self._reached = counter("drafts_reached", "Drafts behind accepted ones.", "position")
         self._accepted = counter("drafts_accepted", "Drafts accepted.", "position")
+        self._proposed = counter("accepted_tokens", "Accepted, by who proposed.", "proposer")
 
     def write(
         self,
@@ -214,6 +241,11 @@ class _Gauges:
         self._requests.inc(requests)
         self._verified.inc(verified)
         self._tokens.inc(committed)
+
+    def count_proposers(self, accepted: Mapping[str, int]) -> None:
+        for proposer, tokens in accepted.items():
+            if tokens:
+                self._proposed.labels(**self._labels, proposer=proposer).inc(tokens)
 
     def count_positions(self, reached: Mapping[int, int], accepted: Mapping[int, int]) -> None:
         for counter, counts in ((self._reached, reached), (self._accepted, accepted)):

@@ -1,6 +1,6 @@
-"""Choose before each decode step how many drafted tokens the target shall verify.
+"""Choose before each decode step who proposes tokens, and how many the target shall verify.
 
-The width that maximises expected committed tokens per second for the batch as it is now:
+The arm that maximises expected committed tokens per second for the batch as it is now:
 expected tokens from :mod:`dflare.adaptive.acceptance`, step time from
 :mod:`dflare.adaptive.cost`. The policy does not touch an engine and is deterministic.
 """
@@ -8,33 +8,48 @@ expected tokens from :mod:`dflare.adaptive.acceptance`, step time from
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from dflare.adaptive.acceptance import AcceptanceModel
+from dflare.adaptive.arms import PLAIN, Arm
 from dflare.adaptive.config import AdaptiveConfig
 from dflare.adaptive.cost import CostTable
+from dflare.adaptive.lookup import NEVER, Comparison, SpliceRule
 
 _CREDIT_STEPS = 5.0  # exploration saved up at most, in step times
-_TRIALS = 2  # decisions for each width that a new server takes: start-up measures some times wrong
+_TRIALS = 2  # decisions for each arm that a new server takes: start-up measures some times wrong
 _LEAST_CHARGE = 0.05  # of a step, for exploring what is nearly as good: no end of it else
 _PROBE_EVERY = 0.1  # of the memory: without any draft for so long, one is tried without hope
 _HOLD = 8  # steps per decision: thinking costs up to 1 % of a step, and one step changes little
+# Most text does not repeat what came before; what does goes on doing it, and then ends at once.
+_LOOKUP_PRIOR, _LOOKUP_RISE = 0.2, 1.5
+_LOOKUP_REQUEST_MEMORY = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What to do in one step, and what the policy expects of it."""
 
-    width: int
+    arm: Arm
+    splice: int  # least strength of a look-up whose tokens stand in for the drafter's
     request_ids: tuple[Hashable, ...]
     exploring: bool
     expected_tokens: float
     predicted_seconds: float
 
 
-class WidthPolicy:
-    """Pick the verify width of each decode step and learn from what came of it.
+class _Results(NamedTuple):
+    """Of steps of one decision, in their order: not every step has a time or a comparison."""
+
+    commit_lens: list[Sequence[int]]
+    seconds: list[float]
+    seen: list[tuple[Comparison, Sequence[int]]]
+
+
+class ArmPolicy:
+    """Pick the arm of each decode step and learn from what came of it.
 
     The engine calls :meth:`choose` before a step, :meth:`observe` when its commit lengths are
     known (under overlap scheduling a step or two later) and :meth:`finish` when a request ends.
@@ -44,22 +59,35 @@ class WidthPolicy:
     def __init__(self, config: AdaptiveConfig, cost: CostTable):
         self.config = config
         self.cost = cost
-        self.acceptance = AcceptanceModel(config.widths[-1], config.memory)
-        self._index = np.array(config.widths) - 1
+        self.arms = config.arms
+        largest = config.widths[-1]
+        self._models: dict[str, AcceptanceModel] = {}
+        self._splice = None
+        if "chain" in config.proposers:
+            self._models["chain"] = AcceptanceModel(largest, config.memory)
+        if "lookup" in config.proposers:
+            self._models["lookup"] = AcceptanceModel(
+                largest, config.memory, _LOOKUP_PRIOR, _LOOKUP_RISE, _LOOKUP_REQUEST_MEMORY
+            )
+            self._splice = SpliceRule(config.memory)
+        self._nodes = np.array([arm.nodes for arm in self.arms])
+        # Where an arm's expected tokens stand in those of all proposers, [proposers, width].
+        models = list(self._models)
+        self._model = np.array([models.index(a.proposer) if a != PLAIN else 0 for a in self.arms])
         self._current = 0
         self._gain = 0.0
         first = _CREDIT_STEPS if config.explore else 0.0
         self._credit = first * float(cost.seconds(1)[0])
-        self._decided = [0] * len(config.widths)  # how often for each width
+        self._decided = [0] * len(self.arms)  # how often for each arm
+        self._drafts = np.array([arm.proposer == "chain" for arm in self.arms])
         self._undrafted = 0
         self._held: Decision | None = None
         self._hold = 0  # steps for which the held decision still stands
         # Results of the held decision from which nothing was learned yet.
-        self._commit_lens: list[Sequence[int]] = []
-        self._seconds: list[float] = []
+        self._results = _Results([], [], [])
 
     def choose(self, request_ids: Sequence[Hashable], remaining: Sequence[int]) -> Decision:
-        """Choose the width of the next step.
+        """Choose the arm of the next step.
 
         Args:
             request_ids: The batch's requests, at least one.
@@ -70,26 +98,31 @@ class WidthPolicy:
         """
         ids = tuple(request_ids)
         held = self._held
-        if held and self._hold and held.request_ids == ids and held.width <= max(remaining):
+        if held and self._hold and held.request_ids == ids and held.arm.nodes <= max(remaining):
             self._hold -= 1
             self._count(held)
             return held
         self._learn()
         left = np.asarray(remaining, dtype=np.int64)
-        tokens, hoped = self.acceptance.expected_tokens(request_ids, left)
-        tokens, hoped = tokens[self._index], hoped[self._index]
+        expected = [model.expected_tokens(request_ids, left) for model in self._models.values()]
+        tokens, hoped = np.array(expected)[self._model, :, self._nodes - 1].T
         seconds = self.cost.seconds(len(request_ids))
         # Nothing beyond the first width that finishes every request.
-        usable = int(np.searchsorted(self.config.widths, left.max())) + 1
-        rates = (tokens / seconds)[:usable]
+        widths = self.config.widths
+        usable = self._nodes <= widths[min(np.searchsorted(widths, left.max()), len(widths) - 1)]
+        rates = np.where(usable, tokens / seconds, 0.0)
         best = self._settle(rates)
 
-        loss = np.maximum(seconds - tokens / rates[best], _LEAST_CHARGE * seconds)[:usable]
-        hopes = (hoped / (seconds * self.cost.doubt(len(request_ids), best)))[:usable]
-        hopes[loss >= self._credit] = 0.0
-        overdue = best == 0 and self._undrafted > self.config.memory * _PROBE_EVERY
+        loss = np.maximum(seconds - tokens / rates[best], _LEAST_CHARGE * seconds)
+        hopes = hoped / (seconds * self.cost.doubt(len(request_ids), best))
+        hopes[~usable | (loss >= self._credit)] = 0.0
+        overdue = (
+            not self._drafts[best]
+            and "chain" in self._models
+            and self._undrafted > self.config.memory * _PROBE_EVERY
+        )
         if overdue:
-            hopes[0] = 0.0
+            hopes[~self._drafts] = 0.0
         chosen = int(hopes.argmax())
         trial = self._next_trial(usable)
         if trial is not None:
@@ -100,7 +133,8 @@ class WidthPolicy:
             chosen = best
         self._decided[chosen] += 1
         decision = Decision(
-            width=self.config.widths[chosen],
+            arm=self.arms[chosen],
+            splice=self._splice.least_strength() if self._splice else NEVER,
             request_ids=ids,
             exploring=chosen != best,
             expected_tokens=float(tokens[chosen]),
@@ -114,67 +148,84 @@ class WidthPolicy:
     def standing(self) -> int:
         """Steps for which the latest decision is meant to stand, the next one to run included.
 
-        Other requests, or fewer tokens left than its width, end it earlier.
+        Other requests, or fewer tokens left than its nodes, end it earlier.
         """
         return self._hold + 1
 
     def observe(
-        self, decision: Decision, commit_lens: Sequence[int], seconds: float | None = None
+        self,
+        decision: Decision,
+        commit_lens: Sequence[int],
+        seconds: float | None = None,
+        seen: Comparison | None = None,
     ) -> None:
         """Learn from a step.
 
         Args:
             decision: What :meth:`choose` returned for it.
-            commit_lens: Committed tokens of each request of the decision, in ``1 .. width``.
+            commit_lens: Committed tokens of each request of the decision, in ``1 .. nodes``.
             seconds: How long the step took; None where that is not known, as when a prefill
                 ran in between.
+            seen: What the look-up would have got, and the drafter alone, where that is known.
         """
-        times = [] if seconds is None else [seconds]
-        if decision is self._held:
-            self._commit_lens.append(commit_lens)
-            self._seconds += times
-        else:
-            self._learn_from(decision, [commit_lens], times)
+        results = self._results if decision is self._held else _Results([], [], [])
+        results.commit_lens.append(commit_lens)
+        if seconds is not None:
+            results.seconds.append(seconds)
+        if seen is not None:
+            results.seen.append((seen, commit_lens))
+        if decision is not self._held:
+            self._learn_from(decision, results)
 
     def finish(self, request_id: Hashable) -> None:
         """Forget a request that ended; unknown ones are ignored."""
-        self.acceptance.finish(request_id)
+        for model in self._models.values():
+            model.finish(request_id)
 
     def accept_rates(self) -> list[float]:
         """Estimated acceptance of each drafted position that is reached, from position 1 on."""
-        return self.acceptance.conditional().tolist()
+        drafter = self._models.get("chain")
+        return drafter.conditional().tolist() if drafter else []
 
     def _learn(self) -> None:
         """Learn at once from all steps of the held decision."""
-        if self._held and self._commit_lens:
-            self._learn_from(self._held, self._commit_lens, self._seconds)
-        self._commit_lens, self._seconds = [], []
+        if self._held and self._results.commit_lens:
+            self._learn_from(self._held, self._results)
+        self._results = _Results([], [], [])
 
-    def _learn_from(
-        self, decision: Decision, commit_lens: Sequence[Sequence[int]], seconds: Sequence[float]
-    ) -> None:
-        ids, width = decision.request_ids, decision.width
-        self.acceptance.observe(ids, width, commit_lens)
-        if seconds:
-            self.cost.observe(len(ids), width, seconds)
+    def _learn_from(self, decision: Decision, results: _Results) -> None:
+        ids, arm = decision.request_ids, decision.arm
+        accepted = np.array(results.commit_lens) - 1
+        for proposer, model in self._models.items():
+            if proposer == "lookup" and results.seen:
+                right = np.array([seen.right for seen, _ in results.seen])
+                known = np.array([commit_lens for _, commit_lens in results.seen])
+                model.observe(ids, self.config.widths[-1] - 1, right, known)
+            else:
+                model.observe(ids, arm.nodes - 1 if arm.proposer == proposer else 0, accepted)
+        if self._splice:
+            for seen, _ in results.seen:
+                self._splice.observe(seen, arm.nodes - 1)
+        if results.seconds:
+            self.cost.observe(len(ids), arm, results.seconds)
 
     def _count(self, decision: Decision) -> None:
         """Book a step: how long ago the last draft was, and what may be spent on exploring."""
-        self._undrafted = self._undrafted + 1 if decision.width == 1 else 0
+        self._undrafted = 0 if decision.arm.proposer == "chain" else self._undrafted + 1
         seconds = decision.predicted_seconds
         if self._credit < _CREDIT_STEPS * seconds:
             self._credit += self.config.explore * seconds
 
-    def _next_trial(self, usable: int) -> int | None:
-        """Index of the width that a new server tries now, between decisions for the best one."""
+    def _next_trial(self, usable: np.ndarray) -> int | None:
+        """Index of the arm that a new server tries now, between decisions for the best one."""
         if not self.config.explore or self._held is None or self._held.exploring:
             return None
-        return next((i for i, n in enumerate(self._decided[:usable]) if n < _TRIALS), None)
+        return next((i for i in np.flatnonzero(usable) if self._decided[i] < _TRIALS), None)
 
     def _settle(self, rates: np.ndarray) -> int:
-        """Index of the width to use, changed only when the predicted gain has piled up."""
+        """Index of the arm to use, changed only when the predicted gain has piled up."""
         best = int(rates.argmax())
-        if self._current >= len(rates):
+        if not rates[self._current]:
             self._current, self._gain = best, 0.0
         elif best == self._current:
             self._gain = 0.0

@@ -33,15 +33,12 @@ class AcceptanceWatch:
         self._said = False
         self.low = False  # in the latest whole window
 
-    def observe(self, width: int, commit_lens: Sequence[int]) -> None:
-        """Count one decode step.
+    def observe(self, commit_lens: Sequence[int]) -> None:
+        """Count one decode step of a batch that drafted.
 
         Args:
-            width: verified tokens a request; a step of width 1 drafted nothing.
-            commit_lens: committed tokens of each request.
+            commit_lens: tokens that each request committed, or would have by its drafts alone.
         """
-        if width == 1:
-            return
         self._drafts += len(commit_lens)
         self._accepted += sum(length > 1 for length in commit_lens)
         if self._drafts < _WINDOW:

@@ -1,7 +1,7 @@
-"""Which width each decode step has: chosen anew by `dflare.adaptive`, agreed on by all ranks.
+"""Which arm each decode step is: chosen anew by `dflare.adaptive`, agreed on by all ranks.
 
-A step of width w drafts w - 1 tokens a request and verifies them with the anchor; width 1 drafts
-nothing, and the verified token's hidden states still become the drafter's context.
+An arm says who proposes and how many tokens of a request are verified, the anchor and what is
+proposed; whoever proposes, the verified tokens' hidden states become the drafter's context.
 """
 
 import logging
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.managers.scheduler import GenerationBatchResult
 from sglang.srt.runtime_context import (
     get_disagg,
     get_exec,
@@ -21,13 +22,17 @@ from sglang.srt.runtime_context import (
 )
 
 from dflare.adaptive import (
+    NEVER,
     AdaptiveConfig,
+    Arm,
+    ArmController,
+    ArmPolicy,
     CostTable,
     SpecMetrics,
-    WidthController,
-    WidthPolicy,
+    chain,
     measure_steps,
 )
+from dflare.engine.lookups import Proposal
 from dflare.engine.step_timing import save_start_up_times
 from dflare.engine.width_states import WidthStates
 
@@ -36,32 +41,35 @@ logger = logging.getLogger(__name__)
 _MEASURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MEASURE_SECONDS = 20.0
 
-# Gives the policy for a configuration; called once, with a function that measures steps of the
-# widths: it takes a while.
-PolicyFactory = Callable[[AdaptiveConfig, Callable[[], CostTable]], WidthPolicy]
+# Gives the policy for a configuration; called once, with a function that measures steps of all
+# arms: it takes a while.
+PolicyFactory = Callable[[AdaptiveConfig, Callable[[], CostTable]], ArmPolicy]
 
 
-def measured_policy(config: AdaptiveConfig, measure: Callable[[], CostTable]) -> WidthPolicy:
+def measured_policy(config: AdaptiveConfig, measure: Callable[[], CostTable]) -> ArmPolicy:
     """The policy that servers use: it starts from what steps cost on this machine."""
-    return WidthPolicy(config, measure())
+    return ArmPolicy(config, measure())
 
 
 class Agreement:
-    """Widths that rank 0 of a group chooses: step times differ between ranks.
+    """Arms that rank 0 of a group chooses: step times differ between ranks.
 
     The other ranks are told when a decision is made and not at every step: how long it stands is
-    part of it, and what ends it earlier (other requests, or fewer tokens left than its width) every
+    part of it, and what ends it earlier (other requests, or fewer tokens left than its nodes) every
     rank sees for itself. Nothing waits for a device.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, arms: Sequence[Arm] = ()) -> None:
         """
         Args:
             group: SGLang's `GroupCoordinator`.
+            arms: those to choose from, the same on all ranks.
         """
         self._group = group
+        self._arms = list(arms)
         self._requests: tuple[str, ...] = ()
-        self._width = self._left = 0
+        self._choice: tuple[Arm, int] | None = None
+        self._left = 0
 
     @property
     def is_leader(self) -> bool:
@@ -69,23 +77,30 @@ class Agreement:
         return self._group.rank_in_group == 0
 
     def settle(
-        self, requests: Sequence[str], remaining: Sequence[int], choice: tuple[int, int]
-    ) -> int:
-        """Return the width of the next step, the same on all ranks.
+        self,
+        requests: Sequence[str],
+        remaining: Sequence[int],
+        choice: tuple[Arm, int, int] | None,
+    ) -> tuple[Arm, int]:
+        """Return the arm of the next step and its least strength, the same on all ranks.
 
         Args:
             requests: ids of the batch.
             remaining: tokens that each may still produce.
-            choice: rank 0's width and for how many steps it was decided, this one included.
+            choice: on rank 0 the arm, the least strength of a look-up that stands in for drafted
+                tokens, and for how many steps both were decided, this one included.
         """
         if self._group.world_size == 1:
-            return choice[0]
-        ids = tuple(requests)
-        if not (self._left and ids == self._requests and self._width <= max(remaining)):
-            self._width, self._left = self.from_leader(*choice)
+            assert choice
+            return choice[:2]
+        ids, held = tuple(requests), self._choice
+        if not (held and self._left and ids == self._requests and held[0].nodes <= max(remaining)):
+            words = (self._arms.index(choice[0]), *choice[1:]) if choice else (0, 0, 0)
+            index, splice, self._left = self.from_leader(*words)
+            held = self._choice = self._arms[index], splice
             self._requests = ids
         self._left -= 1
-        return self._width
+        return held
 
     def from_leader(self, *values: int) -> list[int]:
         """What rank 0 says, over the CPU group."""
@@ -96,8 +111,8 @@ class Agreement:
         return words.tolist()
 
 
-class Widths:
-    """Chooses the width of each step, puts the worker into it, and learns what came of it."""
+class Arms:
+    """Chooses the arm of each step, puts the worker into its width, learns what came of it."""
 
     def __init__(
         self,
@@ -106,55 +121,60 @@ class Widths:
         group: Any,
         config: AdaptiveConfig | None,
         make_policy: PolicyFactory,
-        run: Callable[[int, int], None],
+        run: Callable[[int, Arm], None],
     ) -> None:
-        """Build what other widths than the block need, and measure steps of all.
+        """Build what other widths than the block need, and measure steps of all arms.
 
         Args:
             worker: a `DFlareWorker` whose attention backends and graphs of the block are ready.
             group: the ranks that must agree, a `GroupCoordinator`.
             config: the settings; None for steps of the whole block only.
             make_policy: called on rank 0 of the group and, to measure with it, on all others.
-            run: runs a dummy step of (requests, width) in the worker, which is at that width, and
+            run: runs a dummy step of (requests, arm) in the worker, which is at that width, and
                 waits for it.
         """
         self._block = int(worker.block_size)
         self._largest = int(worker.model_runner.max_running_requests)
-        self._agreement, self._run = Agreement(group), run
+        self._run = run
         reason = _why_not_adaptive() if config else None
         if reason:
-            logger.warning("every step verifies the whole block: adaptive widths and %s", reason)
+            logger.warning("every step verifies the whole block: adaptive arms and %s", reason)
             config = None
         self._states = WidthStates(worker, config.widths if config else ())
         if config and len(self._states.widths) < 2:
             config = None
         if config:
             config = config.model_copy(update={"widths": self._states.widths})
-        policy = make_policy(config, lambda: self._measure(config.widths)) if config else None
+        arms = config.arms if config else (chain(self._block),)
+        self._agreement = Agreement(group, arms)
+        policy = make_policy(config, lambda: self._measure(arms)) if config else None
         self._adaptive = config is not None
-        self._controller: WidthController | None = None
+        self._controller: ArmController | None = None
         if self._agreement.is_leader:
             labels = _metric_labels() if get_observability().enable_metrics else None
             metrics = SpecMetrics(labels, lambda line: logger.warning("DFLARE: %s", line))
-            self._controller = WidthController(self._block, policy, metrics)
+            self._controller = ArmController(self._block, policy, metrics)
 
     @property
     def graph_gb(self) -> float:
         """Device memory that the graphs of the other widths take."""
         return self._states.graph_gb
 
-    def choose(self, reqs: Sequence[Any]) -> int:
-        """Return the width of the decode step that is about to be launched.
+    def choose(self, reqs: Sequence[Any]) -> tuple[Arm, int]:
+        """Choose the decode step that is about to be launched.
 
         Args:
             reqs: the batch's requests, SGLang's `Req`.
+
+        Returns:
+            Its arm, and the least strength of a look-up that stands in for drafted tokens.
         """
         ids = [req.rid for req in reqs]
         left = [req.sampling_params.max_new_tokens - len(req.output_ids) for req in reqs]
-        choice = (self._block, 1)
-        if self._controller:
-            choice = self._controller.begin(ids, left), self._controller.standing
-        return self._agreement.settle(ids, left, choice) if self._adaptive else self._block
+        choice = self._controller.begin(ids, left) if self._controller else None
+        if not self._adaptive:
+            return chain(self._block), NEVER
+        return self._agreement.settle(ids, left, choice)
 
     def at(self, width: int) -> AbstractContextManager[None]:
         """Run the worker at a width."""
@@ -164,6 +184,12 @@ class Widths:
         """A prefill runs, or nothing."""
         if self._controller:
             self._controller.interrupt()
+
+    def compare(self, proposal: Proposal, result: GenerationBatchResult) -> None:
+        """Let the policy learn what a look-up was worth in the step just launched."""
+        if self._controller:  # of the rank that learns
+            tokens = result.next_token_ids.view(len(proposal.match), -1)
+            self._controller.compare(proposal.compare(tokens, result.accept_lens))
 
     def complete(self, commit_lens: Sequence[int]) -> None:
         """The result of the oldest step in flight is on the host: committed tokens a request."""
@@ -175,15 +201,15 @@ class Widths:
         if self._controller:
             _log(self._controller.finish(request_id))
 
-    def _measure(self, widths: Sequence[int]) -> CostTable:
-        def run(requests: int, width: int) -> None:
-            with self.at(width):
-                self._run(requests, width)
+    def _measure(self, arms: Sequence[Arm]) -> CostTable:
+        def run(requests: int, arm: Arm) -> None:
+            with self.at(arm.nodes):
+                self._run(requests, arm)
 
-        measured = measure_steps(run, self._batches_to_measure(), widths)
-        table = CostTable(widths, measured, self._largest)
+        measured = measure_steps(run, self._batches_to_measure(), arms)
+        table = CostTable(arms, measured, self._largest)
         if self._agreement.is_leader:
-            logger.info("DFLARE: step time in ms by width, %s", table.describe())
+            logger.info("DFLARE: step time in ms by arm, %s", table.describe())
             save_start_up_times(measured)
         return table
 

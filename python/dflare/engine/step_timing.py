@@ -243,7 +243,6 @@ def trace_steps(worker: Any) -> None:
         (worker, "_greedy_sample_from_vocab_parallel_head", "draft"),
         (worker.target_worker, "forward_batch_generation", "verify"),
         (worker, "_accept_block", "sampling"),
-        (worker, "_accept_anchors", "sampling"),
         (worker.context, "append", "append"),
     ]
     if worker._target_logits_processor is not None:

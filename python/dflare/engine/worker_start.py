@@ -1,4 +1,4 @@
-"""How the speculative worker starts: pools, checks, graphs, and what steps of each width cost."""
+"""How the speculative worker starts: pools, checks, graphs, and what steps of each arm cost."""
 
 import logging
 from typing import Any
@@ -10,16 +10,17 @@ from sglang.srt.managers.scheduler import GenerationBatchResult
 from sglang.srt.runtime_context import get_disagg, get_exec, get_parallel, get_spec
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 
-from dflare.adaptive import AdaptiveConfig
+from dflare.adaptive import AdaptiveConfig, Arm
+from dflare.engine.arms import Arms, measured_policy
 from dflare.engine.context import ContextAppender
 from dflare.engine.draft_head import DraftHeadSampler, make_draft_head
 from dflare.engine.dummy_step import dummy_batch
 from dflare.engine.hooks import check_hooks
+from dflare.engine.lookups import Texts
 from dflare.engine.penalties import Penalties
 from dflare.engine.shared_taps import SharedTaps
 from dflare.engine.step_timing import trace_steps
 from dflare.engine.width_states import check_nothing_is_shared, tensors_of
-from dflare.engine.widths import Widths, measured_policy
 from dflare.errors import UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -32,10 +33,11 @@ class WorkerStart(DFlashWorkerV2):
         draft_head: rows of the target's head for the tokens that are drafted; None for all.
         penalties: counts of penalised requests.
         context: writes the drafter's context.
-        widths: chooses the width of each step.
+        texts: finds what look-ups propose; None where nothing does.
+        arms: chooses the arm of each step.
     """
 
-    # What a server is configured by and what chooses its widths; a test may have others.
+    # What a server is configured by and what chooses its arms; a test may have others.
     configure = staticmethod(lambda block_size: AdaptiveConfig.from_environment(block_size))
     make_policy = staticmethod(measured_policy)
 
@@ -69,21 +71,23 @@ class WorkerStart(DFlashWorkerV2):
         super().init_cuda_graphs()
         added = [h for h in self.draft_model_runner.capture_tail_hooks if h not in others]
         self.sampler_hook = added[0] if self._draft_sampler is not None else None
+        config = self.configure(int(self.block_size))
+        self.texts = self._texts_for(config)
         self.context = ContextAppender(
             self.draft_model, self._k_pools, self._v_pools, at_once=self._pool_is_shared()
         )
         before = tensors_of(self)
-        self.widths = Widths(
+        self.arms = Arms(
             self,
             group=get_dp_tp_group(),
-            config=self.configure(int(self.block_size)),
+            config=config,
             make_policy=self.make_policy,
             run=self._dummy_step,
         )
         check_nothing_is_shared(before, self)
         # SGLang's account of what graphs take: shown in its log and its metrics.
         usage = self._additional_graph_memory_usage
-        usage["target_verify"] = usage.get("target_verify", 0.0) + self.widths.graph_gb
+        usage["target_verify"] = usage.get("target_verify", 0.0) + self.arms.graph_gb
         trace_steps(self)
 
     def _maybe_build_draft_sampler(self) -> Any:
@@ -94,6 +98,12 @@ class WorkerStart(DFlashWorkerV2):
         largest = max(get_exec().graph.cuda_graph_config.decode.bs)
         return DraftHeadSampler(self.draft_head, int(self.block_size), largest)
 
+    def _texts_for(self, config: AdaptiveConfig | None) -> Texts | None:
+        """The tokens of the pool's slots, if look-ups may propose."""
+        if config is None or "lookup" not in config.proposers:
+            return None
+        return Texts(self.model_runner, prefixes=self._pool_is_shared())
+
     def _pool_is_shared(self) -> bool:
         """Whether the drafter's K/V are also copied between batches.
 
@@ -103,13 +113,13 @@ class WorkerStart(DFlashWorkerV2):
         plan = self.hicache_draft_plan
         return bool(plan.device_pools) or get_disagg().disaggregation_mode != "null"
 
-    def _decode(self, batch: Any, width: int) -> GenerationBatchResult:
-        """Run a decode step at the width that the worker is in."""
+    def _decode(self, batch: Any, arm: Arm) -> GenerationBatchResult:
+        """Run a decode step at its width, which the worker is in."""
         raise NotImplementedError
 
-    def _dummy_step(self, requests: int, width: int) -> None:
+    def _dummy_step(self, requests: int, arm: Arm) -> None:
         """Run a step that serves nobody, append what it left, and wait for the device."""
-        self._decode(dummy_batch(requests, self.model_runner), width)
+        self._decode(dummy_batch(requests, self.model_runner), arm)
         self.context.flush()
         if torch.device(self.device).type != "cpu":
             torch.get_device_module(self.device).synchronize()

@@ -1,0 +1,140 @@
+"""Look-ups in the engine propose what the text says, and answers stay the target's."""
+
+import pytest
+import torch
+from engines import ALL_ARMS, proposals, running_engine
+from prompts import chat
+from test_lossless import generate, tokens
+from test_same_drafts import random_prompts
+from transformers import AutoTokenizer
+
+from dflare.ops import lookup_continuations_reference
+
+pytestmark = pytest.mark.slow
+
+LOOK_UPS = (("lookup", 4), 1, ("lookup", 3), ("lookup", 2))
+GREEDY = {"temperature": 0, "ignore_eos": True}
+
+
+def expected_block(text: list[int], width: int) -> list[int]:
+    """What a look-up alone proposes behind a text whose last token is the anchor."""
+    found, _ = lookup_continuations_reference(
+        torch.tensor(text[:-1]).int(),
+        torch.arange(len(text) - 1)[None],
+        torch.tensor([0]),
+        torch.tensor([len(text) - 1]),
+        torch.tensor(text[-1:]),
+        width,
+    )
+    return [text[-1], *found[0].tolist()][:width]
+
+
+def check_proposals(prompts, answers, name: str) -> int:
+    """Every step proposed what the request's own text says; returns how many found something."""
+    found = 0
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        steps = proposals(f"{name}-{i}")
+        assert steps, "no step at all"
+        text = prompt + answer["output_ids"]
+        for step in steps:
+            so_far = text[: step["prefix"] + 1]
+            assert step["block"] == expected_block(so_far, len(step["block"]))
+            found += any(step["block"][1:])
+    return found
+
+
+def repeating_prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Prompts that end as they begin, so that look-ups find something from the first step on."""
+    return [ids + ids[: len(ids) // 2] for ids in random_prompts(count, 20, 120, seed=seed)]
+
+
+def ask(engine, prompts, new_tokens: int, name: str, **sampling):
+    return engine.generate(
+        input_ids=prompts,
+        sampling_params=GREEDY | {"max_new_tokens": new_tokens} | sampling,
+        rid=[f"{name}-{i}" for i in range(len(prompts))],
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"page_size": 1},
+        pytest.param({"page_size": 16, "disable_radix_cache": True}, marks=pytest.mark.long),
+        {"page_size": 16, "chunked_prefill_size": 64},
+    ],
+    ids=str,
+)
+def test_proposals_are_what_the_text_says(random_pair, flags):
+    """Behind prefills in chunks, radix hits in prompts and answers, and rejected proposals."""
+    prompts = repeating_prompts(5)
+    name = "-".join(map(str, flags.values()))
+    with running_engine(*random_pair, LOOK_UPS, **flags) as engine:
+        answers = ask(engine, prompts, 60, name)
+        found = check_proposals(prompts, answers, name)
+        turns = [p + a["output_ids"] + [7, 8, 9] for p, a in zip(prompts, answers, strict=True)]
+        again = ask(engine, turns, 40, f"{name}-again")
+        found += check_proposals(turns, again, f"{name}-again")
+    assert found > 50
+    if "disable_radix_cache" not in flags:
+        assert all(answer["meta_info"]["cached_tokens"] > 50 for answer in again)
+
+
+def test_proposals_after_retraction(random_pair):
+    flags = {"max_total_tokens": 640, "schedule_conservativeness": 0.01}
+    with running_engine(*random_pair, LOOK_UPS, **flags) as engine:
+        prompts = [ids[:50] for ids in repeating_prompts(8)]
+        answers = ask(engine, prompts, 150, "retracted-texts", ignore_eos=False)
+    assert any(answer["meta_info"]["num_retractions"] for answer in answers)
+    assert check_proposals(prompts, answers, "retracted-texts") > 50
+
+
+COPY = (
+    "Repeat this text word for word: The kettle stood on the stove, the stove stood in the "
+    "kitchen, and the kitchen stood in a small house at the end of the long road by the sea."
+)
+QUESTIONS = (
+    COPY,
+    "Count from 1 to 30, separated by commas.",
+    "Why is the sky blue?",
+    COPY + " Go.",
+)
+
+
+@pytest.fixture(scope="module")
+def questions(demo_pair):
+    tokenizer = AutoTokenizer.from_pretrained(demo_pair[0])
+    return [chat(tokenizer, question) for question in QUESTIONS]
+
+
+@pytest.fixture(scope="module")
+def expected(demo_pair, questions):
+    with running_engine(demo_pair[0]) as engine:
+        return tokens(generate(engine, questions, concurrency=4, max_new_tokens=64))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"page_size": 16, "chunked_prefill_size": 64, "enable_mixed_chunk": True}],
+    ids=str,
+)
+def test_greedy_answers_are_the_targets_with_every_arm(demo_pair, questions, expected, flags):
+    with running_engine(*demo_pair, ALL_ARMS, **flags) as engine:
+        for concurrency in (1, 4):
+            answers = generate(engine, questions, concurrency=concurrency, max_new_tokens=64)
+            assert tokens(answers) == expected
+    accepted = sum(answer["meta_info"]["spec_num_correct_drafts"] for answer in answers)
+    assert accepted > 60, "too little was accepted to prove anything"
+
+
+def test_the_policy_finds_out_where_the_text_repeats(demo_pair, questions, expected):
+    """With nothing set, copying takes far fewer steps than the drafter alone would."""
+    steps = {}
+    for proposers in ('{"proposers": ["chain"]}', "on"):
+        with running_engine(*demo_pair, widths=proposers) as engine:
+            for _ in range(6):
+                answers = generate(engine, questions, concurrency=1, max_new_tokens=64)
+                assert tokens(answers) == expected
+        steps[proposers] = sum(answers[i]["meta_info"]["spec_verify_ct"] for i in (0, 3))
+    drafter, everything = steps.values()
+    assert everything < 0.75 * drafter, steps
