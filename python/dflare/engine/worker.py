@@ -164,11 +164,11 @@ class DFlareWorker(WorkerStart):
 
     def _greedy_sample_from_vocab_parallel_head(self, *, hidden_states, lm_head, **kwargs):
         """As DFLASH's; from the draft head if there is one, on one CPU rank by its own kernel."""
-        if self.draft_head is not None:
-            return self.draft_head.greedy_tokens(hidden_states)
         shard = getattr(lm_head, "shard_indices", None)
         one_rank = hidden_states.is_cpu and get_parallel().tp_size == 1
-        if one_rank and shard is not None and shard.num_added_elements == 0:
+        if self.draft_head is not None:
+            tokens = self.draft_head.greedy_tokens(hidden_states)
+        elif one_rank and shard is not None and shard.num_added_elements == 0:
             tokens = greedy_tokens(hidden_states, lm_head.weight[: shard.num_org_elements])
         else:
             tokens = super()._greedy_sample_from_vocab_parallel_head(
