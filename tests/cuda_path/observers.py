@@ -1,7 +1,5 @@
 """What tests see of the engine: proposals, widths, and where the host waited for the device."""
 
-import dataclasses
-import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -10,8 +8,9 @@ from typing import Any
 
 import torch
 from device import DEVICE
+from scripted_arms import ScriptedPolicy, Turn, configuration
 
-from dflare.adaptive import PLAIN, AdaptiveConfig, ArmPolicy, CostTable, StepTime, chain
+from dflare.adaptive import AdaptiveConfig, ArmPolicy
 from dflare.engine.worker import DFlareWorker
 
 # Frames of these are not the cause of a wait.
@@ -52,27 +51,17 @@ class Proposals:
         return found
 
 
-def script_widths(script: list[int] | None) -> list[int]:
-    """Let decode steps have these widths in turn, without measuring; returns those that ran."""
+def script_widths(script: list[Turn] | None) -> list[int]:
+    """Let decode steps be these in turn, without measuring; returns the widths that ran."""
     ran: list[int] = []
     if script is None:
         return ran
 
-    class Scripted(ArmPolicy):
-        """Takes widths in turn, whatever they bring."""
-
-        standing = 1
-        _turns = itertools.cycle(script)
-
-        def choose(self, request_ids, remaining):
-            ran.append(next(self._turns))
-            return dataclasses.replace(super().choose(request_ids, remaining), arm=chain(ran[-1]))
-
     def configure(block_size: int) -> AdaptiveConfig:
-        return AdaptiveConfig.for_block_size(block_size, widths=sorted({1, block_size, *script}))
+        return configuration(script, block_size)
 
     def make_policy(config: AdaptiveConfig, _measure: Any) -> ArmPolicy:
-        return Scripted(config, CostTable(config.arms, [StepTime(1, PLAIN, 0.001)], 1))
+        return ScriptedPolicy(config, script, ran.append)
 
     DFlareWorker.configure = staticmethod(configure)
     DFlareWorker.make_policy = staticmethod(make_policy)

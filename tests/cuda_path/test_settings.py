@@ -39,7 +39,7 @@ def test_a_draft_vocabulary(tmp_path):
 @pytest.mark.long
 def test_measured_widths(pair, reference):
     """The policy chooses: step times are measured at start, on the device."""
-    with running_scheduler(*pair, widths="on") as scheduler:
+    with running_scheduler(*pair, widths='{"proposers": ["chain"]}') as scheduler:
         requests = greedy("policy", prompts(3, 10, 60, seed=70), 40)
         check(scheduler.generate(requests), requests, reference)
 

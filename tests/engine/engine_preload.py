@@ -5,8 +5,6 @@ one JSON line a request and verify step into the file `$DFLARE_TEST_TRACE`, and 
 `$DFLARE_TEST_WIDTHS` say how wide each decode step is. Requests can ask to fail.
 """
 
-import dataclasses
-import itertools
 import json
 import os
 import time
@@ -14,22 +12,13 @@ from pathlib import Path
 
 import sglang.srt.managers.detokenizer_manager
 import sglang.srt.managers.scheduler  # noqa: F401
+from scripted_arms import ScriptedPolicy, configuration
 from sglang.srt.models.registry import ModelRegistry
 
 import dflare.engine.attention
 import dflare.engine.models.qwen_dflare
 import dflare.engine.sampling  # noqa: F401
-from dflare.adaptive import (
-    LEAST_MATCH,
-    NEVER,
-    PLAIN,
-    AdaptiveConfig,
-    Arm,
-    ArmPolicy,
-    CostTable,
-    StepTime,
-    chain,
-)
+from dflare.adaptive import AdaptiveConfig
 from dflare.adaptive.config import VARIABLE
 from dflare.engine.arms import measured_policy
 from dflare.engine.worker import DFlareWorker
@@ -63,31 +52,6 @@ def _trace_proposals(path: str) -> None:
     DFlareWorker._accept_block = _accept_block
 
 
-class _Scripted(ArmPolicy):
-    """Takes arms in turn, whatever they bring."""
-
-    def __init__(self, config, turns):
-        super().__init__(config, CostTable(config.arms, [StepTime(1, PLAIN, 0.001)], 1))
-        self._script = itertools.cycle(turns)
-
-    standing = 1
-
-    def choose(self, request_ids, remaining):
-        decision = super().choose(request_ids, remaining)
-        arm, splice = next(self._script)
-        return dataclasses.replace(decision, arm=arm, splice=splice)
-
-
-def _turn(turn: int | list, block_size: int) -> tuple[Arm, int]:
-    """A step's arm and least strength from a width of chains, or a proposer and a width."""
-    if isinstance(turn, int):
-        return chain(min(turn, block_size)), NEVER
-    proposer, width = turn
-    if proposer == "spliced":
-        return chain(min(width, block_size)), LEAST_MATCH
-    return Arm(proposer, min(width, block_size)), NEVER
-
-
 def _script_widths(path: Path) -> None:
     """An engine reads its widths when it starts; scripted ones need no measured step times."""
     turns = None
@@ -98,14 +62,11 @@ def _script_widths(path: Path) -> None:
         if isinstance(wanted, str):
             os.environ[VARIABLE], turns = wanted, None
             return AdaptiveConfig.from_environment(block_size)
-        turns = [_turn(turn, block_size) for turn in wanted]
-        widths = sorted({1, block_size, *(arm.nodes for arm, _ in turns)})
-        looks_up = any(arm.proposer == "lookup" or splice < NEVER for arm, splice in turns)
-        proposers = ["chain", "lookup"] if looks_up else ["chain"]
-        return AdaptiveConfig.for_block_size(block_size, widths=widths, proposers=proposers)
+        turns = wanted
+        return configuration(turns, block_size)
 
     def make_policy(config, measure):
-        return _Scripted(config, turns) if turns else measured_policy(config, measure)
+        return ScriptedPolicy(config, turns) if turns else measured_policy(config, measure)
 
     DFlareWorker.configure = staticmethod(configure)
     DFlareWorker.make_policy = staticmethod(make_policy)

@@ -29,11 +29,10 @@ def expected_block(text: list[int], width: int) -> list[int]:
     return [text[-1], *found[0].tolist()][:width]
 
 
-def check_proposals(prompts, answers, name: str) -> int:
+def check_proposals(prompts, answers, steps_of) -> int:
     """Every step proposed what the request's own text says; returns how many found something."""
     found = 0
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        steps = proposals(f"{name}-{i}")
+    for prompt, answer, steps in zip(prompts, answers, steps_of, strict=True):
         assert steps, "no step at all"
         text = prompt + answer["output_ids"]
         for step in steps:
@@ -41,6 +40,12 @@ def check_proposals(prompts, answers, name: str) -> int:
             assert step["block"] == expected_block(so_far, len(step["block"]))
             found += any(step["block"][1:])
     return found
+
+
+def check_named(prompts, answers, name: str) -> int:
+    return check_proposals(
+        prompts, answers, [proposals(f"{name}-{i}") for i in range(len(prompts))]
+    )
 
 
 def repeating_prompts(count: int, seed: int = 0) -> list[list[int]]:
@@ -71,10 +76,10 @@ def test_proposals_are_what_the_text_says(random_pair, flags):
     name = "-".join(map(str, flags.values()))
     with running_engine(*random_pair, LOOK_UPS, **flags) as engine:
         answers = ask(engine, prompts, 60, name)
-        found = check_proposals(prompts, answers, name)
+        found = check_named(prompts, answers, name)
         turns = [p + a["output_ids"] + [7, 8, 9] for p, a in zip(prompts, answers, strict=True)]
         again = ask(engine, turns, 40, f"{name}-again")
-        found += check_proposals(turns, again, f"{name}-again")
+        found += check_named(turns, again, f"{name}-again")
     assert found > 50
     if "disable_radix_cache" not in flags:
         assert all(answer["meta_info"]["cached_tokens"] > 50 for answer in again)
@@ -86,7 +91,7 @@ def test_proposals_after_retraction(random_pair):
         prompts = [ids[:50] for ids in repeating_prompts(8)]
         answers = ask(engine, prompts, 150, "retracted-texts", ignore_eos=False)
     assert any(answer["meta_info"]["num_retractions"] for answer in answers)
-    assert check_proposals(prompts, answers, "retracted-texts") > 50
+    assert check_named(prompts, answers, "retracted-texts") > 50
 
 
 COPY = (

@@ -54,7 +54,7 @@ def test_draft_window_after_plain_steps(random_pair, random_reference):
 
 def test_the_policy_finds_a_useless_drafter_out(random_pair):
     """A random drafter is never right: after a while nearly all steps are plain ones."""
-    with running_engine(*random_pair, widths="on") as engine:
+    with running_engine(*random_pair, widths='{"proposers": ["chain"]}') as engine:
         rids = [f"useless-{i}" for i in range(6)]
         for rid in rids:
             engine.generate(

@@ -1,0 +1,69 @@
+"""A policy that takes arms in turn, whatever they bring, so that tests know which steps ran."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+from dflare.adaptive import (
+    LEAST_MATCH,
+    NEVER,
+    PLAIN,
+    AdaptiveConfig,
+    Arm,
+    ArmPolicy,
+    CostTable,
+    Decision,
+    StepTime,
+    chain,
+)
+
+# A width of the drafter's chain; or `lookup`, a look-up alone, or `spliced`, one that replaces
+# drafted tokens wherever it finds any, and the width.
+Turn = int | Sequence[str | int]
+
+
+def _decision(turn: Turn, block_size: int) -> tuple[Arm, int]:
+    """Arm and least strength of a turn, cut to the block."""
+    if isinstance(turn, int):
+        return chain(min(turn, block_size)), NEVER
+    proposer, width = turn
+    width = min(int(width), block_size)
+    return (
+        (chain(width), LEAST_MATCH) if proposer == "spliced" else (Arm(str(proposer), width), NEVER)
+    )
+
+
+def configuration(turns: Sequence[Turn], block_size: int) -> AdaptiveConfig:
+    """What a worker must be ready for to take these turns."""
+    decisions = [_decision(turn, block_size) for turn in turns]
+    widths = sorted({1, block_size, *(arm.nodes for arm, _ in decisions)})
+    looks_up = any(not isinstance(turn, int) for turn in turns)
+    proposers = ["chain", "lookup"] if looks_up else ["chain"]
+    return AdaptiveConfig.for_block_size(block_size, widths=widths, proposers=proposers)
+
+
+class ScriptedPolicy(ArmPolicy):
+    """Takes the turns, cyclic; no step times are measured for it."""
+
+    standing = 1
+
+    def __init__(
+        self,
+        config: AdaptiveConfig,
+        turns: Sequence[Turn],
+        ran: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """
+        Args:
+            ran: is told the width of each step.
+        """
+        super().__init__(config, CostTable(config.arms, [StepTime(1, PLAIN, 0.001)], 1))
+        largest = config.widths[-1]
+        self._script = itertools.cycle([_decision(turn, largest) for turn in turns])
+        self._ran = ran
+
+    def choose(self, request_ids, remaining) -> Decision:
+        decision = super().choose(request_ids, remaining)
+        arm, splice = next(self._script)
+        self._ran(arm.nodes)
+        return dataclasses.replace(decision, arm=arm, splice=splice)
