@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from bench.policy import scenarios
 from bench.policy.simulate import best_ragged
-from dflare.adaptive import AdaptiveConfig, ArmPolicy
+from dflare.adaptive import AdaptiveConfig, ArmPolicy, chain
 from dflare.training.data.generate import Generator, Sampling
 from dflare.training.data.prompts import encode, read_prompts, stop_tokens
 from dflare.training.data.target import Target, load_target, target_path
@@ -93,7 +93,7 @@ def serve(
         decision = policy.choose([request.rid for request in batch], left) if policy else None
         chosen = decision.arm.nodes if decision else width
         assert chosen
-        took = seconds(len(batch), chosen)
+        took = seconds(len(batch), chain(chosen))
         commits = []
         for request, most in zip(batch, left, strict=True):
             commits.append(min(request.trace[request.at] + 1, chosen, most))
@@ -113,7 +113,7 @@ def ragged_gain(
 ) -> float:
     """What a width per request would add to the best uniform one, both knowing each acceptance."""
     columns = np.array(widths)
-    times = np.array([seconds(concurrency, width) for width in widths])
+    times = np.array([seconds(concurrency, chain(width)) for width in widths])
     reach = np.array([[np.mean(np.array(t) >= k) for k in range(widths[-1])] for t in traces])
     rng = np.random.default_rng(0)
     uniform = ragged = 0.0
@@ -146,7 +146,7 @@ def main() -> None:
     traces = record(drafter, args.target, args.tokens)
     traces["mix"] = [trace for pool in traces.values() for trace in pool]
     config = AdaptiveConfig.for_block_size(drafter.config.block_size, proposers=["chain"])
-    seconds = scenarios.chosen(args, config.widths)
+    seconds = scenarios.chosen(args, config.arms)
     ladder = scenarios.batch_sizes(args.max_batch)
     worst = float("inf")
     for name, pool in traces.items():

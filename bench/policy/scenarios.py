@@ -9,22 +9,22 @@ from pathlib import Path
 import numpy as np
 
 from bench.policy.world import Scenario
-from dflare.adaptive import Arm, CostTable, StepTime, chain
+from dflare.adaptive import PLAIN, Arm, CostTable, StepTime
 
-Seconds = Callable[[int, int], float]
+Seconds = Callable[[int, Arm], float]
 
 
-def cpu(batch: int, width: int) -> float:
+def cpu(batch: int, arm: Arm) -> float:
     """The demo pair on 2 cores of an AMD EPYC: weights come from memory, then every token costs."""
-    tokens = batch * width
-    draft = 4e-3 + 0.3e-3 * tokens if width > 1 else 0.0
+    tokens = batch * arm.nodes
+    draft = 4e-3 + 0.3e-3 * tokens if arm.proposer == "chain" else 0.0
     return 28.5e-3 + 0.95e-3 * tokens + draft
 
 
-def gpu(batch: int, width: int) -> float:
+def gpu(batch: int, arm: Arm) -> float:
     """An 8B model on one GPU: weight-bound up to some 250 tokens a step, compute-bound after."""
-    draft = 0.9e-3 + 1e-6 * batch * width if width > 1 else 0.0
-    tokens = batch * width
+    tokens = batch * arm.nodes
+    draft = 0.9e-3 + 1e-6 * tokens if arm.proposer == "chain" else 0.0
     return 5.6e-3 + 8e-6 * batch + 21e-6 * max(tokens - 200, 0) + 2e-6 * tokens + draft
 
 
@@ -34,18 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", type=Path, help="measured step times instead of a shape")
 
 
-def chosen(args: argparse.Namespace, widths: tuple[int, ...]) -> Seconds:
+def chosen(args: argparse.Namespace, arms: tuple[Arm, ...]) -> Seconds:
     """Step times that the command line asks for."""
     if args.table:
-        return measured(args.table, widths)
+        return measured(args.table, arms)
     return {"cpu": cpu, "gpu": gpu}[args.shape]
 
 
-def measured(path: Path, widths: tuple[int, ...]) -> Seconds:
+def measured(path: Path, arms: tuple[Arm, ...]) -> Seconds:
     """What a server measured at start-up: `step-times-<pid>.json` of `DFLARE_STEP_TRACE`."""
-    table = CostTable.load(path, [chain(width) for width in widths])
-    column = {width: i for i, width in enumerate(widths)}
-    return lambda batch, width: float(table.seconds(batch)[column[width]])
+    table = CostTable.load(path, arms)
+    column = {arm: i for i, arm in enumerate(arms)}
+    return lambda batch, arm: float(table.seconds(batch)[column[arm]])
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -65,7 +65,7 @@ def start_up_table(
     return CostTable(
         arms,
         [
-            StepTime(n, arm, seconds(n, arm.nodes) * rng.lognormal(0.0, error))
+            StepTime(n, arm, seconds(n, arm) * rng.lognormal(0.0, error))
             for n in batch_sizes(largest)
             for arm in arms
         ],
@@ -88,7 +88,7 @@ def build(seconds: Seconds, block_size: int, max_batch: int, steps: int) -> list
     """The workloads, each under one step-time shape.
 
     Args:
-        seconds: True mean step time of (batch, width).
+        seconds: True mean step time of (batch, arm).
         block_size: Tokens of a draft block.
         max_batch: Most requests at a time.
         steps: Length of a run, in plain decode steps.
@@ -96,7 +96,7 @@ def build(seconds: Seconds, block_size: int, max_batch: int, steps: int) -> list
     base = Scenario(
         name="",
         block_size=block_size,
-        duration=steps * seconds(1, 1),
+        duration=steps * seconds(1, PLAIN),
         seconds=seconds,
         concurrency=lambda progress: 1,
         level=constant(logit(0.6)),
@@ -111,23 +111,30 @@ def build(seconds: Seconds, block_size: int, max_batch: int, steps: int) -> list
             name=f"{name}, {batch} at a time",
             level=constant(level),
             concurrency=lambda progress: batch,
-            duration=steps * seconds(batch, 1),
+            duration=steps * seconds(batch, PLAIN),
             **changes,
         )
 
     mix = ((0.5, 1.5), (0.5, -1.5))
+    copies, quotes = (0.2, 60.0), (0.01, 15.0)  # nearly all of a text, some passages of it
     scenarios = [
         fixed(name, level, batch)
         for name, level in (("easy", easy), ("middle", middle), ("hard", hard), ("none", hopeless))
         for batch in (1, ladder[len(ladder) // 2], high)
     ]
     scenarios += [fixed("mix", logit(0.6), batch, tilts=mix) for batch in (1, 4, high)]
+    scenarios += [
+        fixed(f"{name}, {kind}", level, batch, copying=copying)
+        for kind, copying in (("copies", copies), ("quotes", quotes))
+        for name, level in (("middle", middle), ("hard", hard))
+        for batch in (1, ladder[len(ladder) // 2], high)
+    ]
     shifts = _jumps(easy, hopeless, easy, hard, easy, hopeless)
 
     def wave(progress: float) -> int:
         return round(1 + (high - 1) * math.sin(math.pi * 3 * progress) ** 2)
 
-    long = steps * seconds(high // 2, 1)
+    long = steps * seconds(high // 2, PLAIN)
     other_work = (0.004, 40, 1.5)  # a seventh of the time
     scenarios += [
         replace(
@@ -143,7 +150,7 @@ def build(seconds: Seconds, block_size: int, max_batch: int, steps: int) -> list
             name=f"acceptance jumps, {ladder[-2]} at a time",
             level=shifts,
             concurrency=lambda progress: ladder[-2],
-            duration=steps * seconds(ladder[-2], 1),
+            duration=steps * seconds(ladder[-2], PLAIN),
         ),
         replace(base, name="machine slows to half", slowdown=_jumps(1.0, 2.0, 1.0), tilts=mix),
         replace(
@@ -151,7 +158,7 @@ def build(seconds: Seconds, block_size: int, max_batch: int, steps: int) -> list
             name=f"contexts grow, {high} at a time",
             level=constant(middle),
             concurrency=lambda progress: high,
-            duration=4 * steps * seconds(high, 1),
+            duration=4 * steps * seconds(high, PLAIN),
             context=lambda progress: 5 * progress,
         ),
         replace(base, name="seed measured badly", seed_noise=0.4, level=constant(middle)),

@@ -1,22 +1,27 @@
-"""Regret of the width policy against an oracle, and against every fixed width.
+"""Regret of the policy against an oracle, and against every fixed arm.
 
     python -m bench.policy.simulate [--shape cpu|gpu] [--table steps.json] [--steps 4000]
+                                    [--proposers chain]
 
-The oracle knows each request's true acceptance and the true mean step times and takes the best
-width of every single step; it has nothing to learn and no noise. Regret is the share of the
-oracle's tokens that the policy misses, both counted along the policy's own run:
-1 - sum E[tokens | chosen width] / sum (best rate * time of the chosen width). The other column
-holds the policy's tokens per second over those of the best single width for the whole run.
+The oracle knows each request's true acceptance, where its text repeats, and the true mean step
+times; it takes the best arm of every single step, and the better of both proposals for every
+request; it has nothing to learn and no noise. Regret is the share of the oracle's tokens that the
+policy misses, both counted along the policy's own run:
+1 - sum E[tokens | chosen arm] / sum (best rate * time of the chosen arm). The other column
+holds the policy's tokens per second over those of the best single arm for the whole run.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from bench.policy import scenarios
 from bench.policy.world import Scenario, World
-from dflare.adaptive import AdaptiveConfig, ArmPolicy
+from dflare.adaptive import NEVER, PLAIN, AdaptiveConfig, Arm, ArmPolicy, chain
+
+_FIXED_SPLICE = 4  # least match of the fixed arms that replace drafts: longer than one by chance
 
 
 @dataclass(frozen=True)
@@ -26,9 +31,9 @@ class Outcome:
     regret: float
     rate: float  # tokens per second
     explored: float  # share of the time lost to exploring, as the oracle sees it
-    switches: int  # changes of width between steps that did not explore
+    switches: int  # changes of arm between steps that did not explore
     ragged: float  # what an oracle with one width per request gains over one for the batch
-    widths: dict[int, float]  # share of the steps
+    arms: dict[Arm, float]  # share of the steps
 
 
 def max_concurrency(scenario: Scenario) -> int:
@@ -37,7 +42,7 @@ def max_concurrency(scenario: Scenario) -> int:
 
 def run(scenario: Scenario, seed: int, config: AdaptiveConfig) -> Outcome:
     """Serve a scenario with the policy."""
-    widths = np.array(config.widths)
+    arms, widths = config.arms, np.array(config.widths)
     largest = max_concurrency(scenario)
     table = scenarios.start_up_table(
         scenario.seconds, config.arms, largest, scenario.seed_noise, [seed, 2]
@@ -45,7 +50,7 @@ def run(scenario: Scenario, seed: int, config: AdaptiveConfig) -> Outcome:
     policy = ArmPolicy(config, table)
     world = World(scenario, seed)
     expected = best = committed = elapsed = lost = ragged = uniform = 0.0
-    switches, settled, used = 0, 0, dict.fromkeys(config.widths, 0)
+    switches, settled, used = 0, PLAIN, dict.fromkeys(arms, 0)
     steps = 0
     while elapsed < scenario.duration:
         steps += 1
@@ -57,24 +62,27 @@ def run(scenario: Scenario, seed: int, config: AdaptiveConfig) -> Outcome:
             [request.remaining for request in world.batch],
         )
         survival = world.survival(progress)
-        times = np.array([scenario.step_seconds(bs, int(w), progress) for w in widths])
-        tokens = np.cumsum(survival.sum(axis=0))[widths - 1]
-        column = config.widths.index(decision.arm.nodes)
+        times = np.array([scenario.step_seconds(bs, arm, progress) for arm in arms])
+        best_splice = None if "lookup" in config.proposers else NEVER
+        tokens = expected_tokens(world, survival, arms, best_splice)
+        column = arms.index(decision.arm)
         top = float((tokens / times).max())
-        expected += tokens[column]
+        expected += expected_tokens(world, survival, arms, decision.splice)[column]
         best += top * times[column]
         if decision.exploring:
             lost += times[column] - tokens[column] / top
         else:
-            switches += bool(settled) and decision.arm.nodes != settled
-            settled = decision.arm.nodes
+            switches += bool(used[settled]) and decision.arm != settled
+            settled = decision.arm
         elapsed += times[column]
-        used[decision.arm.nodes] += 1
-        uniform += top
-        ragged += best_ragged(survival, bs, widths, times)
-        commit, seconds = world.step(decision.arm.nodes, survival, progress)
+        used[decision.arm] += 1
+        chains = [arms.index(chain(int(w))) for w in widths] if "chain" in config.proposers else []
+        if chains:
+            uniform += float((tokens / times)[chains].max())
+            ragged += best_ragged(survival, bs, widths, times[chains])
+        commit, seconds, seen = world.step(decision.arm, survival, progress, decision.splice)
         committed += sum(commit)
-        policy.observe(decision, commit, seconds)
+        policy.observe(decision, commit, seconds, seen if "lookup" in config.proposers else None)
         for rid in world.finished:
             policy.finish(rid)
     return Outcome(
@@ -82,9 +90,27 @@ def run(scenario: Scenario, seed: int, config: AdaptiveConfig) -> Outcome:
         rate=committed / elapsed,
         explored=lost / elapsed,
         switches=switches,
-        ragged=ragged / uniform - 1,
-        widths={w: count / steps for w, count in used.items()},
+        ragged=ragged / uniform - 1 if uniform else 0.0,
+        arms={arm: count / steps for arm, count in used.items()},
     )
+
+
+def expected_tokens(
+    world: World, survival: np.ndarray, arms: Sequence[Arm], splice: int | None
+) -> np.ndarray:
+    """True expected tokens of every arm, [arms].
+
+    Args:
+        splice: The least match whose look-up replaces drafts; None for the better of both.
+    """
+    drafts = np.cumsum(survival, axis=1)
+    found = np.cumsum(world.look_ups(survival.shape[1]), axis=1)
+    if splice is None:
+        chains = np.maximum(drafts, found)
+    else:
+        chains = np.where((world.matches() >= splice)[:, None], found, drafts)
+    by_proposer = {"plain": drafts, "chain": chains, "lookup": found}
+    return np.array([by_proposer[arm.proposer][:, arm.nodes - 1].sum() for arm in arms])
 
 
 def best_ragged(survival: np.ndarray, bs: int, widths: np.ndarray, times: np.ndarray) -> float:
@@ -97,15 +123,15 @@ def best_ragged(survival: np.ndarray, bs: int, widths: np.ndarray, times: np.nda
     return float((tokens / seconds).max())
 
 
-def run_fixed(scenario: Scenario, seed: int, width: int) -> float:
-    """Tokens per second of one width for the whole run."""
+def run_fixed(scenario: Scenario, seed: int, arm: Arm, splice: int) -> float:
+    """Tokens per second of one arm for the whole run."""
     world = World(scenario, seed)
     committed = elapsed = 0.0
     while elapsed < scenario.duration:
         progress = elapsed / scenario.duration
         world.admit(progress)
-        elapsed += scenario.step_seconds(len(world.batch), width, progress)
-        commit, _ = world.step(width, world.survival(progress), progress)
+        elapsed += scenario.step_seconds(len(world.batch), arm, progress)
+        commit, _, _ = world.step(arm, world.survival(progress), progress, splice)
         committed += sum(commit)
     return committed / elapsed
 
@@ -117,30 +143,33 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--proposers", nargs="+", default=["chain", "lookup"])
     args = parser.parse_args()
 
-    config = AdaptiveConfig.for_block_size(args.block_size, proposers=["chain"])
-    seconds = scenarios.chosen(args, config.widths)
-    print(f"step times: {args.table or args.shape + ' shape'}, widths {config.widths}")
-    print(f"{'scenario':32} regret  policy / best fixed  explored  switches  ragged gain  widths")
+    config = AdaptiveConfig.for_block_size(args.block_size, proposers=args.proposers)
+    seconds = scenarios.chosen(args, config.arms)
+    splice = _FIXED_SPLICE if "lookup" in args.proposers else NEVER
+    names = ", ".join(map(str, config.arms))
+    print(f"step times: {args.table or args.shape + ' shape'}, arms {names}")
+    print(f"{'scenario':32} regret  policy / best fixed  explored  switches  ragged gain  arms")
     regrets, ratios = [], []
     for scenario in scenarios.build(seconds, args.block_size, args.max_batch, args.steps):
         outcomes = [run(scenario, seed, config) for seed in range(args.seeds)]
         fixed = {
-            w: np.mean([run_fixed(scenario, seed, w) for seed in range(args.seeds)])
-            for w in config.widths
+            arm: np.mean([run_fixed(scenario, seed, arm, splice) for seed in range(args.seeds)])
+            for arm in config.arms
         }
-        width = max(fixed, key=fixed.__getitem__)
+        best = max(fixed, key=fixed.__getitem__)
         mean = {
             name: float(np.mean([getattr(o, name) for o in outcomes]))
             for name in ("regret", "rate", "explored", "switches", "ragged")
         }
         regrets.append(mean["regret"])
-        ratios.append(mean["rate"] / fixed[width])
+        ratios.append(mean["rate"] / fixed[best])
         print(
-            f"{scenario.name:32} {mean['regret']:6.1%}  {ratios[-1]:7.3f} (width {width:2})"
+            f"{scenario.name:32} {mean['regret']:6.1%}  {ratios[-1]:7.3f} ({best!s:9})"
             f"   {mean['explored']:8.2%}  {mean['switches']:8.0f}  {mean['ragged']:11.1%}  "
-            + " ".join(f"{share:.2f}" for share in outcomes[0].widths.values()),
+            + " ".join(f"{share:.2f}" for share in outcomes[0].arms.values()),
             flush=True,
         )
     print(f"worst regret {max(regrets):.1%}; worst policy / best fixed {min(ratios):.3f}")

@@ -1,4 +1,4 @@
-"""A serving engine reduced to what the width policy sees: batches, accepted tokens, step times."""
+"""A serving engine reduced to what the policy sees: batches, accepted tokens, step times."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from dflare.adaptive import PLAIN, Arm, Comparison
+
 Array = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+_LEAST = 3  # tokens of the shortest match
+_CHANCE_RIGHT = 0.3  # that a token behind a short match by chance is right
 
 
 @dataclass(frozen=True)
@@ -16,12 +22,15 @@ class Scenario:
     name: str
     block_size: int
     duration: float  # seconds
-    seconds: Callable[[int, int], float]  # true mean step time of (batch, width)
+    seconds: Callable[[int, Arm], float]  # true mean step time of (batch, arm)
     concurrency: Callable[[float], int]  # of progress through the run, 0 .. 1
     level: Callable[[float], float]  # acceptance logit of position 1, of progress
     slope: float = -0.1  # logit per further position
     tilts: tuple[tuple[float, float], ...] = ((1.0, 0.0),)  # (share of requests, tilt)
     tilt_noise: float = 0.3
+    # Passages copied from earlier text: (probability that one begins, a token; mean tokens).
+    copying: tuple[float, float] = (0.0, 1.0)
+    chance: float = 0.1  # of a short match that means little
     lengths: tuple[int, int] = (32, 256)  # tokens of an answer, uniform
     time_noise: float = 0.05
     stall: tuple[float, float] = (0.01, 4.0)  # (probability, factor)
@@ -31,10 +40,10 @@ class Scenario:
     slow_start: int = 0  # so many steps with drafts take half as long again at first
     context: Callable[[float], float] = field(default=lambda progress: 0.0)  # in plain steps
 
-    def step_seconds(self, batch: int, width: int, progress: float) -> float:
+    def step_seconds(self, batch: int, arm: Arm, progress: float) -> float:
         """True mean step time."""
-        context = self.context(progress) * self.seconds(batch, 1)
-        return (self.seconds(batch, width) + context) * self.slowdown(progress)
+        context = self.context(progress) * self.seconds(batch, PLAIN)
+        return (self.seconds(batch, arm) + context) * self.slowdown(progress)
 
 
 @dataclass
@@ -42,6 +51,9 @@ class Request:
     rid: int
     tilt: float
     remaining: int
+    passage: int = 0  # tokens left of a copied one
+    copied: int = 0  # tokens of it so far
+    chance: bool = False  # whether there is a short match behind the latest token
 
 
 class World:
@@ -54,6 +66,7 @@ class World:
         self._served = 0
         self._drafted = 0  # steps
         self._busy = 0  # steps that other work still takes the machine from us
+        self._copying = np.random.default_rng([seed, 2])
         self.batch: list[Request] = []
         self.finished: list[int] = []
 
@@ -79,16 +92,40 @@ class World:
         remaining = np.array([request.remaining for request in self.batch])
         return survival * (np.arange(scenario.block_size) < remaining[:, None])
 
-    def step(self, width: int, survival: Array, progress: float) -> tuple[list[int], float]:
-        """Verify `width` tokens of each request; return commit lengths and measured seconds."""
-        scenario = self.scenario
+    def matches(self) -> Ints:
+        """Tokens that each request's look-up matches, [bs]; 0 where it finds nothing."""
+        return np.array(
+            [_LEAST + r.copied if r.passage else _LEAST * r.chance for r in self.batch], dtype=int
+        )
+
+    def look_ups(self, block_size: int) -> Array:
+        """Probability that token k of a step is what a look-up proposes, [bs, block_size]."""
+        k = np.arange(block_size)
+        remaining = np.array([request.remaining for request in self.batch])
+        passage = np.array([request.passage for request in self.batch])
+        found = np.where(passage[:, None], k <= passage[:, None], _CHANCE_RIGHT**k)
+        found[self.matches() == 0, 1:] = 0.0
+        return found * (k < remaining[:, None])
+
+    def step(
+        self, arm: Arm, survival: Array, progress: float, splice: int = 1 << 30
+    ) -> tuple[list[int], float, Comparison]:
+        """Run a step; return commit lengths, measured seconds, and what proposals were worth."""
+        scenario, nodes = self.scenario, arm.nodes
         draw = self._luck.random(len(self.batch))
-        # Inverse transform of the commit length; the draw does not depend on the width.
-        commit = 1 + (draw[:, None] < survival[:, 1:width]).sum(axis=1)
-        seconds = scenario.step_seconds(len(self.batch), width, progress)
+        # Inverse transform of the commit length; the draw does not depend on the arm.
+        drafts = (draw[:, None] < survival[:, 1:]).sum(axis=1)
+        found = (draw[::-1, None] < self.look_ups(survival.shape[1])[:, 1:]).sum(axis=1)
+        match = self.matches()
+        agreed = np.minimum(drafts, found) if arm.proposer == "chain" else np.full_like(match, -1)
+        spliced = (match > 0) & (match + agreed >= splice)
+        hits = np.where(spliced, found, drafts) if arm.proposer == "chain" else found
+        commit = 1 + np.minimum(hits, nodes - 1)
+        seen = Comparison(match, np.minimum(found, commit), agreed, np.minimum(drafts, commit))
+        seconds = scenario.step_seconds(len(self.batch), arm, progress)
         seconds *= float(np.exp(scenario.time_noise * self._luck.standard_normal()))
-        self._drafted += width > 1
-        if width > 1 and self._drafted <= scenario.slow_start:
+        self._drafted += arm.proposer == "chain"
+        if arm.proposer == "chain" and self._drafted <= scenario.slow_start:
             seconds *= 1.5
         probability, lasting, factor = scenario.busy
         if not self._busy and self._luck.random() < probability:
@@ -101,7 +138,18 @@ class World:
         self.finished = []
         for request, tokens in zip(self.batch, commit.tolist(), strict=True):
             request.remaining -= tokens
+            self._copy_on(request, tokens)
             if request.remaining <= 0:
                 self.finished.append(request.rid)
         self.batch = [request for request in self.batch if request.remaining > 0]
-        return commit.tolist(), seconds
+        return commit.tolist(), seconds, seen
+
+    def _copy_on(self, request: Request, tokens: int) -> None:
+        """Go on in a copied passage, or begin one now and then."""
+        begins, length = self.scenario.copying
+        if request.passage:
+            request.passage = max(request.passage - tokens, 0)
+            request.copied = request.copied + tokens if request.passage else 0
+        elif self._copying.random() < 1 - (1 - begins) ** tokens:
+            request.passage = 1 + int(self._copying.exponential(length))
+        request.chance = bool(self._copying.random() < self.scenario.chance)

@@ -96,6 +96,17 @@ def test_it_is_noticed_while_plain_steps_run_that_the_text_repeats():
     assert share(decisions, "lookup") > 0.9
 
 
+def test_a_draft_that_is_overdue_waits_until_it_can_be_paid_for():
+    """Long without a draft, with one that costs ten steps: nothing else is tried in its place."""
+
+    def costs(batch, arm):
+        return seconds(batch, arm) * (10 if arm.proposer == "chain" else 1)
+
+    policy = make_policy(costs, memory=100)
+    decisions = serve(policy, 600, drafter=0.1, look_up=0.95, matches=1.0, costs=costs)
+    assert share(decisions, "lookup") > 0.95
+
+
 def test_without_the_proposer_there_is_no_such_arm_and_nothing_is_replaced():
     policy = make_policy(proposers=["chain"])
     assert {arm.proposer for arm in policy.arms} == {"plain", "chain"}

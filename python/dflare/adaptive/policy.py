@@ -127,7 +127,7 @@ class ArmPolicy:
         trial = self._next_trial(usable)
         if trial is not None:
             chosen = trial
-        elif chosen != best and (overdue or hopes[chosen] > rates[best]):
+        elif chosen != best and hopes[chosen] > (0.0 if overdue else rates[best]):
             self._credit -= float(loss[chosen])
         else:
             chosen = best
