@@ -132,14 +132,19 @@ def test_greedy_answers_are_the_targets_with_every_arm(demo_pair, questions, exp
     assert accepted > 40, "too little was accepted to prove anything"
 
 
-def test_the_policy_finds_out_where_the_text_repeats(demo_pair, questions, expected):
-    """With nothing set, copying takes far fewer steps than the drafter alone would."""
-    steps = {}
-    for proposers in ('{"proposers": ["chain"]}', "on"):
-        with running_engine(*demo_pair, widths=proposers) as engine:
-            for _ in range(6):
-                answers = generate(engine, questions, concurrency=1, max_new_tokens=64)
-                assert tokens(answers) == expected
-        steps[proposers] = sum(answers[i]["meta_info"]["spec_verify_ct"] for i in (0, 3))
+def test_the_policy_finds_out_where_the_text_repeats(demo_pair):
+    """With nothing set, copying takes far fewer steps than with the drafter alone."""
+    text = AutoTokenizer.from_pretrained(demo_pair[0]).encode(COPY + "\n")
+    prompts = [text * 3 + text[:cut] for cut in (5, 20, 35)]
+    steps, outputs = {}, {}
+    for settings in ('{"proposers": ["chain"]}', "on"):
+        with running_engine(*demo_pair, widths=settings) as engine:
+            for _ in range(3):
+                answers = generate(
+                    engine, prompts, concurrency=1, max_new_tokens=80, ignore_eos=True
+                )
+            outputs[settings] = tokens(answers)
+        steps[settings] = sum(answer["meta_info"]["spec_verify_ct"] for answer in answers)
     drafter, everything = steps.values()
-    assert everything < 0.75 * drafter, steps
+    assert everything < 0.6 * drafter, steps
+    assert outputs["on"] == outputs['{"proposers": ["chain"]}']
