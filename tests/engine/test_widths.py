@@ -118,7 +118,7 @@ METRICS = {
 
 def test_a_server_measures_chooses_and_reports(random_pair, tmp_path, monkeypatch):
     """The real server: step times and a line a second in the log, Prometheus, a step trace."""
-    monkeypatch.setenv(VARIABLE, "on")
+    monkeypatch.setenv(VARIABLE, '{"proposers": ["chain"]}')
     monkeypatch.setenv(TRACE_ENV, str(tmp_path / "trace"))
     target, draft = map(str, random_pair)
     flags = ["--model-path", target, *pair_args(draft), "--skip-tokenizer-init"]
@@ -143,7 +143,7 @@ def test_a_server_measures_chooses_and_reports(random_pair, tmp_path, monkeypatc
     (times,) = (tmp_path / "trace").glob("step-times-*.json")
     (batch_1,) = re.findall(r"step time in ms by arm, batch 1: ([^;]+);", log)
     logged = [float(cell.split(" ")[2]) / 1e3 for cell in batch_1.split(", ")]
-    arms = AdaptiveConfig.for_block_size(4).arms
+    arms = AdaptiveConfig.for_block_size(4, proposers=["chain"]).arms
     assert CostTable.load(times, arms).seconds(1) == pytest.approx(logged, rel=0.01)
 
 
