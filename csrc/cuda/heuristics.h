@@ -233,7 +233,7 @@ constexpr int64_t attention_partials_size(const AttentionPlan& plan, int head_di
 
 // A request's text is a few thousand tokens, scanned once a step by one block.
 constexpr int kLookupThreads = 256;
-constexpr int kMaxMatch = 1024;  // of a text's last tokens, kept in shared memory
+constexpr int kLookupMatch = 1024;  // of a text's last tokens, kept in shared memory
 
 // The best match of each warp, then the end of the text.
 constexpr int lookup_shared_bytes(int longest_match) {

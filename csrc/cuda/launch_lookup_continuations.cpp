@@ -28,8 +28,8 @@ std::tuple<at::Tensor, at::Tensor> lookup_continuations(
   check.contiguous("anchors", anchors);
   TORCH_CHECK(count >= 1 && count <= kMaxContext, check.op, ": count is ", count,
               ", expected 1 to ", kMaxContext);
-  TORCH_CHECK(longest_match <= kMaxMatch, check.op, ": longest_match is ", longest_match,
-              ", expected at most ", kMaxMatch);
+  TORCH_CHECK(longest_match <= kLookupMatch, check.op, ": longest_match is ", longest_match,
+              ", expected at most ", kLookupMatch);
   TORCH_CHECK(least_match >= 1 && least_match <= longest_match, check.op, ": least_match is ",
               least_match, ", expected 1 to longest_match = ", longest_match);
 

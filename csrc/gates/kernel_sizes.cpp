@@ -55,5 +55,5 @@ int main() {
   print_attention(256, 4);
   std::printf("block_attention_schedule_kernel 32 0 1\n");
   std::printf("lookup_continuations_kernel %d %d 1\n", dflare::kLookupThreads,
-              dflare::lookup_shared_bytes(dflare::kMaxMatch));
+              dflare::lookup_shared_bytes(dflare::kLookupMatch));
 }

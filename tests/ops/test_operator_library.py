@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import append_case, block_case, paged_case
+from op_cases import append_case, block_case, lookup_case, paged_case
 
 from dflare.checkpoint.config import MAX_BLOCK_SIZE
 from dflare.errors import UnsupportedError
@@ -24,6 +24,8 @@ from dflare.ops.library import (
 )
 
 OPS = torch.ops.dflare
+LIMITS = {"count": 3, "least_match": 3, "longest_match": 64}
+LOOKUP = lookup_case(0, [5, 9], vocabulary=2) | LIMITS
 NORM = {"x": torch.ones(3, 8), "residual": torch.ones(3, 8), "weight": torch.ones(8), "eps": 0.1}
 ROTARY = {
     "x": torch.ones(3, 8),
@@ -99,6 +101,7 @@ def test_every_instruction_set_is_accurate(isa, runnable_isas):
         ("append_context_kv", append_case(0, commit_lens=[4, 4], block_size=4)),
         ("block_attention", block_case(0, seq_lens=[5, 9])),
         ("paged_attention", paged_case(0, queries=[2, 3], contexts=[4, 0])),
+        ("lookup_continuations", LOOKUP),
         ("linear", {"x": torch.ones(3, 8), "weight": torch.ones(5, 8), "bias": torch.ones(5)}),
         ("add_rms_norm", NORM),
         ("silu_and_mul", {"x": torch.ones(3, 8)}),
