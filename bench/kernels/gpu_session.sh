@@ -10,11 +10,11 @@
 #   tests     tests/kernels on the GPU
 #   sanitize  memcheck, racecheck and synccheck on small shapes through every kernel
 #   wide      other models, pages, batches, torch.compile
-#   serve     SGLang end to end, where it is installed: TARGET and DRAFT name a pair (default: a random
-#             one), ARMS some of its arms
+#   serve     SGLang end to end, where it is installed: TARGET and DRAFT name a pair (default: the demo
+#             pair), ARMS some of its arms
 #   table     OUT/table.md of all that was measured
 #
-# OUT receives session.log, append.jsonl, attention.jsonl, end_to_end.jsonl and table.md; a line is
+# OUT receives session.log, append.jsonl, attention.jsonl, backends/report.md and table.md; a line is
 # written as soon as it is measured, and the table after every phase, so whatever ends the session
 # costs only what was not measured yet. A command that fails does not stop the later ones; the exit
 # status is 1 then. PYTHON names the interpreter (default python3). REHEARSE=1 runs the same commands
@@ -104,8 +104,8 @@ wide() {
 }
 
 serve() {
-  run 1500 end_to_end bash -c '"$@" >>"$0"' "$out/end_to_end.jsonl" "$python" -m \
-    bench.kernels.end_to_end ${TARGET:+--target "$TARGET" --draft "$DRAFT"} ${ARMS:+--arms $ARMS}
+  run 1500 serve "$python" -m bench.serving.sweep bench/serving/sweeps/backends.yaml \
+    --out "$out/backends" ${TARGET:+--model "$TARGET" --draft "$DRAFT"} ${ARMS:+--arms $ARMS}
 }
 
 table() {

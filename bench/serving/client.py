@@ -5,25 +5,21 @@ import hashlib
 import json
 import os
 import sys
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
-from bench.serving.plan import Cell, Dataset, Sweep
+from bench.serving.plan import Cell, Sweep
 from bench.serving.server import Server
 
-_PERCENTILES = ("p50", "p90", "p99")
 _WARM_UP_TOKENS = 16
 
 
-def measure(
-    sweep: Sweep, dataset: Dataset, cell: Cell, server: Server, out: Path
-) -> dict[str, Any]:
+def measure(sweep: Sweep, cell: Cell, server: Server, out: Path) -> dict[str, Any]:
     """Put one load on a running server.
 
     Args:
-        sweep: The plan.
-        dataset, cell: What to measure.
-        server: Where.
+        sweep, cell, server: What to measure, and where.
         out: Folder of the sweep; the generator's own output goes to `bench.log` there.
 
     Returns:
@@ -37,15 +33,13 @@ def measure(
     if load not in server.warmed_up:
         # What the first steps at this load cost is the start-up's, and so are their tokens: this
         # run is over before the counters are read.
-        _run_generator(sweep, dataset, cell, server, out, cell.concurrency, _WARM_UP_TOKENS)
+        _run_generator(sweep, cell, server, out, cell.concurrency, _WARM_UP_TOKENS)
         server.warmed_up.add(load)
     count = max(sweep.min_requests, sweep.requests_per_stream * cell.concurrency)
-    before = server.counters()
-    load_before = os.getloadavg()[0]
-    details = _run_generator(sweep, dataset, cell, server, out, count, sweep.output_tokens)
+    before, load_before = server.counters(), os.getloadavg()[0]
+    details = _run_generator(sweep, cell, server, out, count, sweep.output_tokens)
     server.check()
-    after = server.counters()
-    delta = {name: after[name] - before.get(name, 0.0) for name in after}
+    delta = {name: value - before.get(name, 0.0) for name, value in server.counters().items()}
     record = summarise(details, delta)
     if record["errors"] == record["requests"]:
         raise RuntimeError(f"every request failed: {details['errors'][0].strip()[-300:]}")
@@ -63,7 +57,6 @@ def summarise(details: dict[str, Any], delta: dict[str, float]) -> dict[str, Any
         Among others `accept_length`, tokens committed per request and step, and `mean_width`,
         tokens verified per request and step.
     """
-    median = {"p50": "median"}
     record: dict[str, Any] = {
         "output_tok_s": details["output_throughput"],
         "output_tokens": details["total_output_tokens"],
@@ -73,31 +66,23 @@ def summarise(details: dict[str, Any], delta: dict[str, float]) -> dict[str, Any
         "outputs": [
             hashlib.sha256(text.encode()).hexdigest()[:12] for text in details["generated_texts"]
         ],
+        "accept_length": None,
+        "mean_width": None,
     }
     for name in ("ttft", "tpot", "e2e_latency"):
-        for p in _PERCENTILES:
-            record[f"{name}_{p}_ms"] = details[f"{median.get(p, p)}_{name}_ms"]
-    steps = delta.get("sglang:spec_verify_calls_total", 0.0)
-    request_steps = delta.get("dflare_request_steps_total", 0.0)
-    record["mean_width"] = None
-    record["accept_length"] = None
-    if steps:
+        for p, theirs in (("p50", "median"), ("p90", "p90"), ("p99", "p99")):
+            record[f"{name}_{p}_ms"] = details[f"{theirs}_{name}_ms"]
+    if steps := delta.get("sglang:spec_verify_calls_total"):
         # An answer's first token comes from its prefill.
         decoded = delta["sglang:generation_tokens_total"] - delta["sglang:num_requests_total"]
         record["accept_length"] = decoded / steps
-    if request_steps:
+    if request_steps := delta.get("dflare_request_steps_total"):
         record["mean_width"] = delta["dflare_verified_tokens_total"] / request_steps
     return record
 
 
 def _run_generator(
-    sweep: Sweep,
-    dataset: Dataset,
-    cell: Cell,
-    server: Server,
-    out: Path,
-    requests: int,
-    output_tokens: int,
+    sweep: Sweep, cell: Cell, server: Server, out: Path, requests: int, output_tokens: int
 ) -> dict[str, Any]:
     """Call `sglang.benchmark.serving` in this process: importing it takes longer than a cell.
 
@@ -109,23 +94,27 @@ def _run_generator(
     """
     from sglang.benchmark import serving
 
-    simulated = sweep.simulate_acc_len is not None
     result_file, log = out / "bench-result.jsonl", out / "bench.log"
     result_file.unlink(missing_ok=True)
+    dataset = next(each for each in sweep.datasets if each.name == cell.dataset)
     argv = ["sglang.benchmark.serving", "--backend", "sglang", "--base-url", server.url]
     argv += dataset.flags(
-        requests, output_tokens, out, range_ratio=sweep.range_ratio, ignore_eos=simulated
+        requests,
+        output_tokens,
+        out,
+        range_ratio=sweep.range_ratio,
+        ignore_eos=sweep.simulate_acc_len is not None,
     )
     argv += ["--max-concurrency", str(cell.concurrency), "--seed", str(sweep.seed_of(cell.repeat))]
     argv += ["--warmup-requests", "0", "--flush-cache", "--disable-tqdm"]
     argv += ["--output-file", str(result_file), "--output-details"]
-    saved = sys.argv
-    sys.argv = argv
     try:
-        with log.open("a") as file, contextlib.redirect_stdout(file):
+        with (
+            log.open("a") as file,
+            contextlib.redirect_stdout(file),
+            unittest.mock.patch.object(sys, "argv", argv),
+        ):
             serving.cli_main()
     except SystemExit as error:
         raise RuntimeError(f"the load generator gave up, see {log}: {error}") from error
-    finally:
-        sys.argv = saved
     return json.loads(result_file.read_text().splitlines()[-1])

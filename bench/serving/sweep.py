@@ -27,7 +27,7 @@ from bench.serving.client import measure
 from bench.serving.fleet import Fleet, reason_of
 from bench.serving.plan import Cell, Sweep, cell_of, cells, read_records
 from bench.serving.provenance import provenance
-from bench.serving.report import is_whole, missing_cells, write_report
+from bench.serving.report import is_whole, missing_cells, name_of, write_report
 
 QUICK = Path(__file__).parent / "sweeps" / "quick.yaml"
 
@@ -36,8 +36,7 @@ def run(sweep: Sweep, fleet: Fleet, out: Path, records: list[dict[str, Any]]) ->
     """Measure the cells that are still missing and that the plan's time holds.
 
     Args:
-        sweep: The plan.
-        fleet: Its servers.
+        sweep, fleet: The plan and its servers.
         out: Folder of `cells.jsonl`.
         records: What was measured before; every cell is added as soon as it is done, one that
             failed with `failed`, the reason, in place of its figures.
@@ -45,12 +44,10 @@ def run(sweep: Sweep, fleet: Fleet, out: Path, records: list[dict[str, Any]]) ->
     Returns:
         How many of the last repeats were not begun, for want of time.
     """
-    started = time.monotonic()
-    path = out / "cells.jsonl"
+    started, path = time.monotonic(), out / "cells.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     done = {cell_of(record) for record in records}
     missing = [cell for cell in cells(sweep) if cell not in done]
-    datasets = {dataset.name: dataset for dataset in sweep.datasets}
     common = {"simulated": sweep.simulate_acc_len, "made_with": provenance()}
     if sweep.keep_alive:  # no cell is measured beside a server that starts
         for name in dict.fromkeys(cell.arm for cell in missing):
@@ -59,11 +56,10 @@ def run(sweep: Sweep, fleet: Fleet, out: Path, records: list[dict[str, Any]]) ->
     with path.open("a") as file:
         for number, cell in enumerate(in_time(missing, started, sweep.minutes), start=1):
             last = max(last, cell.repeat)
-            server = fleet.get(cell.arm)
-            if server is None:
+            if (server := fleet.get(cell.arm)) is None:
                 continue
             try:
-                record = measure(sweep, datasets[cell.dataset], cell, server, out)
+                record = measure(sweep, cell, server, out)
                 fleet.worked(cell.arm)
             except Exception as error:  # the generator raises whatever its libraries do
                 record = cell.model_dump() | {"failed": reason_of(error)}
@@ -71,17 +67,14 @@ def run(sweep: Sweep, fleet: Fleet, out: Path, records: list[dict[str, Any]]) ->
             records.append(record | common)
             file.write(json.dumps(records[-1]) + "\n")
             file.flush()
-            print(_line(cell, records[-1], number, len(missing)), flush=True)
+            print(f"[{number}/{len(missing)}] {_line(cell, records[-1])}", flush=True)
     return sweep.repeats - 1 - last
 
 
 def in_time(missing: Iterable[Cell], started: float, minutes: float | None) -> Iterator[Cell]:
-    """Cells to measure: the first repeat, and of the others as many as end in time.
+    """The cells of the first repeat, and of the others as many as end within so many minutes.
 
-    Args:
-        missing: In order of measurement.
-        started: When the sweep did, by time.monotonic().
-        minutes: What it may take. A repeat is expected to take as long as the longest before it.
+    A repeat is expected to take as long as the longest before it.
     """
     longest = 0.0
     for _, repeat in groupby(missing, key=lambda cell: cell.repeat):
@@ -92,16 +85,15 @@ def in_time(missing: Iterable[Cell], started: float, minutes: float | None) -> I
         longest = max(longest, time.monotonic() - begun)
 
 
-def _line(cell: Cell, record: dict[str, Any], number: int, total: int) -> str:
-    label = "SIMULATED acceptance, " if record["simulated"] else ""
-    what = f"[{number}/{total}] {label}{cell.dataset}, {cell.concurrency} in flight, {cell.arm}: "
+def _line(cell: Cell, record: dict[str, Any]) -> str:
+    what = ("SIMULATED acceptance, " if record["simulated"] else "") + name_of(cell)
     if "failed" in record:
-        return f"{what}FAILED, {record['failed']}"
-    accept = record["accept_length"]
+        return f"{what}: FAILED, {record['failed']}"
+    accept, errors = record["accept_length"], record["errors"]
     return (
-        f"{what}{record['output_tok_s']:.1f} tok/s"
+        f"{what}: {record['output_tok_s']:.1f} tok/s"
         + (f", accept length {accept:.2f}" if accept else "")
-        + (f", {record['errors']} ERRORS" if record["errors"] else "")
+        + (f", {errors} ERRORS" if errors else "")
     )
 
 

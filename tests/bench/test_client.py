@@ -51,7 +51,7 @@ def test_a_server_is_warmed_up_once_for_each_load_before_its_counters_are_read(
 ):
     events = []
 
-    def generate(sweep, dataset, cell, server, out, requests, output_tokens):
+    def generate(sweep, cell, server, out, requests, output_tokens):
         events.append(requests)
         return generator_result()
 
@@ -59,7 +59,7 @@ def test_a_server_is_warmed_up_once_for_each_load_before_its_counters_are_read(
     sweep, server = make_sweep(min_requests=4, requests_per_stream=3), FakeServer(events)
     for repeat, concurrency in ((0, 2), (1, 2), (0, 1)):
         cell = plan.Cell(arm="none", dataset="easy", concurrency=concurrency, repeat=repeat)
-        client.measure(sweep, sweep.datasets[0], cell, server, tmp_path)
+        client.measure(sweep, cell, server, tmp_path)
     measured = ["counters", 6, "counters"]
     assert events == [2, *measured, *measured, 1, "counters", 4, "counters"]
 
@@ -69,4 +69,4 @@ def test_a_cell_of_which_every_request_failed_is_a_failure(tmp_path, monkeypatch
     monkeypatch.setattr(client, "_run_generator", lambda *_: result)
     cell = plan.Cell(arm="none", dataset="easy", concurrency=1, repeat=0)
     with pytest.raises(RuntimeError, match="every request failed: refused"):
-        client.measure(make_sweep(), plan.Dataset(name="easy"), cell, FakeServer([]), tmp_path)
+        client.measure(make_sweep(), cell, FakeServer([]), tmp_path)

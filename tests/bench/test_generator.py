@@ -79,7 +79,7 @@ def test_a_cell_is_measured_apart_from_its_warm_up(server, tmp_path, monkeypatch
     )
     sweep = make_sweep(datasets=[dataset], min_requests=6)
     cell = plan.Cell(arm="none", dataset=dataset.name, concurrency=2, repeat=0)
-    record = client.measure(sweep, dataset, cell, server, tmp_path)
+    record = client.measure(sweep, cell, server, tmp_path)
     assert record["errors"] == 0
     assert record["requests"] == 6
     assert gained == [{"generated": 6.0}]
@@ -91,4 +91,4 @@ def test_a_generator_that_gives_up_is_an_error(server, tmp_path):
     dataset = plan.Dataset(name="none", args=["--dataset-name", "no such kind"])
     cell = plan.Cell(arm="none", dataset="none", concurrency=1, repeat=0)
     with pytest.raises(RuntimeError, match="the load generator gave up"):
-        client.measure(make_sweep(), dataset, cell, server, tmp_path)
+        client.measure(make_sweep(datasets=[dataset]), cell, server, tmp_path)

@@ -3,7 +3,7 @@ from statistics import mean
 
 import numpy as np
 import pytest
-from bench.serving.held_out import held_out_ratios, held_out_table
+from bench.serving.report import held_out_ratios
 from sweep_cells import make_sweep, record
 
 SWEEP = make_sweep(datasets=[{"name": "easy"}])
@@ -35,10 +35,10 @@ def test_an_arm_like_all_others_is_not_held_to_be_worse():
     assert mean(math.log(ratio) for ratio in ratios) == pytest.approx(0, abs=0.02)
 
 
-def test_one_repeat_and_missing_arms_give_no_table():
+def test_one_repeat_and_missing_arms_give_no_ratio():
     whole = [record(arm, repeat=0) for arm in ("none", "width 4", "adaptive")]
-    assert held_out_table(SWEEP, whole) == []
+    assert held_out_ratios(SWEEP, whole) == {}
     halved = [record(arm, repeat=i) for arm in ("none", "adaptive") for i in range(3)]
-    assert held_out_table(SWEEP, halved) == []
+    assert held_out_ratios(SWEEP, halved) == {}
     failed = [r | {"failed": "no"} for r in whole]
-    assert held_out_table(SWEEP, failed) == []
+    assert held_out_ratios(SWEEP, failed) == {}
