@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(dflare, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor req_to_token,"
       " Tensor req_pool_indices, Tensor seq_lens, Tensor query_start, int window, bool causal,"
-      " float scale, float logit_cap) -> Tensor");
+      " float scale, float logit_cap, Tensor? parents=None) -> Tensor");
   m.def(
       "lookup_continuations(Tensor tokens, Tensor req_to_token, Tensor req_pool_indices,"
       " Tensor seq_lens, Tensor anchors, int count, int least_match, int longest_match)"
@@ -32,6 +32,15 @@ STABLE_TORCH_LIBRARY(dflare, m) {
   m.def("add_rms_norm(Tensor x, Tensor(a!)? residual, Tensor weight, float eps) -> Tensor");
   m.def("silu_and_mul(Tensor x) -> Tensor");
   m.def("rotate_heads(Tensor(a!) x, Tensor cos_sin_cache, Tensor positions, int head_dim) -> ()");
+  // CPU only: draft trees, from marginals to committed rows of the cache.
+  m.def(
+      "build_draft_tree(Tensor anchors, Tensor tokens, Tensor log_probs, int nodes,"
+      " Tensor? branch=None, Tensor? branch_log_probs=None, Tensor? branch_lens=None)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "walk_draft_tree(Tensor tokens, Tensor parents, Tensor target_tokens, int stride)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def("move_tree_path(Tensor path, Tensor commit_lens, Tensor slots, Tensor(a!)[] pools) -> ()");
   // Instruction set that the CPU kernels run with: "baseline", "avx2", "avx512" or "avx512bf16".
   m.def("cpu_isa() -> str");
   // What was compiled, as JSON: see dflare/ops/library.py.

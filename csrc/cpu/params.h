@@ -49,12 +49,20 @@ struct AppendParams {
 
 // Queries first_row .. first_row + num_queries - 1 have the indices first_index .. ; the request's
 // keys are `pooled` ones in the pool, then, for a draft block, its own `num_queries`.
+//
+// The queries of a tree are its nodes: query t has index first_index + depths[t], and in place of
+// key first_index + d it sees that of node paths[t * path_stride + d], its ancestor at depth d.
 struct Request {
   const int32_t* slots;  // of each context index
   int64_t pooled;
   int64_t first_row;
   int64_t num_queries;
   int64_t first_index;
+  const int32_t* depths;  // [num_queries], or null for a chain
+  const int32_t* paths;   // [num_queries, path_stride]
+  int64_t path_stride;
+
+  int64_t index_of(int64_t query) const { return first_index + (depths ? depths[query] : query); }
 };
 
 // The queries of some tokens and of all heads that share a KV head, over the keys they can see.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 
 #include "cpu/isa.h"
 #include "cpu/team.h"
@@ -36,6 +37,13 @@ int64_t tile_cost(const AttentionParams<T>& p, const AttentionItem& item) {
   return item.num_tokens * p.group + kTileOverheadRows;
 }
 
+// The lowest and the highest index of `count` queries from `begin` on.
+std::pair<int64_t, int64_t> index_range(const Request& r, int64_t begin, int64_t count) {
+  if (!r.depths) return {r.first_index + begin, r.first_index + begin + count - 1};
+  const auto [low, high] = std::minmax_element(r.depths + begin, r.depths + begin + count);
+  return {r.first_index + *low, r.first_index + *high};
+}
+
 template <typename T>
 Plan make_plan(const AttentionParams<T>& p, const std::vector<Request>& requests) {
   Plan plan;
@@ -54,9 +62,9 @@ Plan make_plan(const AttentionParams<T>& p, const std::vector<Request>& requests
                            std::min(item_tokens, r.num_queries - token),
                            0,
                            keys};
-        const int64_t index = r.first_index + token;
-        if (p.window >= 0) item.key_begin = std::max<int64_t>(0, index - p.window);
-        if (p.causal) item.key_end = index + item.num_tokens;
+        const auto [first, last] = index_range(r, token, item.num_tokens);
+        if (p.window >= 0) item.key_begin = std::max<int64_t>(0, first - p.window);
+        if (p.causal) item.key_end = last + 1;
         plan.items.push_back(item);
         plan.cost_before.push_back(plan.cost_before.back() + tiles_of(item) * tile_cost(p, item));
         plan.max_rows = std::max(plan.max_rows, item.num_tokens * p.group);

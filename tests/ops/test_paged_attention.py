@@ -100,3 +100,86 @@ def test_any_number_of_threads_gives_the_reference_result(queries, contexts, thr
         assert_accurate(paged_attention, paged_attention_reference, case, torch.float32)
     finally:
         torch.set_num_threads(before)
+
+
+def tree_parents(g: torch.Generator, queries: list[int], padding: int = 0) -> torch.Tensor:
+    """Random trees, one a request; what stands for padding is nobody's parent."""
+    parents = [
+        -1 if node == 0 else int(torch.randint(0, node, (), generator=g))
+        for count in queries
+        for node in range(count)
+    ]
+    return torch.tensor(parents + [1 << 20] * padding, dtype=torch.int32)
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_trees_equal_the_reference(data):
+    dtype = data.draw(st.sampled_from(DTYPES))
+    seed = data.draw(st.integers(0, 1 << 20))
+    requests = st.tuples(st.sampled_from([0, 1, 2, 8, 33]), st.integers(0, 150))
+    queries, contexts = zip(*data.draw(st.lists(requests, min_size=1, max_size=4)), strict=True)
+    padding = data.draw(st.integers(0, 3))
+    case = paged_case(
+        seed,
+        dtype=dtype,
+        queries=list(queries),
+        contexts=list(contexts),
+        padding=padding,
+        kv_heads=data.draw(st.integers(1, 3)),
+        group=data.draw(st.integers(1, 16)),
+        head_dim=data.draw(st.sampled_from([16, 64, 128])),
+        window=data.draw(st.sampled_from([-1, 0, 1, 7, 64, 100])),
+        logit_scale=data.draw(st.sampled_from([1.0, 8.0])),
+        logit_cap=data.draw(st.sampled_from([0.0, 30.0])),
+    )
+    case["parents"] = tree_parents(torch.Generator().manual_seed(seed), list(queries), padding)
+    assert_accurate(paged_attention, paged_attention_reference, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("context", [0, 40, 57, 63, 64, 200])
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_node_has_the_bits_of_plain_decoding(context, group, dtype):
+    """Whatever stands beside it, and though its slot lies in another tile of keys."""
+    case = paged_case(8, dtype=dtype, queries=[12], contexts=[context], kv_heads=1, group=group)
+    parents = case["parents"] = tree_parents(torch.Generator().manual_seed(context), [12])
+    close = 1e-5 if dtype == torch.float32 else 2**-7
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them cut a context where the work of a step is halved
+    try:
+        out = paged_attention(**case)
+        for node in range(12):
+            path = [node]
+            while parents[path[0]] >= 0:
+                path.insert(0, int(parents[path[0]]))
+            alone = dict(case, q=case["q"][node : node + 1], parents=None)
+            table = alone["req_to_token"] = case["req_to_token"].clone()
+            row = int(case["req_pool_indices"][0])
+            table[row, context : context + len(path)] = table[row, [context + i for i in path]]
+            alone["seq_lens"] = torch.tensor([context + len(path)])
+            alone["query_start"] = torch.tensor([0, 1])
+            expected = paged_attention(**alone)
+            if context < 64:  # no tile is shared, where rows go side by side through vectors
+                assert out[node : node + 1].equal(expected)
+            assert torch.allclose(out[node : node + 1], expected, rtol=close, atol=1e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("parents", "message"),
+    [
+        ([0, 0, -1, 0], "parents[0] is 0, expected -1 for a request's first query"),
+        ([-1, 1, -1, 0], "parents[1] is 1, expected an earlier query of its request"),
+        ([-1, 0, -1, -1], "parents[3] is -1, expected an earlier query of its request"),
+        ([-1, 0, -1], "parents has shape [3], expected [4] = [Nq]"),
+    ],
+)
+def test_parents_that_are_no_tree_are_refused(parents, message):
+    case = paged_case(9, queries=[2, 2], contexts=[3, 4])
+    with pytest.raises(RuntimeError) as error:
+        paged_attention(**case, parents=torch.tensor(parents, dtype=torch.int32))
+    assert str(error.value).startswith("paged_attention: " + message)
+    with pytest.raises(RuntimeError, match="parents were given with causal = false"):
+        paged_attention(**dict(case, causal=False), parents=torch.tensor([-1, 0, -1, 0]).int())

@@ -9,6 +9,10 @@
 //
 // The online softmax keeps, for each row, the running maximum m, the sum l of exp(score - m) and
 // the output o, not yet divided by l. A piece of an item leaves these three for merge().
+//
+// The nodes of a draft tree share the tiles of their context. From the tile on in which the first
+// node lies, each takes its own keys: the rest of the context, then its ancestors in the order of
+// their depths. So a node's keys lie in the tiles in which plain decoding would have them.
 #pragma once
 
 #include "cpu/kernels/dot_tile.h"
@@ -33,6 +37,7 @@ struct Workspace {
   bool wide;
   int64_t rows, padded_rows;
   float* q;                  // wide [head_dim][padded_rows], narrow [rows][head_dim]
+  float* q_rows;             // [rows][head_dim]; wide, and no tree: until o is begun
   float* scores;             // wide [kKeyTile][padded_rows], narrow [rows][kKeyTile]
   float *o, *m, *l, *alpha;  // o [rows][head_dim]; alpha: factor by which this tile shrinks o
   int32_t *first, *last;     // key range that each row sees
@@ -51,8 +56,9 @@ inline Workspace make_workspace(const AttentionParams<T>& p, const AttentionItem
   const int64_t block = p.block_k ? p.requests[item.request].num_queries * p.head_dim : 0;
   const int64_t tile = sizeof(T) == sizeof(float) ? 0 : kKeyTile * p.head_dim;
   const int64_t o_size = w.padded_rows * p.head_dim;
-  float* next =
-      thread_scratch(2 * o_size + w.padded_rows * (kKeyTile + 5) + 2 * (block + tile) + p.head_dim);
+  const int64_t q_rows = w.wide && p.requests[item.request].depths ? o_size : 0;
+  float* next = thread_scratch(2 * o_size + q_rows + w.padded_rows * (kKeyTile + 5) +
+                               2 * (block + tile) + p.head_dim);
   auto take = [&](int64_t size) {
     float* taken = next;
     next += size;
@@ -61,6 +67,7 @@ inline Workspace make_workspace(const AttentionParams<T>& p, const AttentionItem
   w.q = take(o_size);
   w.scores = take(w.padded_rows * kKeyTile);
   w.o = take(o_size);
+  w.q_rows = q_rows ? take(q_rows) : w.wide ? w.o : w.q;
   w.m = take(w.padded_rows);
   w.l = take(w.padded_rows);
   w.alpha = take(w.padded_rows);
@@ -85,10 +92,10 @@ inline int32_t clamp_index(int64_t index) {
 template <typename T>
 void load_queries(const AttentionParams<T>& p, const AttentionItem& item, Workspace& w) {
   const Request& request = p.requests[item.request];
-  float* rows = w.wide ? w.o : w.q;
+  float* rows = w.q_rows;
   for (int64_t t = 0; t < item.num_tokens; ++t) {
     const int64_t row = request.first_row + item.first_token + t;
-    const int64_t index = request.first_index + item.first_token + t;
+    const int64_t index = request.index_of(item.first_token + t);
     const T* heads = p.q + row * p.q_stride + item.kv_head * p.group * p.head_dim;
     for (int64_t g = 0; g < p.group; ++g) {
       const int64_t r = t * p.group + g;
@@ -142,14 +149,18 @@ inline const float* as_float(const BFloat16* row, float* out, int64_t size) {
   return out;
 }
 
-// Points k[i], v[i] at key `begin + i`, i < count; the rest of the tile at zeros.
+// Points k[i], v[i] at key `begin + i`, i < count; the rest of the tile at zeros. `path` is that of
+// a tree's node, or null.
 template <typename T>
 void gather(const AttentionParams<T>& p, const AttentionItem& item, Workspace& w, int64_t begin,
-            int64_t count) {
+            int64_t count, const int32_t* path) {
   const Request& request = p.requests[item.request];
   const int64_t offset = item.kv_head * p.head_dim;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t index = begin + i;
+    int64_t index = begin + i;
+    if (path && index >= request.first_index) {
+      index = request.first_index + path[index - request.first_index];
+    }
     if (index >= request.pooled) {
       w.k[i] = w.block_k + (index - request.pooled) * p.head_dim;
       w.v[i] = w.block_v + (index - request.pooled) * p.head_dim;
@@ -359,6 +370,33 @@ void write_row(const AttentionParams<T>& p, const AttentionItem& item, int64_t r
   store_row(out, o, 1.0f / l, p.head_dim);
 }
 
+// One key tile, of which each node of a tree sees its own keys.
+template <typename T>
+void attend_tree_tile(const AttentionParams<T>& p, const AttentionItem& item, Workspace& w,
+                      int64_t key) {
+  const Request& request = p.requests[item.request];
+  for (int64_t t = 0; t < item.num_tokens; ++t) {
+    const int64_t node = item.first_token + t, row = t * p.group;
+    const int64_t count = min(kKeyTile, request.index_of(node) + 1 - key);
+    if (count <= 0) continue;
+    Workspace own = w;
+    own.wide = false;
+    own.rows = p.group;
+    own.q = w.q_rows + row * p.head_dim;
+    own.o = w.o + row * p.head_dim;
+    own.m = w.m + row;
+    own.l = w.l + row;
+    own.alpha = w.alpha + row;
+    own.first = w.first + row;
+    own.last = w.last + row;
+    gather(p, item, own, key, count, request.paths + node * request.path_stride);
+    score_narrow(own, p.head_dim, count);
+    if (p.logit_cap > 0) cap_logits(own.scores, own.rows * kKeyTile, p.logit_cap);
+    softmax_narrow(own, key, count, p.window >= 0);
+    add_values(own, p.head_dim, count);
+  }
+}
+
 // Attends over the item's key tiles tile_begin .. tile_end - 1. Without `partial` writes the
 // output; else leaves o [rows][head_dim], m [rows], l [rows] there.
 template <typename T>
@@ -368,13 +406,20 @@ void attend(const AttentionParams<T>& p, const AttentionItem& item, int64_t tile
   load_queries(p, item, w);
   const int64_t begin = item.key_begin + tile_begin * kKeyTile;
   const int64_t end = min(item.key_end, item.key_begin + tile_end * kKeyTile);
-  if (end > p.requests[item.request].pooled) load_block(p, item, w);
+  const Request& request = p.requests[item.request];
+  if (end > request.pooled) load_block(p, item, w);
 
   for (int64_t key = begin; key < end; key += kKeyTile) {
     const int64_t count = min(kKeyTile, end - key);
-    // Rows go by token: the last one's range starts last, the first one's ends first.
-    const bool masked = key < w.first[w.rows - 1] || key + count - 1 > w.last[0];
-    gather(p, item, w, key, count);
+    if (request.depths && key + count > request.first_index) {
+      attend_tree_tile(p, item, w, key);
+      continue;
+    }
+    // Rows go by token: the last one's range starts last, the first one's ends first. Nodes of a
+    // tree go by no order, but all of them see all of their context that is in the window.
+    const bool masked =
+        request.depths ? p.window >= 0 : key < w.first[w.rows - 1] || key + count - 1 > w.last[0];
+    gather(p, item, w, key, count, nullptr);
     if (w.wide) {
       score_wide(w, p.head_dim, count);
       if (p.logit_cap > 0) cap_logits(w.scores, count * w.padded_rows, p.logit_cap);

@@ -74,11 +74,13 @@ class CpuAttentionBackend(BlockAttentionBackend):
     def __init__(self, model_runner) -> None:
         super().__init__(model_runner)
         self._seq_lens = self._query_start = torch.empty(0, dtype=torch.int64)
+        self._parents: torch.Tensor | None = None  # of a tree's nodes
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         mode, bs = forward_batch.forward_mode, forward_batch.batch_size
         if mode.is_idle():
             return
+        self._parents = None
         if mode.is_decode():
             self._seq_lens = forward_batch.seq_lens
             self._query_start = torch.arange(bs + 1)
@@ -86,9 +88,10 @@ class CpuAttentionBackend(BlockAttentionBackend):
             if forward_batch.spec_info.custom_mask is not None:
                 raise NotImplementedError(
                     f"the CPU attention backend {ATTENTION_BACKEND!r} got a mask for a tree of "
-                    "drafts; it verifies blocks, in which every token sees all before it. Use "
+                    "drafts; it verifies chains, and trees that tell their nodes' parents. Use "
                     "--speculative-algorithm DFLARE, or serve this on a GPU"
                 )
+            self._parents = getattr(forward_batch.spec_info, "parents", None)
             width = forward_batch.spec_info.draft_token_num
             self._seq_lens = forward_batch.seq_lens + width
             self._query_start = torch.arange(bs + 1) * width
@@ -149,6 +152,7 @@ class CpuAttentionBackend(BlockAttentionBackend):
             causal=layer.attn_type != AttentionType.ENCODER_ONLY,
             scale=layer.scaling,
             logit_cap=layer.logit_cap,
+            parents=self._parents,
         )
 
 

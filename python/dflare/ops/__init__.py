@@ -25,6 +25,12 @@ from dflare.ops.block_attention import (  # noqa: E402
     block_attention_reference,
     block_attention_schedule,
 )
+from dflare.ops.draft_tree import (  # noqa: E402
+    build_draft_tree,
+    move_tree_path,
+    tree_ancestors,
+    walk_draft_tree,
+)
 from dflare.ops.linear import linear  # noqa: E402
 from dflare.ops.lookup_continuations import (  # noqa: E402
     lookup_continuations,
@@ -42,6 +48,7 @@ __all__ = [
     "block_attention",
     "block_attention_reference",
     "block_attention_schedule",
+    "build_draft_tree",
     "build_info",
     "check_kernels_for",
     "check_sizes",
@@ -49,8 +56,11 @@ __all__ = [
     "linear",
     "lookup_continuations",
     "lookup_continuations_reference",
+    "move_tree_path",
     "paged_attention",
     "paged_attention_reference",
     "rotate_heads",
     "silu_and_mul",
+    "tree_ancestors",
+    "walk_draft_tree",
 ]

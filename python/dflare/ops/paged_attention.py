@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dflare.ops.draft_tree import tree_ancestors
 from dflare.ops.reference_math import attend, visibility
 
 
@@ -18,6 +19,7 @@ def paged_attention(
     causal: bool,
     scale: float,
     logit_cap: float,
+    parents: Tensor | None = None,
 ) -> Tensor:
     """Attention of each request's last tokens over all its tokens, read through the page table.
 
@@ -26,6 +28,11 @@ def paged_attention(
     query_start[bs] on are padding: their output is zero. Key j is visible to query i iff
     (window < 0 or j >= i - window) and (not causal or j <= i), i and j counted from the request's
     first token. It serves the CPU, as SGLang's `torch_native` attention backend does.
+
+    With `parents` the queries of a request are the nodes of a tree: the first is its root, and each
+    sees what is before the root, its ancestors and itself. A node counts as the token that follows
+    its parent, for the window as for the order of sums: its output is that of the last query of a
+    chain of its ancestors.
 
     Args:
         q: [Nq, HQ, hd], float32 or bfloat16; the last two dimensions contiguous.
@@ -38,6 +45,8 @@ def paged_attention(
         causal: whether later tokens are hidden from a query.
         scale: factor of the logits, usually hd ** -0.5.
         logit_cap: when positive, logits become cap * tanh(logits / cap).
+        parents: [Nq] int32, which earlier query of the request, counted from its first, is the
+            parent; -1 for the first. None for chains. With it `causal` must be true.
 
     Returns:
         [Nq, HQ * hd] in q's dtype.
@@ -57,6 +66,7 @@ def paged_attention(
         causal,
         scale,
         logit_cap,
+        *(() if parents is None else (parents,)),
     )
 
 
@@ -73,6 +83,7 @@ def _fake(
     causal: bool,
     scale: float,
     logit_cap: float,
+    parents: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
 
@@ -89,6 +100,7 @@ def paged_attention_reference(
     causal: bool,
     scale: float,
     logit_cap: float,
+    parents: Tensor | None = None,
 ) -> Tensor:
     """`paged_attention` in plain PyTorch, on any device and in any floating dtype."""
     out = torch.zeros_like(q)
@@ -97,7 +109,13 @@ def paged_attention_reference(
         rows = slice(starts[request], starts[request + 1])
         slots = req_to_token[req_pool_indices[request], :length].long()
         index = torch.arange(length, device=q.device)
-        queries = index[length - (rows.stop - rows.start) :]
-        visible = visibility(queries, index, window, causal)
+        first = length - (rows.stop - rows.start)
+        if parents is None:
+            visible = visibility(index[first:], index, window, causal)
+        else:
+            ancestors = tree_ancestors(parents[None, rows])[0]
+            place = first + ancestors.sum(-1) - 1  # in a chain of the ancestors
+            visible = visibility(place, torch.cat([index[:first], place]), window, causal)
+            visible[:, first:] &= ancestors
         out[rows] = attend(q[rows], k_pool[slots], v_pool[slots], visible, scale, logit_cap)
     return out.flatten(1)

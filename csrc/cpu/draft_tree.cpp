@@ -1,0 +1,241 @@
+// torch.ops.dflare.{build_draft_tree, walk_draft_tree, move_tree_path} on the CPU.
+
+#include <algorithm>
+#include <cstring>
+#include <tuple>
+
+#include "cpu/checks.h"
+#include "stable_torch.h"
+
+namespace dflare::cpu {
+namespace {
+
+void check_packed(const Checker& check, const char* name, const at::Tensor& x, at::ScalarType dtype,
+                  at::IntArrayRef shape, const char* meaning) {
+  check.device(name, x);
+  check.dtype(name, x, dtype);
+  check.shape(name, x, shape, meaning);
+  check.contiguous(name, x);
+}
+
+// What one request's tree grows from.
+struct Growth {
+  const int64_t* tokens;   // [depths, ranks]
+  const float* log_probs;  // the same
+  int64_t depths, ranks;
+  const int64_t* branch;          // [branch_len]
+  const float* branch_log_probs;  // the same
+  int64_t branch_len;
+};
+
+constexpr int32_t kBranch = -1;
+
+// A node that may come next, behind `parent` at depth `depth`: the `rank`th token of the drafter
+// there, or the branch's.
+struct Candidate {
+  float score;   // log-probability of its prefix
+  float before;  // of its parent's
+  int32_t parent, depth, rank;
+
+  bool operator<(const Candidate& other) const { return score < other.score; }
+};
+
+// Reused from request to request.
+struct Workspace {
+  std::vector<Candidate> heap;
+  std::vector<int32_t> branch_nodes;  // of each prefix of the branch from the empty one on, or -1
+};
+
+// Fills rows of `width` entries that hold the anchor already.
+void grow(const Growth& g, int64_t width, int64_t* tokens, int32_t* parents, int32_t* depths,
+          Workspace& w) {
+  w.heap.clear();
+  w.branch_nodes.assign(g.branch_len + 1, -1);
+  w.branch_nodes[0] = 0;
+  auto push = [&](float before, int32_t parent, int32_t depth, int32_t rank) {
+    const float log_prob =
+        rank == kBranch ? g.branch_log_probs[depth] : g.log_probs[depth * g.ranks + rank];
+    w.heap.push_back({before + log_prob, before, parent, depth, rank});
+    std::push_heap(w.heap.begin(), w.heap.end());
+  };
+  auto push_children = [&](float score, int32_t node, int32_t depth) {
+    if (depth < g.depths) push(score, node, depth, 0);
+    if (depth < g.branch_len && w.branch_nodes[depth] == node) push(score, node, depth, kBranch);
+  };
+  if (width > 1) push_children(0.0f, 0, 0);
+  for (int64_t count = 1; count < width;) {
+    std::pop_heap(w.heap.begin(), w.heap.end());
+    const Candidate best = w.heap.back();
+    w.heap.pop_back();
+    if (best.rank != kBranch && best.rank + 1 < g.ranks) {
+      push(best.before, best.parent, best.depth, best.rank + 1);
+    }
+    const int64_t token =
+        best.rank == kBranch ? g.branch[best.depth] : g.tokens[best.depth * g.ranks + best.rank];
+    // A prefix that both propose is one node: that of the higher score, which comes first.
+    const bool of_branch = best.depth < g.branch_len && g.branch[best.depth] == token &&
+                           w.branch_nodes[best.depth] == best.parent;
+    if (of_branch && w.branch_nodes[best.depth + 1] >= 0) continue;
+    const int32_t node = static_cast<int32_t>(count++);
+    if (of_branch) w.branch_nodes[best.depth + 1] = node;
+    tokens[node] = token;
+    parents[node] = best.parent;
+    depths[node] = best.depth + 1;
+    push_children(best.score, node, best.depth + 1);
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> build_draft_tree(
+    const at::Tensor& anchors, const at::Tensor& tokens, const at::Tensor& log_probs, int64_t nodes,
+    const std::optional<at::Tensor>& branch, const std::optional<at::Tensor>& branch_log_probs,
+    const std::optional<at::Tensor>& branch_lens) {
+  constexpr Checker check{"build_draft_tree"};
+  check_packed(check, "anchors", anchors, at::kLong, {kAny}, "[bs]");
+  const int64_t bs = anchors.size(0);
+  check_packed(check, "tokens", tokens, at::kLong, {bs, kAny, kAny}, "[bs, depths, ranks]");
+  check_packed(check, "log_probs", log_probs, at::kFloat, tokens.sizes(), "shape of tokens");
+  const int64_t slots = tokens.size(1), ranks = tokens.size(2);
+  TORCH_CHECK(nodes >= 0 && (nodes == 0 || (slots > 0 && ranks >= nodes)),
+              "build_draft_tree: nodes is ", nodes, " and tokens has shape ", tokens.sizes(),
+              ", expected 0 or more nodes, a depth, and at least as many ranks as nodes");
+  const bool has_branch = branch.has_value();
+  TORCH_CHECK(
+      has_branch == branch_log_probs.has_value() && has_branch == branch_lens.has_value(),
+      "build_draft_tree: got some of branch, branch_log_probs and branch_lens, expected all "
+      "or none");
+  if (has_branch) {
+    check_packed(check, "branch", *branch, at::kLong, {bs, kAny}, "[bs, longest]");
+    check_packed(check, "branch_log_probs", *branch_log_probs, at::kFloat, branch->sizes(),
+                 "shape of branch");
+    check_packed(check, "branch_lens", *branch_lens, at::kInt, {bs}, "[bs]");
+  }
+  const int64_t width = nodes + 1;
+  at::Tensor out = at::empty({bs, width}, at::kLong, tokens);
+  at::Tensor parents = at::empty({bs, width}, at::kInt, tokens);
+  at::Tensor depths = at::empty({bs, width}, at::kInt, tokens);
+  Workspace workspace;
+  for (int64_t b = 0; b < bs; ++b) {
+    Growth growth{tokens.const_data_ptr<int64_t>() + b * slots * ranks,
+                  log_probs.const_data_ptr<float>() + b * slots * ranks,
+                  slots,
+                  ranks,
+                  nullptr,
+                  nullptr,
+                  0};
+    if (has_branch) {
+      const int64_t longest = branch->size(1), length = Indices(*branch_lens)[b];
+      TORCH_CHECK(length >= 0 && length <= longest, "build_draft_tree: branch_lens[", b, "] is ",
+                  length, ", expected 0 to ", longest, ", the columns of branch");
+      growth.branch = branch->const_data_ptr<int64_t>() + b * longest;
+      growth.branch_log_probs = branch_log_probs->const_data_ptr<float>() + b * longest;
+      growth.branch_len = length;
+    }
+    int64_t* own_tokens = out.mutable_data_ptr<int64_t>() + b * width;
+    int32_t* own_parents = parents.mutable_data_ptr<int32_t>() + b * width;
+    int32_t* own_depths = depths.mutable_data_ptr<int32_t>() + b * width;
+    own_tokens[0] = anchors.const_data_ptr<int64_t>()[b];
+    own_parents[0] = -1;
+    own_depths[0] = 0;
+    grow(growth, width, own_tokens, own_parents, own_depths, workspace);
+  }
+  return {out, parents, depths};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> walk_draft_tree(const at::Tensor& tokens,
+                                                               const at::Tensor& parents,
+                                                               const at::Tensor& target_tokens,
+                                                               int64_t stride) {
+  constexpr Checker check{"walk_draft_tree"};
+  check_packed(check, "tokens", tokens, at::kLong, {kAny, kAny}, "[bs, nodes + 1]");
+  check_packed(check, "parents", parents, at::kInt, tokens.sizes(), "shape of tokens");
+  check_packed(check, "target_tokens", target_tokens, at::kLong, tokens.sizes(), "shape of tokens");
+  const int64_t bs = tokens.size(0), width = tokens.size(1);
+  TORCH_CHECK(width > 0 && stride > 0, "walk_draft_tree: tokens has shape ", tokens.sizes(),
+              " and stride is ", stride, ", expected at least the anchor and one column");
+  at::Tensor path = at::empty({bs, stride}, at::kInt, tokens);
+  at::Tensor committed = at::empty({bs, stride}, at::kLong, tokens);
+  at::Tensor lengths = at::empty({bs}, at::kInt, tokens);
+  for (int64_t b = 0; b < bs; ++b) {
+    const int64_t* token = tokens.const_data_ptr<int64_t>() + b * width;
+    const int32_t* parent = parents.const_data_ptr<int32_t>() + b * width;
+    const int64_t* target = target_tokens.const_data_ptr<int64_t>() + b * width;
+    int32_t* own_path = path.mutable_data_ptr<int32_t>() + b * stride;
+    int64_t* own_committed = committed.mutable_data_ptr<int64_t>() + b * stride;
+    int64_t length = 0, node = 0;
+    while (node < width) {
+      TORCH_CHECK(length < stride, "walk_draft_tree: request ", b,
+                  " commits more than stride = ", stride,
+                  " tokens, expected a stride above every node's depth");
+      own_path[length] = static_cast<int32_t>(node);
+      own_committed[length++] = target[node];
+      const int64_t last = node;
+      do ++node;
+      while (node < width && (parent[node] != last || token[node] != target[last]));
+    }
+    lengths.mutable_data_ptr<int32_t>()[b] = static_cast<int32_t>(length);
+    std::fill(own_path + length, own_path + stride, own_path[length - 1]);
+    std::fill(own_committed + length, own_committed + stride, 0);
+  }
+  return {path, lengths, committed};
+}
+
+// Bytes of one slot of a pool, and from one slot to the next.
+struct Rows {
+  char* data;
+  int64_t bytes, step;
+};
+
+void move_tree_path(const at::Tensor& path, const at::Tensor& commit_lens, const at::Tensor& slots,
+                    at::TensorList pools) {
+  constexpr Checker check{"move_tree_path"};
+  check_packed(check, "path", path, at::kInt, {kAny, kAny}, "[bs, stride]");
+  const int64_t bs = path.size(0), stride = path.size(1);
+  check_packed(check, "commit_lens", commit_lens, at::kInt, {bs}, "[bs]");
+  check_packed(check, "slots", slots, at::kLong, {bs, kAny}, "[bs, nodes + 1]");
+  const int64_t width = slots.size(1);
+  std::vector<Rows> rows;
+  int64_t num_slots = INT64_MAX;
+  for (const at::Tensor& pool : pools) {
+    check.device("pools", pool);
+    check.shape("pools", pool, {kAny, kAny, kAny}, "[slots, heads, head_dim]");
+    check.packed("pools", pool, 2);
+    num_slots = std::min(num_slots, pool.size(0));
+    rows.push_back({static_cast<char*>(pool.mutable_data_ptr()),
+                    pool.size(1) * pool.size(2) * static_cast<int64_t>(pool.element_size()),
+                    pool.stride(0) * static_cast<int64_t>(pool.element_size())});
+  }
+  std::vector<std::pair<int64_t, int64_t>> moves;  // from slot, to slot
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < bs; ++b) {
+    const int64_t length = Indices(commit_lens)[b];
+    TORCH_CHECK(length >= 0 && length <= std::min(stride, width), "move_tree_path: commit_lens[", b,
+                "] is ", length, ", expected 0 to ", std::min(stride, width),
+                ", the columns that path and slots have");
+    for (int64_t i = 0; i < length; ++i) {
+      const int64_t node = path.const_data_ptr<int32_t>()[b * stride + i];
+      // Ascending, so that nothing is overwritten before it has moved.
+      TORCH_CHECK(node >= i && node < width, "move_tree_path: path[", b, "][", i, "] is ", node,
+                  ", expected ", i, " to ", width - 1);
+      if (node == i) continue;
+      const int64_t from = slot[b * width + node], to = slot[b * width + i];
+      TORCH_CHECK(std::min(from, to) >= 0 && std::max(from, to) < num_slots,
+                  "move_tree_path: request ", b, " moves slot ", from, " to ", to,
+                  ", but the pools have ", num_slots, " slots");
+      moves.push_back({from, to});
+    }
+  }
+  for (const Rows& pool : rows) {
+    for (const auto& [from, to] : moves) {
+      std::memcpy(pool.data + to * pool.step, pool.data + from * pool.step, pool.bytes);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dflare::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(dflare, CPU, m) {
+  m.impl("build_draft_tree", TORCH_BOX(&dflare::cpu::build_draft_tree));
+  m.impl("walk_draft_tree", TORCH_BOX(&dflare::cpu::walk_draft_tree));
+  m.impl("move_tree_path", TORCH_BOX(&dflare::cpu::move_tree_path));
+}
