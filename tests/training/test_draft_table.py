@@ -1,19 +1,21 @@
 """Walks over a table of drafts are what decoding does, for chains and for trees."""
 
-import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import random_drafter, tiny_causal_lm, tiny_draft_config
 
+from dflare.adaptive import BranchOdds
 from dflare.errors import DFlareError
 from dflare.training.data.slot_cache import ATTENTION
 from dflare.training.data.target import Target
 from dflare.training.run import evaluate as evaluation
-from dflare.training.run.draft_table import DraftTable, _places, draft_table
+from dflare.training.run.draft_table import DraftTable, draft_table
 from dflare.training.run.evaluate import check_by_decoding, compare, known_answers
+from dflare.training.run.look_ups import look_ups
 from dflare.training.run.speculate import decode
 
 STOP = (2, 7)
@@ -57,10 +59,14 @@ def test_decoding_that_differs_from_the_walk_is_an_error(pair, answers, monkeypa
 
 
 def table_of(ranks: list[list[int]]) -> DraftTable:
-    """Two candidates a slot, with probabilities 0.6 and 0.3."""
-    shape = (len(ranks), len(ranks[0]), 2)
-    logs = np.broadcast_to(np.log([0.6, 0.3]), shape).astype(np.float32)
-    return DraftTable(len(ranks) + 1, np.zeros(shape, int), logs, np.array(ranks))
+    """Six candidates a slot, two of them with probabilities of 0.6 and 0.3."""
+    answer = np.arange(100, 101 + len(ranks))
+    shape = (len(ranks), len(ranks[0]), 6)
+    tokens = np.arange(math.prod(shape)).reshape(shape)  # others than the answer's
+    for anchor, slot in np.argwhere(np.array(ranks) < 6):
+        tokens[anchor, slot, ranks[anchor][slot]] = answer[anchor + 1 + slot]
+    logs = np.log([0.6, 0.3, 4e-6, 3e-6, 2e-6, 1e-6], dtype=np.float32)
+    return DraftTable(answer, tokens, np.tile(logs, (*shape[:2], 1)), np.array(ranks))
 
 
 def test_chains_and_trees_by_hand():
@@ -70,23 +76,27 @@ def test_chains_and_trees_by_hand():
     assert table.chain(2) == [1, 2, 1, 1]  # anchors 0, 1, 3, 4
     assert table.chain(3) == [1, 3, 1]
     # The nodes in order: 0 (0.6), 0-0 (0.36), 1 (0.3), 0-1 and 1-0 (0.18), 1-1.
-    walks = table.tree([1, 2, 3, 5, 6])
-    assert walks[1] == table.chain(2) and walks[2] == table.chain(3)
-    assert walks[3] == [2, 3]  # 1 is there: anchor 0 keeps one draft
-    assert walks[6] == [3, 1, 1]  # 1-0 too
+    walks = table.tree([2, 3, 4, 6, 7])
+    assert walks[2] == table.chain(2) and walks[3] == table.chain(3)
+    assert walks[4] == [2, 3]  # 1 is there: anchor 0 keeps one draft
+    assert walks[7] == [3, 1, 1]  # 1-0 too
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_the_order_of_nodes_is_that_of_all_prefixes(seed):
-    """Best first over a heap against sorting every prefix by its probability."""
-    rng = np.random.default_rng(seed)
-    rows = [sorted(map(float, rng.normal(size=3)), reverse=True) for _ in range(3)]
-    prefixes = [p for d in (1, 2, 3) for p in itertools.product(range(3), repeat=d)]
-    rows = [[value - 5.0 for value in row] for row in rows]  # log-probabilities: below 0
-    ordered = sorted(prefixes, key=lambda p: -math.fsum(rows[d][k] for d, k in enumerate(p)))
-    for ranks in ([0, 0, 0], [1, 0, 2], [2, 2, 2], [0, 7, 0]):
-        own = [tuple(ranks[:d]) for d in (1, 2, 3) if max(ranks[:d]) < 3]
-        assert _places(rows, ranks, len(prefixes)) == [ordered.index(p) for p in own]
+def test_look_ups_by_hand():
+    answer = [1, 2, 3, 4, 5, 9]
+    table = replace(table_of([[9, 9]] * 5), answer=np.array(answer))
+    found = look_ups([1, 2, 3, 4, 5, 6], answer, 4)
+    # Behind 1 2 3 came 4 5 6, of which 4 5 are right; anchors 0 and 1 match nothing.
+    assert found.match.tolist() == [0, 0, 3, 4, 5] and found.right.tolist() == [0, 0, 2, 1, 0]
+    assert found.found[2].tolist() == [4, 5, 6, 1]
+    seen = table.compare(found)
+    assert seen.agreed[2:].tolist() == [0] * 3 and seen.drafted.tolist() == [0] * 5
+    assert table.spliced(3, seen, 3) == [1, 1, 3]
+    assert table.spliced(2, seen, 3) == [1, 1, 2, 1]
+    assert table.spliced(3, seen, 4) == [1, 1, 1, 2]  # the match of three is too short
+    # The drafter's nodes have 0.6 and 0.36, the branch's 0.63 and 0.43.
+    branched = table.tree([3, 4], found.branches(BranchOdds()))
+    assert branched == {3: [1, 1, 2, 1], 4: [1, 1, 3]}
 
 
 def test_a_comparison_is_paired_by_prompt():
@@ -110,4 +120,6 @@ def test_every_width_and_tree_comes_from_one_table(pair, answers):
     assert chain == sorted(chain) and chain[-1] == result["drafter"]["accept_length"]
     tree = list(result["tree"].values())
     assert tree == sorted(tree) and tree[0] >= chain[0]
+    assert list(result["tree_and_lookup"]) == list(result["tree"])
+    assert list(result["chain_and_lookup"]) == list(result["chain"])
     assert sum(tokens for tokens, _ in result["by_prompt"]) == result["drafter"]["tokens"]

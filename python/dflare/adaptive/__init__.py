@@ -1,6 +1,7 @@
 """Who proposes, and how much is verified, by load and acceptance; knows no SGLang, no torch."""
 
 from dflare.adaptive.arms import PLAIN, Arm, chain
+from dflare.adaptive.branch import BranchOdds
 from dflare.adaptive.config import AdaptiveConfig
 from dflare.adaptive.controller import ArmController, measure_steps
 from dflare.adaptive.cost import CostTable, StepTime, save_step_times
@@ -16,6 +17,7 @@ __all__ = [
     "Arm",
     "ArmController",
     "ArmPolicy",
+    "BranchOdds",
     "Comparison",
     "CostTable",
     "Decision",

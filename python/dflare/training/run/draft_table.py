@@ -5,20 +5,25 @@ which a decoder could be, and any way of verifying is a walk over that table: ev
 and every budget of a tree, without decoding again, and on the same answers for two drafters.
 """
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from dflare.adaptive import Comparison
+from dflare.ops import build_draft_tree, walk_draft_tree
 from dflare.training.data.target import Target
 from dflare.training.drafter.model import Drafter
+from dflare.training.run.look_ups import LookUps
 from dflare.training.run.step import draft_blocks
 
 _CANDIDATES = 32  # tokens a slot that a tree may hold
 _CHUNK = 256  # slots whose logits exist at once
 _NEVER = 2**30  # rank of a token that is not there
+
+# Tokens, log-probabilities and lengths as `build_draft_tree` takes them, an anchor a row.
+Branches = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,14 +31,14 @@ class DraftTable:
     """Drafts of one answer; anchor i is the answer's token i.
 
     Args:
-        length: Tokens of the answer, L.
+        answer: ``[L]`` int64.
         tokens: ``[L-1, B-1, K]`` int64, the most probable tokens of each slot, best first.
         log_probs: ``[L-1, B-1, K]`` float32, theirs.
         ranks: ``[L-1, B-1]`` int64, how many tokens are before the answer's own in its slot; beyond
             the end of the answer more than any.
     """
 
-    length: int
+    answer: np.ndarray
     tokens: np.ndarray
     log_probs: np.ndarray
     ranks: np.ndarray
@@ -43,57 +48,58 @@ class DraftTable:
         right = np.logical_and.accumulate(self.ranks[:, : width - 1] == 0, axis=1)
         return self._walk(right.sum(1))
 
-    def tree(self, budgets: Sequence[int]) -> dict[int, list[int]]:
-        """The same for trees of the best so many drafted nodes (DDTree, arXiv 2604.12989)."""
-        places = [
-            _places(rows, ranks, max(budgets))
-            for rows, ranks in zip(self.log_probs.tolist(), self.ranks.tolist(), strict=True)
-        ]
+    def compare(self, looked_up: LookUps) -> Comparison:
+        """Hold the drafter's chains against look-ups, anchor by anchor."""
+        drafts = self.tokens[:, :, 0]
+        same = drafts == looked_up.found.numpy()[:, : drafts.shape[1]]
+        agreed, drafted = (
+            np.logical_and.accumulate(true, axis=1).sum(1) for true in (same, self.ranks == 0)
+        )
+        return Comparison(looked_up.match.numpy(), looked_up.right, agreed, drafted)
+
+    def spliced(self, width: int, seen: Comparison, least_strength: int) -> list[int]:
+        """As :meth:`chain`, with look-ups in place of drafts where they are as well founded."""
+        accepted = np.where(seen.strength() >= least_strength, seen.right, seen.drafted)
+        return self._walk(np.minimum(accepted, width - 1))
+
+    def tree(
+        self, budgets: Sequence[int], branches: Branches | None = None
+    ) -> dict[int, list[int]]:
+        """The same for trees of so many verified tokens (DDTree, arXiv 2604.12989).
+
+        Args:
+            budgets: The anchor and the best drafted nodes, at most K + 1.
+            branches: What a look-up proposes at each anchor, merged into the trees.
+        """
+        anchors = torch.from_numpy(self.answer[:-1])
+        tokens, parents, depths = build_draft_tree(
+            anchors,
+            torch.from_numpy(self.tokens),
+            torch.from_numpy(self.log_probs),
+            max(budgets) - 1,
+            *(branches or ()),
+        )
+        # Behind a node on the right path the target says the answer's token of its depth.
+        after = torch.arange(len(anchors))[:, None] + 1 + depths
+        ended = after >= len(self.answer)
+        said = torch.from_numpy(self.answer)[after.clamp(max=len(self.answer) - 1)]
+        said = said.masked_fill(ended, -1)
+        deepest = int(depths.max()) + 1
+        path, lens, _ = walk_draft_tree(tokens, parents, said, deepest)
+        # Nodes come best first: a smaller tree is the beginning of a larger one.
+        drafts = (torch.arange(deepest) > 0) & (torch.arange(deepest) < lens[:, None])
         return {
-            budget: self._walk([sum(place < budget for place in own) for own in places])
-            for budget in budgets
+            budget: self._walk(((path < budget) & drafts).sum(1).tolist()) for budget in budgets
         }
 
     def _walk(self, accepted: Sequence[int] | np.ndarray) -> list[int]:
         """Go through the answer; ``accepted[i]`` drafts are right behind anchor i."""
         emitted, at = [], 0
-        while at < self.length - 1:
-            step = min(int(accepted[at]) + 1, self.length - 1 - at)
+        while at < len(self.answer) - 1:
+            step = min(int(accepted[at]) + 1, len(self.answer) - 1 - at)
             emitted.append(step)
             at += step
         return emitted
-
-
-def _places(rows: list[list[float]], ranks: list[int], limit: int) -> list[int]:
-    """Find the answer's own nodes in a tree that grows best first.
-
-    A node is a token behind its parent; its score is the product of the slots' probabilities. The
-    next best node is always the sibling or the first child of one that is there.
-
-    Args:
-        rows: ``[B-1][K]`` log-probabilities, best first.
-        ranks: Which of each row is the answer's own token.
-        limit: Nodes to look at.
-
-    Returns:
-        For the answer's tokens, from the first on, at which place its node comes; those within the
-        limit.
-    """
-    heap = [(-rows[0][0], 0, 0, 0.0, True)]  # minus score, depth, rank, parent's score, own path
-    places = []
-    for place in range(limit):
-        if not heap:
-            break
-        cost, depth, rank, before, on_path = heapq.heappop(heap)
-        own = on_path and ranks[depth] == rank
-        if own:
-            places.append(place)
-        if rank + 1 < len(rows[depth]):
-            cost_of_sibling = -(before + rows[depth][rank + 1])
-            heapq.heappush(heap, (cost_of_sibling, depth, rank + 1, before, on_path))
-        if depth + 1 < len(rows):
-            heapq.heappush(heap, (cost - rows[depth + 1][0], depth + 1, 0, -cost, own))
-    return places
 
 
 @torch.no_grad()
@@ -132,4 +138,4 @@ def draft_table(
     tokens, log_probs, ranks = (
         torch.cat(part).unflatten(0, (-1, slots)).cpu().numpy() for part in zip(*parts, strict=True)
     )
-    return DraftTable(len(answer), tokens, log_probs, ranks)
+    return DraftTable(np.array(answer), tokens, log_probs, ranks)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dflare.adaptive import BranchOdds
+from dflare.adaptive.lookup import SpliceRule
 from dflare.checkpoint import check_pair
 from dflare.errors import DFlareError
 from dflare.training.data.conversation import Conversation, converse
@@ -23,11 +25,13 @@ from dflare.training.drafter.model import Drafter
 from dflare.training.errors import ConfigError
 from dflare.training.run.config import load_config
 from dflare.training.run.draft_table import draft_table
+from dflare.training.run.look_ups import look_ups
 from dflare.training.run.prompt_lookup import simulate
 from dflare.training.run.ranks import start_ranks
 from dflare.training.run.speculate import decode
 
-TREE_NODES = (4, 8, 12, 16, 32)
+_SPLICE_MEMORY = 3000  # steps, as the engine's policy has it
+TREE_TOKENS = (6, 8, 12, 16, 32)  # verified tokens: the anchor and drafted nodes
 
 
 @dataclass(frozen=True)
@@ -140,24 +144,35 @@ def evaluate(
 
     Returns:
         Scores of the whole block as a chain (``drafter``) and of prompt lookup; accept lengths of
-        chains by width and of trees by drafted nodes; tokens and steps of each prompt.
+        chains and trees by verified tokens, without and with the engine's look-ups; tokens and
+        steps of each prompt.
     """
     started = time.monotonic()
     size = drafter.config.block_size
     chains: dict[int, list[list[int]]] = {width: [] for width in range(2, size + 1)}
-    trees: dict[int, list[list[int]]] = {nodes: [] for nodes in TREE_NODES}
+    trees: dict[int, list[list[int]]] = {tokens: [] for tokens in TREE_TOKENS}
+    spliced, branched = ({key: [] for key in walks} for walks in (chains, trees))
+    # What look-ups are worth is learned from answer to answer, as a server does.
+    odds, rule = BranchOdds(), SpliceRule(_SPLICE_MEMORY)
     looked_up = []
     for prompt, answer in answers:
         table = draft_table(target, drafter, prompt, answer)
         for width, emitted in chains.items():
             emitted.append(table.chain(width))
-        for nodes, steps in table.tree(TREE_NODES).items():
-            trees[nodes].append(steps)
+        found = look_ups(prompt, answer, max(TREE_TOKENS) - 1)
+        seen = table.compare(found)
+        for width, emitted in spliced.items():
+            emitted.append(table.spliced(width, seen, rule.least_strength()))
+        for walks, branches in ((trees, None), (branched, found.branches(odds))):
+            for tokens, steps in table.tree(TREE_TOKENS, branches).items():
+                walks[tokens].append(steps)
+        found.teach(odds)
+        rule.observe(seen, size - 1)
         looked_up.append(simulate(prompt, answer, size - 1))
 
     def lengths(walks: dict[int, list[list[int]]]) -> dict[str, float]:
         return {
-            str(key): round(Score.of(emitted, size).accept_length, 4)
+            str(key): round(sum(map(sum, emitted)) / max(sum(map(len, emitted)), 1), 4)
             for key, emitted in walks.items()
         }
 
@@ -168,6 +183,8 @@ def evaluate(
         "prompt_lookup": Score.of(looked_up, size).to_dict(),
         "chain": lengths(chains),
         "tree": lengths(trees),
+        "chain_and_lookup": lengths(spliced),
+        "tree_and_lookup": lengths(branched),
         "by_prompt": [[sum(emitted), len(emitted)] for emitted in chains[size]],
         "seconds": round(time.monotonic() - started, 1),
         "device": str(target.device.type),
@@ -321,11 +338,12 @@ def run_evaluation(
             check_by_decoding(*pairs[0], answers[:check], max_new_tokens, stop_ids)
         conditions = {"draft": draft, "target": target_name, "max_new_tokens": max_new_tokens}
         report[name] = {**conditions, "temperature": temperature, **result}
-        own, lookup = result["drafter"], result["prompt_lookup"]
+        own, lookup, shown = result["drafter"], result["prompt_lookup"], str(TREE_TOKENS[2])
         print(
             f"{name}: accept length {own['accept_length']:.3f} ({own['steps']} steps, "
-            f"{result['prompts']} prompts), tree of {TREE_NODES[2]} nodes "
-            f"{result['tree'][str(TREE_NODES[2])]:.3f}, prompt lookup {lookup['accept_length']:.3f}"
+            f"{result['prompts']} prompts), trees of {shown} tokens {result['tree'][shown]:.3f}, "
+            f"with look-ups {result['tree_and_lookup'][shown]:.3f}, prompt lookup alone "
+            f"{lookup['accept_length']:.3f}"
         )
         for other in others:
             compared = compare(result["by_prompt"], other["by_prompt"])
