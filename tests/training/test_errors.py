@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -303,3 +304,12 @@ def test_snapshots_that_will_not_fit_are_refused_before_the_first_step(folder, m
     assert size < saved < 1.2 * size + 10_000
     with_room(size)  # beside the snapshot that is there, one more
     train(Trainer(train_config(folder, run__steps=7), tiny_target(), resume=True))
+
+
+def test_a_setting_of_generation_that_makes_no_sense_is_named(monkeypatch, capsys, tmp_path):
+    command = ["dflare", "synth", str(tmp_path / "out.jsonl.xz"), "--target", "demo"]
+    monkeypatch.setattr(sys, "argv", [*command, "--templated", "1", "--max-new-tokens", "0"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert "--max-new-tokens 0: Input should be greater than 0" in capsys.readouterr().err

@@ -1,29 +1,4 @@
 """The `dflare` command."""
 
-from dflare.cli import (
-    convert,
-    demo,
-    doctor,
-    draft_vocab,
-    evaluate,
-    inspect,
-    serve,
-    synth,
-    train,
-    verify,
-)
-from dflare.cli.app import main
-
-__all__ = [
-    "convert",
-    "demo",
-    "doctor",
-    "draft_vocab",
-    "evaluate",
-    "inspect",
-    "main",
-    "serve",
-    "synth",
-    "train",
-    "verify",
-]
+from dflare.cli import commands as commands
+from dflare.cli.app import main as main

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +15,7 @@ from dflare.training.data.files import DataFile
 from dflare.training.data.generate import Sampling
 from dflare.training.data.prompt_filter import PromptFilter
 from dflare.training.data.prompts import Message, read_lines
+from dflare.training.data.settings import SynthSettings
 from dflare.training.errors import ConfigError, DataError
 
 _USELESS = 2000  # user turns in a row that make no prompt, after which to give up
@@ -24,34 +24,6 @@ _MARK = "\u2980user turn\u2980"  # stands for a user turn in a chat template; no
 
 MakeGenerator = Callable[[Sampling, int], AnswersPrompts]
 """Makes a generator for a way of sampling and a length of prompt and answer together."""
-
-
-@dataclass(frozen=True)
-class SynthSettings:
-    """How data is generated; kept in the file.
-
-    Args:
-        temperature: Of the answers; 0 for greedy.
-        min_p: Tokens below this share of the most probable are not drawn.
-        max_new_tokens: Tokens of an answer.
-        max_length: Tokens of prompt and answer.
-        prompt_temperature: Of prompts that the target writes.
-        prompt_min_p: The same for them.
-        prompt_max_tokens: Longer user turns are thrown away.
-        openers: Beginnings of user turns that the target continues, in turn; more kinds of
-            questions than it would think of itself.
-        seed: Of everything drawn.
-    """
-
-    temperature: float = 0.0
-    min_p: float = 0.0
-    max_new_tokens: int = 512
-    max_length: int = 2048
-    prompt_temperature: float = 1.0
-    prompt_min_p: float = 0.02
-    prompt_max_tokens: int = 128
-    openers: tuple[str, ...] = ("",)
-    seed: int = 0
 
 
 def prompts_file(path: Path) -> Path:
@@ -147,7 +119,7 @@ class Synth:
         self._header = {
             "target": target_name,
             "vocab_size": vocab_size,
-            "generation": json.loads(json.dumps(asdict(settings))) | made_by,
+            "generation": settings.model_dump(mode="json") | made_by,
         }
         self._console = Console(stderr=True)
 

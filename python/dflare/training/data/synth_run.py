@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -11,18 +12,63 @@ from transformers import GenerationConfig
 from dflare.checkpoint import read_target_config
 from dflare.training.data.conversation import AnswersPrompts
 from dflare.training.data.generate import Generator, Sampling
-from dflare.training.data.prompts import Message, stop_tokens
+from dflare.training.data.prompts import Message, read_openers, read_prompts, stop_tokens
 from dflare.training.data.server_generator import ServerGenerator, own_server, served_dtype
-from dflare.training.data.synth import (
-    MakeGenerator,
-    Synth,
-    SynthSettings,
-    prompts_file,
-)
+from dflare.training.data.settings import GenerationSettings, SynthSettings
+from dflare.training.data.synth import MakeGenerator, Synth, minutes_from_now, prompts_file
 from dflare.training.data.target import choose_device, load_target, load_tokenizer, target_path
+from dflare.training.data.templates import read_templates
 from dflare.training.errors import ConfigError
 
 _ROWS_CPU, _ROWS_GPU = 16, 256
+
+
+def write_data(
+    output: Path,
+    target: str,
+    prompts: list[Path],
+    generation: GenerationSettings,
+    *,
+    templates: Path | None,
+    templated: int,
+    self_written: int,
+    exclude: list[Path],
+    openers: Path | None,
+    rows: int | None,
+    generator: str,
+    server: str | None,
+    device: str,
+    max_minutes: float | None,
+) -> None:
+    """Do what `dflare synth` is asked for; its help describes the arguments.
+
+    Raises:
+        ConfigError: Nothing to answer, or settings that make no sense.
+        DFlareError: A file, a target or a server that cannot be used.
+    """
+    if not prompts and not self_written and not templated:
+        raise ConfigError(
+            "nothing to answer: give --prompts FILE, --self-written N or --templated N"
+        )
+    if templated and templates is None:
+        raise ConfigError("--templated needs --templates FILE, such as configs/demo/templates.yaml")
+    given = read_openers(openers) if openers else ("",)
+    settings = SynthSettings(**generation.model_dump(), openers=given)
+    excluded = [messages for file in exclude for messages in read_prompts(file)]
+    asked = [messages for file in prompts for messages in read_prompts(file)]
+    deadline = minutes_from_now(max_minutes)
+    place: dict[str, Any] = {
+        "generator": generator,
+        "server": server,
+        "rows": rows,
+        "device": device,
+    }
+    with open_synth(output, target, settings, excluded, deadline, **place) as synth:
+        written = synth.write_prompts(self_written) if self_written else []
+        if templates is not None:
+            drawn = read_templates(templates).conversations(generation.seed)
+            written += synth.choose(drawn, templated)
+        synth.answer(asked + written)
 
 
 @contextmanager

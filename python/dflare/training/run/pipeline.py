@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dflare.text_file import read_text
 from dflare.training.data.prompts import read_openers, read_prompts
-from dflare.training.data.synth import SynthSettings
+from dflare.training.data.settings import GenerationSettings, SynthSettings
 from dflare.training.data.synth_run import open_synth
 from dflare.training.data.target import load_target
 from dflare.training.data.templates import read_templates
@@ -43,7 +43,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class SynthStage(_Section):
+class SynthStage(GenerationSettings):
     """Generation, beside the corpus that is there already.
 
     Args:
@@ -54,10 +54,6 @@ class SynthStage(_Section):
         rows: Sequences side by side.
         openers: File with beginnings of prompts.
         exclude: Files with prompts that must not be in the data.
-        max_new_tokens: Tokens of an answer.
-        max_length: Tokens of prompt and answer.
-        temperature: Of the answers.
-        seed: Of everything drawn.
     """
 
     self_written: int = Field(default=0, ge=0)
@@ -67,10 +63,6 @@ class SynthStage(_Section):
     rows: int = Field(gt=0)
     openers: str | None = None
     exclude: tuple[str, ...] = ()
-    max_new_tokens: int = Field(gt=0)
-    max_length: int = Field(gt=0)
-    temperature: float = Field(default=0.0, ge=0)
-    seed: int = 0
 
     @model_validator(mode="after")
     def _has_prompts(self) -> "SynthStage":
@@ -174,11 +166,8 @@ def _generate(
     stage: SynthStage, folder: Path, data: Path, training: TrainConfig, stages: Stages
 ) -> None:
     settings = SynthSettings(
-        temperature=stage.temperature,
-        max_new_tokens=stage.max_new_tokens,
-        max_length=stage.max_length,
+        **stage.model_dump(include=set(GenerationSettings.model_fields)),
         openers=read_openers(folder / stage.openers) if stage.openers else ("",),
-        seed=stage.seed,
     )
     excluded = [messages for name in stage.exclude for messages in read_prompts(folder / name)]
     left = 60.0 * (stage.minutes - stages.state["synth_minutes"])

@@ -1,43 +1,19 @@
-"""`dflare inspect`: validate a drafter, or a drafter and its target, and show what it is."""
+"""What commands show as tables."""
 
-import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from dflare.cli.app import app
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from dflare.checkpoint import Inspection
 
 _STATUS_STYLES = {"ok": "green", "failed": "bold red", "note": "yellow"}
 
 
-@app.command("inspect")
-def inspect_command(
-    draft: Annotated[str, typer.Argument(help="Folder or Hugging Face id of the drafter.")],
-    target: Annotated[
-        str | None, typer.Option(help="Folder or Hugging Face id of the target to check it with.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-) -> None:
-    """Validate a drafter, and that it fits a target; exit status 1 if anything is wrong."""
-    from dflare.checkpoint import inspect_draft
-    from dflare.checkpoint.problems import raise_problems
-
-    inspection = inspect_draft(draft, target)
-    if as_json:
-        typer.echo(json.dumps(inspection.to_dict(), indent=2))
-    else:
-        _print_tables(inspection)
-    raise_problems(draft, [f"{check.name}: {check.detail}" for check in inspection.failed])
-
-
-def _print_tables(inspection: "Inspection") -> None:
-    from rich.console import Console
-
+def show_inspection(inspection: "Inspection") -> None:
+    """Print what `inspect_draft` found."""
     console = Console()
     console.print(_summary_table(inspection))
     if inspection.fusion:
@@ -45,9 +21,7 @@ def _print_tables(inspection: "Inspection") -> None:
     console.print(_check_table(inspection))
 
 
-def _summary_table(inspection: "Inspection") -> "Table":
-    from rich.table import Table
-
+def _summary_table(inspection: "Inspection") -> Table:
     config, sizes = inspection.config, inspection.sizes
     windows = {config.window(layer) for layer in range(config.num_hidden_layers)}
     table = Table(title=str(inspection.folder), show_header=False, title_justify="left")
@@ -77,9 +51,7 @@ def _summary_table(inspection: "Inspection") -> "Table":
     return table
 
 
-def _fusion_table(inspection: "Inspection") -> "Table":
-    from rich.table import Table
-
+def _fusion_table(inspection: "Inspection") -> Table:
     table = Table(title="fusion: share of each tap", title_justify="left")
     table.add_column("layer", justify="right")
     for tap in inspection.config.target_layer_ids:
@@ -91,12 +63,32 @@ def _fusion_table(inspection: "Inspection") -> "Table":
     return table
 
 
-def _check_table(inspection: "Inspection") -> "Table":
-    from rich.table import Table
-    from rich.text import Text
-
+def _check_table(inspection: "Inspection") -> Table:
     table = Table(title="checks", show_header=False, title_justify="left")
     for check in inspection.checks:
         status = Text(check.status, style=_STATUS_STYLES[check.status])
         table.add_row(check.name, status, Text(check.detail))
     return table
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """Print what `verify_pair` found as a table."""
+    from dflare.adaptive.watch import ADVICE
+
+    table = Table(title=f"{report['target']} + {report['draft']}", show_header=False)
+    identical = report["identical"]
+    rows = {
+        "identical outputs": "not comparable at temperature > 0"
+        if identical is None
+        else f"{identical} of {report['prompts']}",
+        "accept length": f"{report['accept_length']:.2f} tokens a verify step",
+        "tokens/s without": f"{report['baseline_tok_s']:.1f}",
+        "tokens/s with DFLARE": f"{report['dflare_tok_s']:.1f}",
+        "speed-up": f"{report['speedup']:.2f}x at concurrency {report['concurrency']}",
+        "device": report["device"],
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+    if report["low_acceptance"]:
+        Console().print(f"[bold]Hardly any draft is accepted.[/bold] {ADVICE}", highlight=False)
