@@ -1,5 +1,7 @@
 """Look-ups in the engine propose what the text says, and answers stay the target's."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from engines import ALL_ARMS, proposals, running_engine
@@ -8,6 +10,7 @@ from test_lossless import generate, tokens
 from test_same_drafts import random_prompts
 from transformers import AutoTokenizer
 
+from dflare.engine.lookups import Proposal, Texts
 from dflare.ops import lookup_continuations_reference
 
 pytestmark = pytest.mark.slow
@@ -92,6 +95,47 @@ def test_proposals_after_retraction(random_pair):
         answers = ask(engine, prompts, 150, "retracted-texts", ignore_eos=False)
     assert any(answer["meta_info"]["num_retractions"] for answer in answers)
     assert check_named(prompts, answers, "retracted-texts") > 50
+
+
+@pytest.mark.parametrize("prefixes", [False, True])
+def test_a_prefix_that_came_from_elsewhere_is_noted_too(prefixes):
+    """HiCache fills slots without a prefill; slots that nobody else fills are noted already."""
+    table = torch.arange(32, dtype=torch.int32).view(2, 16)
+    runner = SimpleNamespace(
+        device="cpu",
+        token_to_kv_pool=SimpleNamespace(size=31, page_size=1),
+        req_to_token_pool=SimpleNamespace(req_to_token=table),
+    )
+    texts = Texts(runner, prefixes=prefixes)
+    req = SimpleNamespace(origin_input_ids=[1, 2, 3, 4, 5], output_ids=[1, 2], req_pool_idx=1)
+    batch = SimpleNamespace(
+        reqs=[req],
+        prefix_lens=[5],
+        out_cache_loc=torch.tensor([21, 22]),
+        input_ids=torch.tensor([1, 2]),
+        req_pool_indices=torch.tensor([1]),
+        seq_lens=torch.tensor([7]),
+        spec_info=SimpleNamespace(bonus_tokens=torch.tensor([3])),
+    )
+    texts.write(batch, prefill=True)
+    proposal = texts.look_up(batch, 2)
+    assert (proposal.found[0].tolist(), int(proposal.match)) == (
+        ([4, 5], 3) if prefixes else ([0, 0], 0)
+    )
+
+
+def test_a_proposal_replaces_drafts_and_is_held_against_what_was_committed():
+    found = torch.tensor([[5, 6, 7], [5, 6, 7], [0, 0, 0]])
+    proposal = Proposal(found, torch.tensor([9, 3, 0], dtype=torch.int32))
+    drafts = torch.tensor([[5, 9], [1, 2], [0, 4]])
+    proposal.splice(drafts, least_strength=4)
+    assert drafts.tolist() == [[5, 6], [1, 2], [0, 4]]
+    committed = torch.tensor([[5, 6, 8], [1, 3, 0], [0, 4, 2]])
+    seen = proposal.compare(committed, torch.tensor([3, 2, 3]))()
+    assert seen.match.tolist() == [9, 3, 0]
+    assert seen.right.tolist() == [2, 0, 0]
+    assert seen.agreed.tolist() == [1, 0, 1]
+    assert seen.drafted.tolist() == [1, 1, 2]
 
 
 COPY = (

@@ -148,7 +148,7 @@ class Arms:
         arms = config.arms if config else (chain(self._block),)
         self._agreement = Agreement(group, arms)
         policy = make_policy(config, lambda: self._measure(arms)) if config else None
-        self._adaptive = config is not None
+        self.adaptive = config is not None
         self._controller: ArmController | None = None
         if self._agreement.is_leader:
             labels = _metric_labels() if get_observability().enable_metrics else None
@@ -172,7 +172,7 @@ class Arms:
         ids = [req.rid for req in reqs]
         left = [req.sampling_params.max_new_tokens - len(req.output_ids) for req in reqs]
         choice = self._controller.begin(ids, left) if self._controller else None
-        if not self._adaptive:
+        if not self.adaptive:
             return chain(self._block), NEVER
         return self._agreement.settle(ids, left, choice)
 

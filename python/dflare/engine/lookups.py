@@ -32,10 +32,10 @@ class Texts:
         self._table = runner.req_to_token_pool.req_to_token
         self._prefixes = prefixes
 
-    def write(self, batch: Any) -> None:
-        """Note the tokens whose keys and values a prefill or a verification has just written."""
+    def write(self, batch: Any, *, prefill: bool = False) -> None:
+        """Note the tokens whose keys and values a verification, or a prefill, has just written."""
         self._tokens[batch.out_cache_loc] = batch.input_ids.int()
-        if not (self._prefixes and batch.forward_mode.is_extend()):
+        if not (prefill and self._prefixes):
             return
         for req, prefix in zip(batch.reqs, batch.prefix_lens, strict=True):
             text = [*req.origin_input_ids, *req.output_ids][:prefix]

@@ -62,7 +62,7 @@ class DFlareWorker(WorkerStart):
                 if penalised:
                     self.penalties.commit_prefill(penalised, result.next_token_ids)
                 if self.texts and prefill:
-                    self.texts.write(batch)
+                    self.texts.write(batch, prefill=True)
                 return result
             arm, splice = self.arms.choose(batch.reqs)
             self.context.flush([req.rid for req in batch.reqs] if arm.nodes == 1 else ())

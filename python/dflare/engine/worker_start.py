@@ -84,6 +84,8 @@ class WorkerStart(DFlashWorkerV2):
             make_policy=self.make_policy,
             run=self._dummy_step,
         )
+        if not self.arms.adaptive:
+            self.texts = None
         check_nothing_is_shared(before, self)
         # SGLang's account of what graphs take: shown in its log and its metrics.
         usage = self._additional_graph_memory_usage
