@@ -6,7 +6,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from dflare.adaptive import AdaptiveConfig
-from dflare.engine.plugin import ALGORITHM, ATTENTION_BACKEND
+from dflare.engine.names import ALGORITHM, ATTENTION_BACKEND
 from dflare.errors import DFlareError
 
 logger = logging.getLogger(__name__)

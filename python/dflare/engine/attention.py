@@ -9,7 +9,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from dflare import ops
-from dflare.engine.plugin import ATTENTION_BACKEND
+from dflare.engine.names import ATTENTION_BACKEND
 
 
 class BlockAttentionBackend(AttentionBackend):
@@ -154,12 +154,3 @@ class CpuAttentionBackend(BlockAttentionBackend):
             logit_cap=layer.logit_cap,
             parents=self._parents,
         )
-
-
-def create_backend(model_runner) -> AttentionBackend:
-    """Build the backend for the device of a model runner."""
-    if torch.device(model_runner.device).type == "cpu":
-        return CpuAttentionBackend(model_runner)
-    from dflare.engine.cuda_attention import CudaBlockAttentionBackend
-
-    return CudaBlockAttentionBackend(model_runner)

@@ -9,7 +9,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 
 from dflare import ops
 from dflare.engine.attention import BlockAttentionBackend
-from dflare.engine.plugin import ATTENTION_BACKEND
+from dflare.engine.names import ATTENTION_BACKEND
 from dflare.errors import UnsupportedError
 
 

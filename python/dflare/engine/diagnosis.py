@@ -7,7 +7,7 @@ import shutil
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
-from dflare.engine.plugin import ALGORITHM
+from dflare.engine.names import ALGORITHM
 from dflare.engine.version import check_sglang_version
 from dflare.errors import DFlareError
 

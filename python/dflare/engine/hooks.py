@@ -14,7 +14,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from dflare.engine.failed_step import FAILED_STEP_HOOKS
-from dflare.engine.plugin import ALGORITHM
+from dflare.engine.names import ALGORITHM
 from dflare.engine.request_guard import GUARDS
 from dflare.errors import UnsupportedError
 

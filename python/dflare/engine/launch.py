@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dflare.adaptive import AdaptiveConfig
 from dflare.checkpoint import check_finite, check_pair, read_config
-from dflare.engine.plugin import ALGORITHM
+from dflare.engine.names import ALGORITHM
 from dflare.engine.version import check_sglang_version
 from dflare.errors import CheckpointError, DFlareError
 from dflare.text_file import parse_json_line, read_text_lines

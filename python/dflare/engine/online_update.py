@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang.srt.runtime_context import get_spec
 
-from dflare.engine.plugin import ALGORITHM
+from dflare.engine.names import ALGORITHM
 
 _REFUSAL = (
     "DFLARE does not update a drafter online: its tensors cannot be told from the target's. Send "

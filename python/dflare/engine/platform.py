@@ -14,7 +14,7 @@ import torch
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities, SRTPlatform
 
-from dflare.engine.plugin import ALGORITHM, ATTENTION_BACKEND
+from dflare.engine.names import ALGORITHM, ATTENTION_BACKEND
 
 # Share of the memory that is free at start which weights and the KV pools may take, and a cap on
 # the pools: SGLang's defaults suit a device that nothing else uses, and a CPU pool is zeroed at

@@ -4,11 +4,9 @@ SGLang calls `register` early in every process, before it parses arguments, so t
 imports nothing heavy until then, and nothing here needs a device.
 """
 
+from dflare.engine.names import ALGORITHM, ATTENTION_BACKEND
 from dflare.engine.version import check_sglang_version
 from dflare.errors import UnsupportedError
-
-ALGORITHM = "DFLARE"
-ATTENTION_BACKEND = "dflare"
 
 
 def register() -> None:
@@ -56,6 +54,10 @@ def _register_attention_backend() -> None:
     @register_attention_backend(ATTENTION_BACKEND)
     def _create(model_runner):
         # Here and not above: this loads the operator library, which only its users need.
-        from dflare.engine.attention import create_backend
+        if str(model_runner.device) == "cpu":
+            from dflare.engine.attention import CpuAttentionBackend
 
-        return create_backend(model_runner)
+            return CpuAttentionBackend(model_runner)
+        from dflare.engine.cuda_attention import CudaBlockAttentionBackend
+
+        return CudaBlockAttentionBackend(model_runner)

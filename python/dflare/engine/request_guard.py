@@ -218,8 +218,8 @@ def is_active() -> bool:
     from sglang.srt.platforms import current_platform
     from sglang.srt.runtime_context import get_spec
 
+    from dflare.engine.names import ALGORITHM
     from dflare.engine.platform import CpuPlatform
-    from dflare.engine.plugin import ALGORITHM
 
     if isinstance(current_platform, CpuPlatform):
         return True

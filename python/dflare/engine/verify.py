@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from dflare.adaptive.watch import is_low
 from dflare.engine.interrupt import ends_quietly_at_ctrl_c
 from dflare.engine.launch import QUESTIONS_FILE, check_before_start, read_prompts
-from dflare.engine.plugin import ALGORITHM
+from dflare.engine.names import ALGORITHM
 from dflare.errors import DFlareError
 from dflare.processor import device_name
 
