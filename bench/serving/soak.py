@@ -4,7 +4,7 @@
 
 A server without speculation first gives the reference answers. Then a server with DFLARE meets
 bursts of greedy and sampled requests, long prompts with common beginnings, grammars, logprobs,
-clients that leave, and requests that are wrong, in a KV pool so small that requests are retracted.
+clients that leave, and wrong and odd requests, in a KV pool so small that requests are retracted.
 Afterwards: no fault that is not the client's, every greedy answer (also of a grammar, with logprobs
 or cut off) equal to the reference, every KV slot free or in the prefix cache, no process dead or
 growing, no traceback in the log, at least three widths used, requests retracted. Exit status 0 and

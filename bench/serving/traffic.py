@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 
+from bench.serving.odd_requests import odd_request, wrong_requests
 from bench.serving.reference import PATTERN, PATTERN_PARAMS, Reference, greedy_params
 
 _LONG_ANSWER = 160  # tokens
@@ -52,6 +53,7 @@ class Traffic:
             "logprobs": (1, self._logprobs),
             "cut off": (3, self._cut_off),
             "bad": (2, self._bad),
+            "odd": (2, self._odd),
         }
 
     async def send(self, session: aiohttp.ClientSession, name: str | None = None) -> None:
@@ -74,8 +76,8 @@ class Traffic:
         """
         for name, (_, request) in self._kinds.items():
             await self._judge(session, name, request)
-        for body in self._bad_bodies():
-            await self._judge(session, "bad", functools.partial(self._refused, body))
+        for path, body in wrong_requests(self._any_prompt()):
+            await self._judge(session, "bad", functools.partial(self._refused, path, body))
 
     async def _judge(
         self,
@@ -169,26 +171,21 @@ class Traffic:
                     assert aborted.status == 200, f"abort: status {aborted.status}"
 
     async def _bad(self) -> None:
-        await self._refused(self._random.choice(self._bad_bodies()))
+        await self._refused(*self._random.choice(wrong_requests(self._any_prompt())))
 
-    def _bad_bodies(self) -> list[dict[str, Any]]:
-        """Requests that must be refused, with an error of the client's."""
-        text = self._any_prompt()
-        return [
-            {"text": text, "sampling_params": {"max_new_tokens": -1}},
-            {"text": text, "sampling_params": {"temperature": -1.0}},
-            {"text": text, "sampling_params": {"top_p": 7}},
-            {"text": text, "sampling_params": {"regex": "(", "max_new_tokens": 4}},
-            {"sampling_params": {"max_new_tokens": 4}},
-            {"text": "word " * 20_000, "sampling_params": {"max_new_tokens": 4}},
-        ]
-
-    async def _refused(self, body: dict[str, Any]) -> None:
-        async with self._session.post(f"{self._url}/generate", json=body) as response:
+    async def _refused(self, path: str, body: dict[str, Any]) -> None:
+        async with self._session.post(f"{self._url}{path}", json=body) as response:
             refusal = (await response.text())[:200]
             assert 400 <= response.status < 500, (
                 f"{json.dumps(body)[:120]}: status {response.status}, expected 4xx: {refusal}"
             )
+
+    async def _odd(self) -> None:
+        """Answered or refused; what follows shows that it left no trace."""
+        body = odd_request(self._any_prompt(), self._random)
+        async with self._session.post(f"{self._url}/generate", json=body) as response:
+            text = (await response.text())[:200]
+            assert response.status < 500, f"{json.dumps(body)}: status {response.status}: {text}"
 
     def _any_prompt(self) -> str:
         return self._random.choice(self._prompts)
