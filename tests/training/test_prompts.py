@@ -60,10 +60,12 @@ def test_a_seed_gives_the_same_prompts_again():
         ),
         ("templates: ['{noun}']", "no list noun"),
         ("a: [", "t.yaml"),
+        (b"templates:\n- \xff", "line 2: byte 0xff"),
     ],
 )
 def test_templates_that_cannot_be_filled_are_refused(tmp_path, content, hint):
-    (tmp_path / "t.yaml").write_text(content)
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "t.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=hint):
         next(read_templates(tmp_path / "t.yaml").conversations(0))
 

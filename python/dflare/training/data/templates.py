@@ -11,6 +11,7 @@ import inflect
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from dflare.text_file import read_text
 from dflare.training.data.prompts import Message
 from dflare.training.errors import ConfigError
 
@@ -124,6 +125,6 @@ def read_templates(path: Path) -> Templates:
         ConfigError: It cannot be read, or is no such file.
     """
     try:
-        return Templates.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+        return Templates.model_validate(yaml.safe_load(read_text(path, ConfigError)))
+    except (yaml.YAMLError, ValidationError) as error:
         raise ConfigError(f"{path}: {error}") from error
