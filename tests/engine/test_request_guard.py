@@ -15,6 +15,7 @@ from dflare.engine.request_guard import (
     Limits,
     _check_profile,
     _check_stop_regex,
+    _item,
     _normalize,
     check_request,
     check_shape,
@@ -175,6 +176,14 @@ def test_refuses_sampling_parameters_for_other_prompts(text, params):
     request = GenerateReqInput(text=text, sampling_params=params)
     with pytest.raises(ValueError, match=r"sampling_params"):
         _normalize(GenerateReqInput.normalize_batch_and_arguments, request)
+
+
+def test_refuses_a_list_that_is_shorter_than_the_prompts():
+    request = GenerateReqInput(text=["a", "b"], sampling_params={}, token_indices_to_pool=[[0]])
+    _normalize(GenerateReqInput.normalize_batch_and_arguments, request)
+    assert _item(GenerateReqInput.__getitem__, request, 0).text == "a"
+    with pytest.raises(ValueError, match="a value for each of its 2 prompts"):
+        _item(GenerateReqInput.__getitem__, request, 1)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from dflare.engine.failed_step import FAILED_STEP_HOOKS
 from dflare.engine.names import ALGORITHM
+from dflare.engine.refusals import REFUSALS
 from dflare.engine.request_guard import GUARDS
 from dflare.errors import UnsupportedError
 
@@ -143,7 +144,7 @@ _IN_THE_SCHEDULER = (
 )
 _GUARDS = tuple(
     Hook(f"sglang.srt.{target}", function, HookType.AROUND, parameters)
-    for target, function, parameters in (*GUARDS, *FAILED_STEP_HOOKS)
+    for target, function, parameters in (*GUARDS, *REFUSALS, *FAILED_STEP_HOOKS)
 )
 _ON_THE_CPU_PLATFORM = (
     Hook(

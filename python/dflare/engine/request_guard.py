@@ -235,6 +235,19 @@ def _normalize(original, request) -> None:
         _check_one_each(request)
 
 
+def _item(original, request, i):
+    """The request of one prompt of several: SGLang does not look at the length of every list."""
+    try:
+        return original(request, i)
+    except (LookupError, TypeError) as error:
+        if not is_active():
+            raise
+        raise ValueError(
+            f"a field of the request that is a list must have a value for each of its "
+            f"{request.batch_size} prompts ({error})"
+        ) from error
+
+
 def _tokenized(original, manager, obj, *args, **kwargs):
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 
@@ -310,6 +323,7 @@ def _short(value: Any) -> str:
 # where DFLARE or this package's CPU platform serves. `dflare.engine.hooks` puts them in place.
 GUARDS = (
     ("managers.io_struct.GenerateReqInput.normalize_batch_and_arguments", _normalize, "self"),
+    ("managers.io_struct.GenerateReqInput.__getitem__", _item, "self i"),
     (
         "managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
         _tokenized,
