@@ -42,6 +42,7 @@ def load() -> Any:
     _module = __import__(MODULE)
     sys.path.remove(str(libraries.module_folder))
     _module.override_all()
+    _module.follow_allocations()
     for kind in ("flash", "mem_efficient", "cudnn"):
         getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
     torch.cuda._is_in_bad_fork = lambda: False  # the device survives a fork

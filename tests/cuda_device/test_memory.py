@@ -52,6 +52,20 @@ def test_a_graph_keeps_its_pool() -> None:
     assert free() == before
 
 
+def test_beyond_a_limit_memory_is_counted_and_not_touched() -> None:
+    device, before = cuda_device.load(), free()
+    device.set_work_limit(64 * 1024)
+    try:
+        x = torch.ones(1000 * MB, dtype=torch.uint8, device="cuda")
+        y = torch.cat([x, x])
+        small = torch.ones(4, device="cuda") + 1
+    finally:
+        device.set_work_limit((1 << 64) - 1)
+    assert before - free() == 3000 * MB and y.shape == (2000 * MB,)
+    assert not x[:100].any() and not y[-100:].any()
+    assert small.tolist() == [2.0] * 4
+
+
 def test_the_end_of_memory_is_reported_as_on_a_gpu() -> None:
     held = torch.empty(3000 * MB, dtype=torch.uint8, device="cuda")
     with pytest.raises(torch.cuda.OutOfMemoryError, match=r"total capacity of 4\.00 GiB"):

@@ -165,6 +165,20 @@ def test_a_graph_and_what_stands_beside_it() -> None:
     expect_race(lambda: work(wait=False), "write by aten::add_", "write by aten::mul_")
 
 
+def test_a_graph_that_outlives_memory_which_it_borrows() -> None:
+    class Owner:
+        x = torch.zeros(256, device="cuda")
+
+    graph = graph_of(lambda: Owner.x.add_(1))
+    expect_none(graph.replay)
+    inside = graph_of(lambda: (Owner.x + 1).mul_(2))  # its own pool's, freed in the capture
+    expect_none(inside.replay)
+    Owner.x = Owner.x.clone()
+    for again in (graph, inside):
+        with pytest.raises(AssertionError, match="freed since its capture"), cuda_device.no_races():
+            again.replay()
+
+
 def test_replays_on_one_stream_are_ordered() -> None:
     x = torch.zeros(4, device="cuda")
     graph = graph_of(lambda: x.add_(1))

@@ -269,7 +269,7 @@ void run_on_device(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* st
   Call call{.op = op, .args = torch::jit::pop(*stack, op.schema().arguments().size())};
   const bool must_wait = waits(op, call.args);
   if (must_wait) check(wait(call.stream, call.schema.name().c_str()), op);
-  const bool deferred = lazy() || capturing(call.stream);
+  const bool deferred = lazy() || has_work_limit() || capturing(call.stream);
   Stack results = must_wait || !deferred ? run_now(call, must_wait) : run_later(call);
   for (c10::IValue& result : results) stack->push_back(std::move(result));
 }

@@ -1,4 +1,6 @@
 // The Python module: registers the operators and steers the runtime.
+#include <ATen/Context.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -6,6 +8,7 @@
 #include <map>
 #include <unordered_set>
 
+#include "../runtime/allocations.h"
 #include "../runtime/races.h"
 #include "fallback.h"
 
@@ -58,6 +61,20 @@ void override_all() {
   register_kernel({"aten::copy_", ""}, device_kernel());
   register_kernel({"aten::_fused_sdp_choice", ""},
                   c10::KernelFunction::makeFromUnboxedRuntimeFunction(&fused_sdp_choice));
+}
+
+// Tells the runtime of every allocation outside of the private pools of graphs.
+void follow_allocations() {
+  using c10::CachingDeviceAllocator::TraceEntry;
+  at::globalContext().lazyInitDevice(c10::kCUDA);
+  c10::cuda::CUDACachingAllocator::attachAllocatorTraceTracker([](const TraceEntry& entry) {
+    if (entry.mempool_ != c10::MempoolId_t{0, 0}) return;
+    if (entry.action_ == TraceEntry::ALLOC) {
+      allocations::on_allocated(entry.addr_, entry.addr_ + entry.size_);
+    } else if (entry.action_ == TraceEntry::FREE_REQUESTED) {
+      allocations::on_freed(entry.addr_);
+    }
+  });
 }
 
 void override_op(const std::string& name, const std::string& overload,
@@ -193,6 +210,7 @@ py::dict stats_dict() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   set_hooks({on_wait, python_site, release_interpreter, restore_interpreter});
   m.def("override_all", &override_all);
+  m.def("follow_allocations", &follow_allocations);
   m.def("override_op", &override_op, py::arg("name"), py::arg("overload") = "",
         py::arg("stand_in") = "");
   m.def("launch_op", &launch_op, py::arg("name"), py::arg("overload"), py::arg("stand_in"));
@@ -208,6 +226,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_lazy", &set_lazy, py::arg("on"), py::arg("seed") = 0,
         py::call_guard<py::gil_scoped_release>());
   m.def("set_memory_size", &set_memory_size);
+  m.def("set_work_limit", &set_work_limit);
   m.def("set_wait_callback", [](py::object callback) { wait_callback() = std::move(callback); });
   m.def("watch_races", &races::watch, py::call_guard<py::gil_scoped_release>());
   m.def("races", &races::reports);

@@ -33,6 +33,7 @@ void add_node(CUstream_st& stream, Work work) {
   nodes.push_back(
       std::make_unique<CUgraphNode_st>(std::move(work), site(), stream.after, nodes.size()));
   stream.after = {nodes.back().get()};
+  races::on_capture(*stream.graph, nodes.back()->work.accesses);
 }
 
 bool capturing(cudaStream_t stream) {

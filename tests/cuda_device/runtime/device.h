@@ -66,6 +66,11 @@ bool capturing(cudaStream_t stream);
 bool lazy();
 void set_lazy(bool on, uint64_t seed);
 
+// Work that touches more bytes is not run, nor is any kernel of ours: its results are what memory
+// held before, zeros if it is fresh. For models of sizes whose memory is counted, not touched.
+void set_work_limit(size_t bytes);
+bool has_work_limit();
+
 // Bytes of device memory that cudaMemGetInfo reports and cudaMalloc keeps to.
 void set_memory_size(size_t bytes);
 

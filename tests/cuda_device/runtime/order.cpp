@@ -14,11 +14,20 @@ bool may_overlap(const Work& work, const Work* next) {
   return work.finish && next && next->finish && next->overlaps_prior;
 }
 
+bool is_beyond_limit(const Work& work) {
+  const size_t limit = state().work_limit;
+  if (limit == SIZE_MAX) return false;
+  size_t bytes = 0;
+  for (const Access& access : work.accesses) bytes += access.end - access.begin;
+  return work.finish || bytes > limit;
+}
+
 // Runs work whose failure the host learns of later. A kernel that the `next` one may overlap is
 // left to run together with it.
 void run_deferred(const Work& work, const char* site, const Work* next = nullptr) {
   State& s = state();
   if (!s.failure.empty()) return;  // the device is lost
+  if (is_beyond_limit(work)) return;
   try {
     const host_access::DeviceRights rights(work.accesses);
     work.run();
@@ -126,6 +135,13 @@ void run_until(Condition met) {
 
 }  // namespace
 
+void set_work_limit(size_t bytes) {
+  Lock lock;
+  state().work_limit = bytes;
+}
+
+bool has_work_limit() { return state().work_limit != SIZE_MAX; }
+
 void run_one() { run_any(); }
 
 void drain() {
@@ -190,8 +206,10 @@ cudaError_t enqueue(cudaStream_t handle, Work work) {
     Running running;
     const host_access::DeviceRights rights(work.accesses);
     s.stats.tasks += 1;
-    work.run();
-    if (work.finish) work.finish();
+    if (!is_beyond_limit(work)) {
+      work.run();
+      if (work.finish) work.finish();
+    }
   }
   drain();  // what it enqueued
   return cudaSuccess;
@@ -204,6 +222,7 @@ void add_accesses(cudaStream_t handle, const std::vector<Access>& accesses) {
   if (stream.graph) {
     auto& known = stream.graph->nodes.back()->work.accesses;
     known.insert(known.end(), accesses.begin(), accesses.end());
+    races::on_capture(*stream.graph, accesses);
   } else {
     races::on_work(stream, {.name = stream.last_name, .run = nullptr, .accesses = accesses}, where);
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <set>
 
+#include "allocations.h"
 #include "host_access.h"
 #include "state.h"
 
@@ -207,12 +208,27 @@ void on_graph(CUstream_st& stream, CUgraph_st& graph, const char* site) {
   if (!graph.analysed) analyse(graph);
   all.reports.insert(graph.conflicts.begin(), graph.conflicts.end());
   const uint64_t epoch = advance(stream);
+  for (const auto& [number, borrowed] : graph.borrowed) {
+    if (allocations::find(borrowed.access.begin) == number) continue;
+    const CUgraphNode_st& node = *borrowed.node;
+    const Touch touch{stream.id, epoch, interned(node.work.name), node.site, site};
+    all.reports.insert(describe(touch, borrowed.access.write) +
+                       " touches memory that was freed since its capture");
+  }
   for (const auto& [access, node] : graph.footprint) {
     const Touch touch{stream.id, epoch, interned(node->work.name), node->site, site};
     shadow().access(access, touch, [&](const Touch& prior) {
       return at(stream.clock, prior.entity) >= prior.epoch;
     });
     host_access::watch({access});
+  }
+}
+
+void on_capture(CUgraph_st& graph, const std::vector<Access>& accesses) {
+  const CUgraphNode_st* node = graph.nodes.back().get();
+  for (const Access& access : accesses) {
+    const uint64_t number = allocations::find(access.begin);
+    if (number) graph.borrowed.try_emplace(number, access, node);
   }
 }
 

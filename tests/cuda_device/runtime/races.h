@@ -6,6 +6,7 @@
 // waits join clocks (Lamport's happens-before, as in FastTrack, Flanagan and Freund 2009). The last
 // write and the reads since are kept for every range of addresses. Memory that the allocator gives
 // out again is ordered by its stream, or was recorded on others (record_stream), or is a race.
+// Memory that a graph touches outside of its pool and that was freed since its capture is one too.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +30,8 @@ bool watching();
 
 void on_work(CUstream_st& stream, const Work& work, const char* site);
 void on_graph(CUstream_st& stream, CUgraph_st& graph, const char* site);
+// The node that was captured last touches these.
+void on_capture(CUgraph_st& graph, const std::vector<Access>& accesses);
 void on_stream_wait(CUstream_st& stream, const Clock& event);
 void on_host_wait(const Clock& clock);
 void on_host_wait_for_all();

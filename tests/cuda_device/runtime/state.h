@@ -26,13 +26,20 @@ struct CUgraphNode_st {
   std::shared_ptr<CUevent_st> recorded{};  // that waiters outside the graph may wait for
 };
 
+// Memory outside of the graph's own pool that a node touches.
+struct Borrowed {
+  testdevice::Access access;
+  const CUgraphNode_st* node;
+};
+
 struct CUgraph_st {
   unsigned long long id;
   std::vector<std::unique_ptr<CUgraphNode_st>> nodes;
   std::vector<std::shared_ptr<CUuserObject_st>> retained;
   // What a launch touches, and the node that does (races.cpp).
   std::vector<std::pair<testdevice::Access, const CUgraphNode_st*>> footprint;
-  std::set<std::string> conflicts;  // between its branches
+  std::set<std::string> conflicts;        // between its branches
+  std::map<uint64_t, Borrowed> borrowed;  // by the allocation's number
   bool analysed = false;
   // While it is captured:
   cudaStream_t origin;
@@ -91,6 +98,7 @@ struct State {
   std::map<CUgraph_st*, std::shared_ptr<CUgraph_st>> graphs;
   std::set<CUgraph_st*> captures;  // in progress
   bool lazy = false;
+  size_t work_limit = SIZE_MAX;
   std::mt19937_64 random;
   int running = 0;  // depth: work may enqueue work
   std::string failure;
