@@ -52,6 +52,18 @@ def results_read_too_early() -> None:
 
 
 @_plant
+def schedule_outside_the_graph() -> None:
+    """The schedule is made anew each step, but the graph reads the one of its capture."""
+    make = CudaBlockAttentionBackend.init_forward_metadata_in_graph
+    CudaBlockAttentionBackend.init_forward_metadata_in_graph = (  # type: ignore[method-assign]
+        lambda self, batch: None
+    )
+    CudaBlockAttentionBackend.init_forward_metadata_out_graph = (  # type: ignore[method-assign]
+        lambda self, batch, in_capture=False: make(self, batch)
+    )
+
+
+@_plant
 def host_waits_in_plain_step() -> None:
     """The plain step reads a tensor of the device."""
     accept = DFlareWorker._accept_block
@@ -112,3 +124,26 @@ def buffer_shared_between_widths() -> None:
                 worker._draft_block_tokens_buf = own
 
     WidthStates.at = keep  # type: ignore[method-assign]
+
+
+def _leave_in_place(name: str, owner: str, attribute: str) -> None:
+    """After a step of a width, an object of its set stays for steps of the block and prefills."""
+
+    def put_in() -> None:
+        at = WidthStates.at
+
+        @contextmanager
+        def leave(states: WidthStates, width: int) -> Iterator[None]:
+            holder = getattr(states._worker, owner) if owner else states._worker
+            with at(states, width):
+                yield
+                left = getattr(holder, attribute)
+            setattr(holder, attribute, left)
+
+        WidthStates.at = leave  # type: ignore[method-assign]
+
+    PLANTS[name] = put_in
+
+
+_leave_in_place("targets_backend_left_in_place", "model_runner", "attn_backend")
+_leave_in_place("sampler_left_in_place", "", "_draft_sampler")

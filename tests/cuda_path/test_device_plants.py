@@ -21,7 +21,10 @@ START, AT_ONCE, ORDER, WAITS, RACES = "start", "at once", "order", "waits", "rac
 FOUND_BY = {
     None: set(),
     "wait_during_capture": {START},
+    "schedule_outside_the_graph": {RACES},
     "buffer_shared_between_widths": {AT_ONCE},
+    "targets_backend_left_in_place": {AT_ONCE},
+    "sampler_left_in_place": {AT_ONCE},
     "host_waits_in_plain_step": {WAITS},
     "no_wait_for_scheduler": {ORDER, RACES},
     "results_read_too_early": {ORDER},

@@ -20,6 +20,22 @@ def test_pages(pair, reference, page):
         assert result["answers"]["again-0"]["cached"] >= len(requests[0]["ids"]) // page * page
 
 
+def test_retraction(pair, reference):
+    """Six answers of 100 tokens do not fit into 320 slots; those taken back begin again.
+
+    SGLang takes none back that ignore their end: it knows how long they get.
+    """
+    small = {"max_total_tokens": 320, "schedule_conservativeness": 0.01}
+    with running_scheduler(*pair, widths=[3, 1, 4, 2], **small) as scheduler:
+        requests = greedy("retract", prompts(6, 20, 30, seed=90), 80)
+        for request in requests:
+            request["sampling"] = request["sampling"] | {"ignore_eos": False}
+        result = scheduler.generate(requests)
+        # A token that comes with the prefill after a retraction was never drafted.
+        check(result, requests, reference, mixed=True)
+        assert sum(answer["retracted"] for answer in result["answers"].values())
+
+
 @pytest.mark.long
 def test_draft_window(pair, reference):
     with running_scheduler(*pair, widths=[4], speculative_draft_window_size=32) as scheduler:

@@ -18,13 +18,13 @@ from pathlib import Path
 def load() -> None:
     """Put the device below torch, and import everything that a scheduler needs."""
     tests = Path(__file__).resolve().parent.parent
-    sys.path[:0] = [str(tests / "cuda_path"), str(tests / "emulation"), str(tests)]
+    sys.path[:0] = [str(tests / "cuda_path"), str(tests)]
     import device  # noqa: F401 - before torch
-    import own_kernels
     import stand_ins
+    from cuda_device.own_kernels import load_kernels
 
     stand_ins.install()
-    own_kernels.install()
+    load_kernels()
     import in_process  # noqa: F401 - imports the scheduler
     from sglang.srt.models.registry import ModelRegistry
 

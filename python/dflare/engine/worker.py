@@ -79,8 +79,6 @@ class DFlareWorker(WorkerStart):
         grammar_barrier: Any = None,
     ) -> GenerationBatchResult:
         """One step of an arm: a block's of DFLASH, or one that verifies without a draft pass."""
-        # The previous step may have made it on another stream.
-        batch.seq_lens.record_stream(torch.get_device_module(self.device).current_stream())
         proposal = self.texts.look_up(batch, arm.nodes) if self.texts else None
         candidates = _candidates(batch, arm, proposal)
         with ExitStack() as stack:
