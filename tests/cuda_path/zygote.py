@@ -18,7 +18,7 @@ from pathlib import Path
 def load() -> None:
     """Put the device below torch, and import everything that a scheduler needs."""
     tests = Path(__file__).resolve().parent.parent
-    sys.path[:0] = [str(tests / "cuda_path"), str(tests)]
+    sys.path[:0] = [str(tests / "cuda_path"), str(tests / "engine"), str(tests)]
     import device  # noqa: F401 - before torch
     import stand_ins
     from cuda_device.own_kernels import load_kernels
