@@ -1,5 +1,6 @@
 """SGLang's real `Scheduler` in this process, driven without tokenizer and detokenizer processes."""
 
+import gc
 import os
 from array import array
 from contextlib import suppress
@@ -14,6 +15,7 @@ from device import DEVICE
 from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
+from sglang.srt.model_executor.runner_backend.full_cuda_graph_backend import FullCudaGraphBackend
 from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import SpawnRanks, publish
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -46,6 +48,8 @@ class InProcessScheduler:
         widths: Verify widths of successive decode steps, cyclic; or a value of DFLARE_ADAPTIVE.
         plant: Name of a bug to put in (see `plants`).
         order: Seed of a random legal order of the device's work, None to run work at once.
+        memory_gb: Size of the device, for a model whose memory is counted and never touched: no
+            work on more than a megabyte runs.
         rank, ranks, port: Of tensor parallelism.
         server_args: SGLang's, over `DEFAULTS`.
     """
@@ -57,12 +61,16 @@ class InProcessScheduler:
         widths: list[int] | str = "off",
         plant: str | None = None,
         order: int | None = None,
+        memory_gb: float | None = None,
         rank: int = 0,
         ranks: int = 1,
         port: int | None = None,
         **server_args: Any,
     ) -> None:
         os.environ["DFLARE_ADAPTIVE"] = widths if isinstance(widths, str) else "on"
+        if memory_gb:
+            DEVICE.set_memory_size(int(memory_gb * 1e9))
+            DEVICE.set_work_limit(1 << 20)
         load_plugins()
         self._proposals = observers.Proposals()
         self._widths = observers.script_widths(None if isinstance(widths, str) else widths)
@@ -109,8 +117,8 @@ class InProcessScheduler:
 
         Returns:
             `answers` by rid: `ids`, `finish`, `cached`, `retracted`, `logprobs`, `proposals`;
-            `widths` of the decode steps; `waits` of the host by call site; `races`, accesses
-            that are in order by luck alone.
+            `widths` of the decode steps and the `batches` that they ran for; `replays` of graphs;
+            `waits` of the host by call site; `races`, accesses that are in order by luck alone.
         """
         for request in requests:
             self._inbox.append((request.get("after", 0), self._to_request(request)))
@@ -119,6 +127,7 @@ class InProcessScheduler:
                 self._aborts[request["rid"]] = request["abort_after"]
         self._polls = self._idle = 0
         self._widths.clear()
+        replays = DEVICE.stats()["graph_launches"]
         if watch_races:
             DEVICE.watch_races(True)
         with observers.host_waits(count_waits) as waits, suppress(_Stop):
@@ -134,7 +143,9 @@ class InProcessScheduler:
             races = list(DEVICE.races())
         return {
             "answers": answers,
-            "widths": list(self._widths),
+            "widths": [width for width, _ in self._widths],
+            "batches": [requests for _, requests in self._widths],
+            "replays": DEVICE.stats()["graph_launches"] - replays,
             "waits": dict(waits),
             "races": races,
         }
@@ -148,6 +159,24 @@ class InProcessScheduler:
         stats = DEVICE.stats()
         del stats["live_bytes"]
         return stats | {"launches_of_stand_ins": sum(stand_ins.table.launches.values())}
+
+    def graphs(self) -> dict[str, int]:
+        """Number of CUDA graphs, bytes of states [., T * H] that they leave, free bytes."""
+        graphs = [b._outputs for b in gc.get_objects() if isinstance(b, FullCudaGraphBackend)]
+        outputs = [out for of_runner in graphs for out in of_runner.values()]
+        states = [x for out in outputs if (x := getattr(out, "hidden_states", None)) is not None]
+        hidden = self._scheduler.model_config.hidden_size
+        kept = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for x in states
+            if x.shape[-1] > hidden
+        }
+        free = torch.cuda.mem_get_info()[0]
+        return {"graphs": len(outputs), "tap_bytes": sum(kept.values()), "free_bytes": free}
+
+    def widths(self) -> list[int]:
+        """Verify widths that steps may have."""
+        return list(self._scheduler.draft_worker.arms._states.widths)
 
     def launches(self) -> dict[str, int]:
         """Launches so far by the kernel's name; in a graph, at its capture."""

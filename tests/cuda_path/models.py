@@ -12,6 +12,7 @@ LAYERS = 3
 _SIZES = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": "bfloat16"}
 # The reference computes in float32, the engine in bfloat16: logits closer than this are a tie.
 TIE = 0.2
+CAPTURED = 4  # requests of the largest graph, unless a test says otherwise
 GREEDY = {"temperature": 0, "ignore_eos": True}
 
 
@@ -35,6 +36,12 @@ def greedy(name: str, ids: list[list[int]], new_tokens: int, **more: Any) -> lis
         {"rid": f"{name}-{i}", "ids": x, "sampling": GREEDY | {"max_new_tokens": new_tokens}} | more
         for i, x in enumerate(ids)
     ]
+
+
+def expected_replays(result: dict[str, Any]) -> int:
+    """Graphs of a run: the target's, and the drafter's, of each step that fits a captured size."""
+    steps = zip(result["widths"], result["batches"], strict=True)
+    return sum(1 + (width > 1) for width, requests in steps if requests <= CAPTURED)
 
 
 @torch.no_grad()

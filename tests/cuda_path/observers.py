@@ -51,9 +51,9 @@ class Proposals:
         return found
 
 
-def script_widths(script: list[Turn] | None) -> list[int]:
-    """Let decode steps be these in turn, without measuring; returns the widths that ran."""
-    ran: list[int] = []
+def script_widths(script: list[Turn] | None) -> list[tuple[int, int]]:
+    """Let decode steps be these in turn, unmeasured; returns those that ran: width, requests."""
+    ran: list[tuple[int, int]] = []
     if script is None:
         return ran
 
@@ -61,7 +61,7 @@ def script_widths(script: list[Turn] | None) -> list[int]:
         return configuration(script, block_size)
 
     def make_policy(config: AdaptiveConfig, _measure: Any) -> ArmPolicy:
-        return ScriptedPolicy(config, script, ran.append)
+        return ScriptedPolicy(config, script, lambda *step: ran.append(step))
 
     DFlareWorker.configure = staticmethod(configure)
     DFlareWorker.make_policy = staticmethod(make_policy)

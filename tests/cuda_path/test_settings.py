@@ -21,13 +21,13 @@ def test_pages(pair, reference, page):
 
 
 def test_retraction(pair, reference):
-    """Six answers of 100 tokens do not fit into 320 slots; those taken back begin again.
+    """Five answers of 80 tokens do not fit into 256 slots; those taken back begin again.
 
     SGLang takes none back that ignore their end: it knows how long they get.
     """
-    small = {"max_total_tokens": 320, "schedule_conservativeness": 0.01}
+    small = {"max_total_tokens": 256, "schedule_conservativeness": 0.01}
     with running_scheduler(*pair, widths=[3, 1, 4, 2], **small) as scheduler:
-        requests = greedy("retract", prompts(6, 20, 30, seed=90), 80)
+        requests = greedy("retract", prompts(5, 20, 30, seed=90), 60)
         for request in requests:
             request["sampling"] = request["sampling"] | {"ignore_eos": False}
         result = scheduler.generate(requests)

@@ -51,11 +51,11 @@ class ScriptedPolicy(ArmPolicy):
         self,
         config: AdaptiveConfig,
         turns: Sequence[Turn],
-        ran: Callable[[int], None] = lambda _: None,
+        ran: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
         """
         Args:
-            ran: is told the width of each step.
+            ran: is told the width of each step and for how many requests.
         """
         super().__init__(config, CostTable(config.arms, [StepTime(1, PLAIN, 0.001)], 1))
         largest = config.widths[-1]
@@ -65,5 +65,5 @@ class ScriptedPolicy(ArmPolicy):
     def choose(self, request_ids, remaining) -> Decision:
         decision = super().choose(request_ids, remaining)
         arm, splice = next(self._script)
-        self._ran(arm.nodes)
+        self._ran(arm.nodes, len(request_ids))
         return dataclasses.replace(decision, arm=arm, splice=splice)
