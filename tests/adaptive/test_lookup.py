@@ -29,7 +29,7 @@ def seconds(batch, arm):
 
 
 def make_policy(seconds=seconds, **settings):
-    config = AdaptiveConfig.for_block_size(BLOCK, **settings)
+    config = AdaptiveConfig.for_block_size(BLOCK, **{"proposers": ["chain", "lookup"]} | settings)
     times = [StepTime(n, a, seconds(n, a)) for n in (1, 4, 16) for a in config.arms]
     return ArmPolicy(config, CostTable(config.arms, times))
 

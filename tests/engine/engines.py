@@ -21,8 +21,11 @@ _WIDTHS = Path(tempfile.gettempdir()) / f"dflare-test-widths-{os.getpid()}.json"
 TURNS = (3, 1, 8, 2, 1, 1, 5, 8, 8, 4)
 # Context waits for its append most of the time, and the most that may wait is reached.
 MOSTLY_PLAIN = (1,) * 20 + (4,)
-# Every kind of arm and every change between two: a look-up alone, one that replaces drafts, drafts.
-ALL_ARMS = (3, ("lookup", 5), ("spliced", 8), 1, 1, ("lookup", 2), 8, ("spliced", 3), ("lookup", 8))
+# Every kind of arm: drafts, trees of them, a look-up alone, one that replaces drafts.
+ALL_ARMS = (
+    *(3, ("lookup", 5), ("tree", 12), ("spliced", 8), 1, 1, ("tree", 4), 1, ("lookup", 2)),
+    *(8, ("tree", 16), ("tree", 7), ("spliced", 3), ("lookup", 8)),
+)
 _ready = False
 
 

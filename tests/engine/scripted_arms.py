@@ -17,8 +17,8 @@ from dflare.adaptive import (
     chain,
 )
 
-# A width of the drafter's chain; or `lookup`, a look-up alone, or `spliced`, one that replaces
-# drafted tokens wherever it finds any, and the width.
+# A width of the drafter's chain; or `lookup`, a look-up alone, `spliced`, one that replaces drafted
+# tokens wherever it finds any, or `tree`, and the tokens that are verified.
 Turn = int | Sequence[str | int]
 
 
@@ -27,7 +27,7 @@ def _decision(turn: Turn, block_size: int) -> tuple[Arm, int]:
     if isinstance(turn, int):
         return chain(min(turn, block_size)), NEVER
     proposer, width = turn
-    width = min(int(width), block_size)
+    width = min(int(width), 2 * block_size if proposer == "tree" else block_size)
     return (
         (chain(width), LEAST_MATCH) if proposer == "spliced" else (Arm(str(proposer), width), NEVER)
     )
@@ -36,10 +36,15 @@ def _decision(turn: Turn, block_size: int) -> tuple[Arm, int]:
 def configuration(turns: Sequence[Turn], block_size: int) -> AdaptiveConfig:
     """What a worker must be ready for to take these turns."""
     decisions = [_decision(turn, block_size) for turn in turns]
-    widths = sorted({1, block_size, *(arm.nodes for arm, _ in decisions)})
-    looks_up = any(not isinstance(turn, int) for turn in turns)
-    proposers = ["chain", "lookup"] if looks_up else ["chain"]
-    return AdaptiveConfig.for_block_size(block_size, widths=widths, proposers=proposers)
+    trees = sorted({arm.nodes for arm, _ in decisions if arm.proposer == "tree"})
+    others = (arm.nodes for arm, _ in decisions if arm.proposer != "tree")
+    named = {str(turn[0]) for turn in turns if not isinstance(turn, int)}
+    proposers = ["chain"]
+    proposers += ["lookup"] if named & {"lookup", "spliced"} else []
+    proposers += ["tree"] if trees else []
+    return AdaptiveConfig.for_block_size(
+        block_size, widths=sorted({1, block_size, *others}), proposers=proposers, trees=trees
+    )
 
 
 class ScriptedPolicy(ArmPolicy):

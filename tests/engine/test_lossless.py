@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from engines import running_engine
+from engines import ALL_ARMS, running_engine
 from prompts import chat_prompts
 from transformers import AutoTokenizer
 
@@ -48,7 +48,7 @@ def expected(demo_pair, questions):
 
 
 def check_at_concurrency_1_and_8(demo_pair, questions, expected):
-    with running_engine(*demo_pair) as engine:
+    with running_engine(*demo_pair, ALL_ARMS) as engine:
         for concurrency in (1, 8):
             answers = generate(engine, questions, concurrency=concurrency, max_new_tokens=64)
             assert tokens(answers) == expected
@@ -77,7 +77,7 @@ def test_hundred_prompts_at_concurrency_1_and_8(demo_pair, questions):
     ids=str,
 )
 def test_configurations(demo_pair, questions, expected, flags):
-    with running_engine(*demo_pair, **flags) as engine:
+    with running_engine(*demo_pair, ALL_ARMS, **flags) as engine:
         answers = generate(engine, questions[:12], concurrency=4, max_new_tokens=64)
         again = generate(engine, questions[:6], concurrency=4, max_new_tokens=64)
     assert tokens(answers) == expected[:12]
@@ -86,7 +86,7 @@ def test_configurations(demo_pair, questions, expected, flags):
 
 def test_small_pool_retracts_and_loses_nothing(demo_pair, questions, expected):
     flags = {"max_total_tokens": 512, "schedule_conservativeness": 0.01}
-    with running_engine(*demo_pair, **flags) as engine:
+    with running_engine(*demo_pair, ALL_ARMS, **flags) as engine:
         answers = generate(engine, questions[:12], concurrency=8, max_new_tokens=64)
     assert tokens(answers) == expected[:12]
     assert any(answer["meta_info"]["num_retractions"] for answer in answers)
@@ -98,7 +98,7 @@ def test_long_prompt_and_shared_prefixes(demo_pair, questions):
     prompts = [long, long[:1500] + questions[1], long[:1500] + questions[2], long]
     outputs = []
     for draft in (None, demo_pair[1]):
-        with running_engine(demo_pair[0], draft, chunked_prefill_size=512) as engine:
+        with running_engine(demo_pair[0], draft, ALL_ARMS, chunked_prefill_size=512) as engine:
             sampling = {"temperature": 0, "max_new_tokens": 32, "ignore_eos": True}
             answers = [engine.generate(input_ids=ids, sampling_params=sampling) for ids in prompts]
             outputs.append([answer["output_ids"] for answer in answers])
@@ -132,7 +132,7 @@ def test_aborted_request_leaves_others_alone(demo_pair, questions, expected):
             await engine.async_generate(input_ids=questions[3], sampling_params=sampling),
         )
 
-    with running_engine(*demo_pair) as engine:
+    with running_engine(*demo_pair, ALL_ARMS) as engine:
         aborted, answers, later = engine.loop.run_until_complete(scenario(engine))
         usage = engine.get_server_info()["internal_states"][0]
     assert aborted["meta_info"]["finish_reason"]["type"] == "abort"

@@ -149,9 +149,31 @@ def test_penalties_end_with_the_step(penalties):
         return logits
 
     block = torch.tensor([[5, 6], [0, 0]])
-    with penalties.in_verification(penalties.select(batch(req)), info, lambda: block):
+    chosen = penalties.select(batch(req))
+    with penalties.in_verification(chosen, info, lambda: (block, None)):
         assert (adjusted()[:, 5] < 0).all()
     assert (adjusted() == 1).all()
+
+
+def test_a_node_is_penalised_for_its_own_ancestors_alone(penalties):
+    """As the last position of a chain of them is."""
+    penalised, free = Request(0, output_ids=[5], min_new_tokens=4), Request(1)
+    prefill(penalties, [9, 7], penalised, free)
+    chosen = penalties.select(batch(penalised, free))
+    parents = [-1, 0, 0, 1, 1, 2, 4]
+    tokens = [[9, 5, 6, 5, 9, 3, 6], [7, 3, 4, 3, 8, 4, 3]]
+    logits = torch.linspace(-3, 3, 2 * 7 * VOCAB).view(14, VOCAB)
+    out = logits.clone()
+    penalties.apply(chosen, out, torch.tensor(tokens), torch.tensor([parents] * 2).int())
+    for node in range(7):
+        path = [node]
+        while path[0]:
+            path.insert(0, parents[path[0]])
+        alone = logits.view(2, 7, VOCAB)[:, path].reshape(-1, VOCAB).clone()
+        chain = torch.tensor([[row[i] for i in path] for row in tokens])
+        penalties.apply(chosen, alone, chain)
+        assert out.view(2, 7, VOCAB)[:, node].equal(alone.view(2, -1, VOCAB)[:, -1])
+    assert out[:, 2].isinf().sum() == 3  # the stop token, of the first request's anchor, 1 and 2
 
 
 class _NoWaits(TorchDispatchMode):

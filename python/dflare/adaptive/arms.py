@@ -7,8 +7,9 @@ class Arm(NamedTuple):
     """One way to run a decode step.
 
     Attributes:
-        proposer: ``plain`` (nobody), ``chain`` (the drafter, and the look-up where it is better) or
-            ``lookup`` (the text so far alone, without a draft pass).
+        proposer: ``plain`` (nobody), ``chain`` (the drafter, and the look-up where it is better),
+            ``lookup`` (the text so far alone, without a draft pass) or ``tree`` (the drafter's best
+            prefixes, and the look-up as one more branch).
         nodes: Tokens of a request that the target verifies: the anchor, and all that is proposed.
     """
 

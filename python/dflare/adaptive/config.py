@@ -10,6 +10,7 @@ from dflare.adaptive.arms import PLAIN, Arm
 from dflare.errors import UnsupportedError
 
 VARIABLE = "DFLARE_ADAPTIVE"
+_LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 class AdaptiveConfig(BaseModel):
@@ -25,11 +26,17 @@ class AdaptiveConfig(BaseModel):
         description="Widths to choose from, ascending, from 1 to at most the block size. Each "
         "costs one set of CUDA graphs.",
     )
-    proposers: tuple[Literal["chain", "lookup"], ...] = Field(
-        default=("chain", "lookup"),
+    proposers: tuple[Literal["chain", "lookup", "tree"], ...] = Field(
+        default=("chain", "lookup", "tree"),
         min_length=1,
-        description="Who may propose: the drafter (`chain`), and the request's own text "
-        "(`lookup`), alone and, with `chain`, in place of drafted tokens.",
+        description="Who may propose: the drafter (`chain`), the request's own text (`lookup`), "
+        "alone and, with the others, beside drafted tokens, and the drafter's several best "
+        "continuations (`tree`, on a CPU).",
+    )
+    trees: tuple[int, ...] = Field(
+        default=(),
+        description="Tokens of a request that trees verify, ascending, at most twice the block "
+        "size.",
     )
     explore: float = Field(
         default=0.003,
@@ -71,8 +78,12 @@ class AdaptiveConfig(BaseModel):
     @property
     def arms(self) -> tuple[Arm, ...]:
         """The plain step first, then each proposer's arms by width."""
+        sizes = {"tree": self.trees}
         wider = self.widths[1:]
-        return (PLAIN, *(Arm(who, width) for who in self.proposers for width in wider))
+        return (
+            PLAIN,
+            *(Arm(who, nodes) for who in self.proposers for nodes in sizes.get(who, wider)),
+        )
 
     @classmethod
     def for_block_size(cls, block_size: int, **settings: object) -> Self:
@@ -81,19 +92,26 @@ class AdaptiveConfig(BaseModel):
         Args:
             block_size: Tokens of a draft block, anchor included; at least 2.
             **settings: Fields to set explicitly. ``widths`` defaults to the members of
-                1, 2, 3, 4, 6, 8, 12, 16, 24, 32 below the block size, and the block size.
+                1, 2, 3, 4, 6, 8, 12, 16, 24, 32 below the block size, and the block size;
+                ``trees`` to those above half the block size, up to twice it.
 
         Raises:
-            ValueError: The block size is below 2, or a width exceeds it.
+            ValueError: The block size is below 2, or a width or a tree exceeds what it allows.
         """
         if block_size < 2:
             raise ValueError(f"a block of {block_size} tokens has nothing to verify; expected >= 2")
-        ladder = tuple(w for w in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if w < block_size)
-        config = cls.model_validate({"widths": (*ladder, block_size), **settings})
+        ladder = tuple(w for w in _LADDER if w < block_size)
+        trees = tuple(w for w in _LADDER if block_size < 2 * w <= 4 * block_size)
+        config = cls.model_validate({"widths": (*ladder, block_size), "trees": trees, **settings})
         if config.widths[-1] > block_size:
             raise ValueError(
                 f"width {config.widths[-1]} exceeds the drafter's block size {block_size}; "
                 "lower the widths"
+            )
+        if any(not 2 <= nodes <= 2 * block_size for nodes in config.trees):
+            raise ValueError(
+                f"trees {list(config.trees)} must verify 2 to {2 * block_size} tokens, twice the "
+                "drafter's block size"
             )
         return config
 

@@ -26,6 +26,7 @@ _HOLD = 8  # steps per decision: thinking costs up to 1 % of a step, and one ste
 # Most text does not repeat what came before; what does goes on doing it, and then ends at once.
 _LOOKUP_PRIOR, _LOOKUP_RISE = 0.2, 1.5
 _LOOKUP_REQUEST_MEMORY = 300
+_DRAFTED = ("chain", "tree")  # proposers with a draft pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +71,21 @@ class ArmPolicy:
                 largest, config.memory, _LOOKUP_PRIOR, _LOOKUP_RISE, _LOOKUP_REQUEST_MEMORY
             )
             self._splice = SpliceRule(config.memory)
+        for arm in self.arms:
+            if arm.proposer == "tree":
+                # Each tree has its own acceptance of a depth: by how many nodes it has there.
+                self._models[str(arm)] = AcceptanceModel(arm.nodes, config.memory)
         self._nodes = np.array([arm.nodes for arm in self.arms])
-        # Where an arm's expected tokens stand in those of all proposers, [proposers, width].
+        self._sizes = np.unique(self._nodes)
+        # Where an arm's expected tokens stand in those of all proposers, [proposers, nodes].
         models = list(self._models)
-        self._model = np.array([models.index(a.proposer) if a != PLAIN else 0 for a in self.arms])
+        self._model = np.array([0 if a == PLAIN else models.index(_model(a)) for a in self.arms])
         self._current = 0
         self._gain = 0.0
         first = _CREDIT_STEPS if config.explore else 0.0
         self._credit = first * float(cost.seconds(1)[0])
         self._decided = [0] * len(self.arms)  # how often for each arm
-        self._drafts = np.array([arm.proposer == "chain" for arm in self.arms])
+        self._drafts = np.array([arm.proposer in _DRAFTED for arm in self.arms])
         self._undrafted = 0
         self._held: Decision | None = None
         self._hold = 0  # steps for which the held decision still stands
@@ -105,11 +111,16 @@ class ArmPolicy:
         self._learn()
         left = np.asarray(remaining, dtype=np.int64)
         expected = [model.expected_tokens(request_ids, left) for model in self._models.values()]
-        tokens, hoped = np.array(expected)[self._model, :, self._nodes - 1].T
+        tokens, hoped = np.array(
+            [
+                [values[nodes - 1] for values in expected[model]]
+                for model, nodes in zip(self._model, self._nodes, strict=True)
+            ]
+        ).T
         seconds = self.cost.seconds(len(request_ids))
-        # Nothing beyond the first width that finishes every request.
-        widths = self.config.widths
-        usable = self._nodes <= widths[min(np.searchsorted(widths, left.max()), len(widths) - 1)]
+        # Nothing beyond the first size that finishes every request.
+        sizes = self._sizes
+        usable = self._nodes <= sizes[min(np.searchsorted(sizes, left.max()), len(sizes) - 1)]
         rates = np.where(usable, tokens / seconds, 0.0)
         best = self._settle(rates)
 
@@ -118,7 +129,7 @@ class ArmPolicy:
         hopes[~usable | (loss >= self._credit)] = 0.0
         overdue = (
             not self._drafts[best]
-            and "chain" in self._models
+            and self._drafts.any()
             and self._undrafted > self.config.memory * _PROBE_EVERY
         )
         if overdue:
@@ -202,7 +213,7 @@ class ArmPolicy:
                 known = np.array([commit_lens for _, commit_lens in results.seen])
                 model.observe(ids, self.config.widths[-1] - 1, right, known)
             else:
-                model.observe(ids, arm.nodes - 1 if arm.proposer == proposer else 0, accepted)
+                model.observe(ids, arm.nodes - 1 if _model(arm) == proposer else 0, accepted)
         if self._splice:
             for seen, _ in results.seen:
                 self._splice.observe(seen, arm.nodes - 1)
@@ -211,7 +222,7 @@ class ArmPolicy:
 
     def _count(self, decision: Decision) -> None:
         """Book a step: how long ago the last draft was, and what may be spent on exploring."""
-        self._undrafted = 0 if decision.arm.proposer == "chain" else self._undrafted + 1
+        self._undrafted = 0 if decision.arm.proposer in _DRAFTED else self._undrafted + 1
         seconds = decision.predicted_seconds
         if self._credit < _CREDIT_STEPS * seconds:
             self._credit += self.config.explore * seconds
@@ -234,3 +245,8 @@ class ArmPolicy:
             if self._gain > self.config.patience:
                 self._current, self._gain = best, 0.0
         return self._current
+
+
+def _model(arm: Arm) -> str:
+    """Name of the model that knows what an arm's proposals are worth."""
+    return str(arm) if arm.proposer == "tree" else arm.proposer

@@ -176,9 +176,9 @@ class Arms:
             return chain(self._block), NEVER
         return self._agreement.settle(ids, left, choice)
 
-    def at(self, width: int) -> AbstractContextManager[None]:
-        """Run the worker at a width."""
-        return self._states.at(width)
+    def at(self, arm: Arm) -> AbstractContextManager[None]:
+        """Run the worker at the width of an arm; trees are drafted by whole blocks."""
+        return self._states.at(self._block if arm.proposer == "tree" else arm.nodes)
 
     def interrupt(self) -> None:
         """A prefill runs, or nothing."""
@@ -203,7 +203,7 @@ class Arms:
 
     def _measure(self, arms: Sequence[Arm]) -> CostTable:
         def run(requests: int, arm: Arm) -> None:
-            with self.at(arm.nodes):
+            with self.at(arm):
                 self._run(requests, arm)
 
         measured = measure_steps(run, self._batches_to_measure(), arms)

@@ -56,14 +56,19 @@ def use_cpu_linear(model: torch.nn.Module) -> None:
             module.quant_method = method()
 
 
-def greedy_tokens(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Most probable token of each row, [rows] int64.
+def head_logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Logits of each row, [rows, vocabulary].
 
     Args:
         hidden: [rows, H] final hidden states.
-        head: [vocabulary, H], all of the target's head.
+        head: [vocabulary, H], the target's head or a rank's part of it.
     """
-    return _linear(hidden, head, None).argmax(-1)
+    return _linear(hidden, head, None)
+
+
+def greedy_tokens(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Most probable token of each row, [rows] int64; arguments as for `head_logits`."""
+    return head_logits(hidden, head).argmax(-1)
 
 
 def register_cpu_forwards(dispatch_key: str) -> None:

@@ -82,6 +82,16 @@ class Proposal:
         strength = torch.where(self.match > 0, self.match + self.agreed, 0)
         drafts.copy_(torch.where((strength >= least_strength)[:, None], found, drafts))
 
+    def right(self, tokens: torch.Tensor, commit_lens: torch.Tensor) -> torch.Tensor:
+        """How many of the look-up's tokens were committed before the first other one, [bs] int32.
+
+        Args:
+            tokens: [bs, w] int64, of which the first `commit_lens` [bs] of each row are committed.
+        """
+        width = tokens.shape[1]
+        committed = torch.arange(width, device=tokens.device) < commit_lens[:, None]
+        return _leading((self.found[:, :width] == tokens) & committed) * (self.match > 0)
+
     def compare(self, tokens: torch.Tensor, commit_lens: torch.Tensor) -> Callable[[], Comparison]:
         """Hold the proposals against what was committed.
 
@@ -91,9 +101,8 @@ class Proposal:
         Returns:
             Gives the comparison, once the step's own result is on the host.
         """
-        width = tokens.shape[1]
-        committed = torch.arange(width, device=tokens.device) < commit_lens[:, None]
-        right = _leading((self.found[:, :width] == tokens) & committed) * (self.match > 0)
+        committed = torch.arange(tokens.shape[1], device=tokens.device) < commit_lens[:, None]
+        right = self.right(tokens, commit_lens)
         agreed, drafted = torch.full_like(self.match, -1), torch.zeros_like(self.match)
         if self.drafts is not None and self.agreed is not None:
             agreed = self.agreed

@@ -18,6 +18,7 @@ import torch
 from sglang.srt.utils import async_h2d
 
 from dflare.engine.swapping import swapped
+from dflare.ops import tree_ancestors
 
 _CHUNK = 16  # requests whose logits are copied at a time
 
@@ -150,7 +151,8 @@ class Penalties:
         counts = self._counts[chosen.rows]
         lower = counts * -chosen.frequency - (counts > 0) * chosen.presence
         if chosen.stops.numel():
-            self._hold_stops_back(chosen, lower[:, None], chosen.stops[0])
+            first = torch.zeros_like(chosen.min_new_tokens)
+            self._hold_stops_back(chosen, lower[:, None], chosen.stops[0], first)
         additive = torch.zeros(size, device=self._device).index_copy_(0, chosen.at, lower)
         scale = torch.where(counts > 0, chosen.repetition, 1.0)
         scaling = torch.ones(size, device=self._device).index_copy_(0, chosen.at, scale)
@@ -164,18 +166,24 @@ class Penalties:
 
     @contextmanager
     def in_verification(
-        self, chosen: Penalised, sampling_info: Any, block: Callable[[], torch.Tensor]
+        self,
+        chosen: Penalised,
+        sampling_info: Any,
+        verified: Callable[[], tuple[torch.Tensor, torch.Tensor | None]],
     ) -> Iterator[None]:
         """Let the hook on DFLASH's logit adjustments apply the penalties at every position.
 
         Args:
             chosen: of the batch's requests.
             sampling_info: the batch's; it outlives the step, and the requests may not.
-            block: gives the tokens [>= bs, B] that are verified, once they are drafted.
+            verified: gives the tokens [>= bs, B] that are verified, once they are drafted, and
+                their parents [>= bs, B] if they are trees.
         """
 
         def penalise(logits: torch.Tensor, width: int) -> None:
-            self.apply(chosen, logits, block()[: len(logits) // width])
+            block, parents = verified()
+            bs = len(logits) // width
+            self.apply(chosen, logits, block[:bs], None if parents is None else parents[:bs])
 
         sampling_info.dflare_penalise = penalise
         try:
@@ -207,15 +215,27 @@ class Penalties:
         index = rows.flatten() * self._vocab_size + tokens.flatten()
         self._counts.view(-1).index_add_(0, index, by.flatten().int())
 
-    def apply(self, chosen: Penalised, logits: torch.Tensor, block: torch.Tensor) -> None:
+    def apply(
+        self,
+        chosen: Penalised,
+        logits: torch.Tensor,
+        block: torch.Tensor,
+        parents: torch.Tensor | None = None,
+    ) -> None:
         """Penalise the logits of a verification in place.
 
         Args:
             chosen: of the batch's requests.
             logits: [bs * B, V]; row i of a request's B gives the token after block[i].
             block: [bs, B] anchor and drafted tokens. The anchor is counted already.
+            parents: [bs, B] int32, the parent of each, -1 for the anchor; None for chains.
         """
         width = block.shape[1]
+        if parents is None:
+            behind = torch.ones(width, width, dtype=torch.bool, device=logits.device).tril()
+            ancestors = behind.expand(len(chosen.at), -1, -1)
+        else:
+            ancestors = tree_ancestors(parents[chosen.at])
         by_request = logits.view(-1, width, logits.shape[-1])
         for begin in range(0, len(chosen.at), _CHUNK):
             part = slice(begin, begin + _CHUNK)
@@ -226,30 +246,33 @@ class Penalties:
             counts = self._counts[rows]
             before = by_request[at]
             after = _penalise(before, counts[:, None], *strength)
-            # The block's own tokens count more at later positions.
+            # The block's own tokens count more behind them.
             drafted = block[at].long()
             same = drafted[:, None, 1:] == drafted[:, :, None]  # [p, k, k'] token k is token k'
-            earlier = torch.ones(width, width, device=logits.device).tril()[:, 1:]  # [i, k']
-            more = torch.einsum("pkj,ij->pik", same.float(), earlier).int()
+            earlier = ancestors[part, :, 1:].float()  # [p, i, k']
+            more = torch.einsum("pkj,pij->pik", same.float(), earlier).int()
             tokens = drafted[:, None].expand(-1, width, -1)
             exact = counts.gather(1, drafted)[:, None] + more
             after.scatter_(2, tokens, _penalise(before.gather(2, tokens), exact, *strength))
             by_request[at] = after
         if chosen.stops.numel():
-            self._hold_stops_back(chosen, by_request, chosen.at[chosen.stops[0]])
+            depths = ancestors.sum(-1) - 1
+            self._hold_stops_back(chosen, by_request, chosen.at[chosen.stops[0]], depths)
 
-    def _hold_stops_back(self, chosen: Penalised, logits: torch.Tensor, at: torch.Tensor) -> None:
+    def _hold_stops_back(
+        self, chosen: Penalised, logits: torch.Tensor, at: torch.Tensor, depths: torch.Tensor
+    ) -> None:
         """Forbid stop tokens before min_new_tokens, in place.
 
         Args:
             chosen: of the batch's requests.
-            logits: [n, B, V], of B successive positions.
+            logits: [n, B, V].
             at: [s] the row of `logits` for each stop token.
+            depths: [p, B] how many tokens each of the B positions is behind the first.
         """
         row, token = chosen.stops
         generated = self._counts[chosen.rows].sum(1, keepdim=True)
-        position = torch.arange(logits.shape[1], device=logits.device)
-        early = generated + position < chosen.min_new_tokens  # [p, B]
+        early = generated + depths < chosen.min_new_tokens  # [p, B]
         held = logits[at, :, token].masked_fill(early[row], float("-inf"))
         logits[at, :, token] = held
 

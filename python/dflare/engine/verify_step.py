@@ -34,30 +34,12 @@ def verify_candidates(
     bs, width = candidates.shape
     positions = (lens[:, None] + worker._block_pos_offsets).long()
     grammar_tree = GrammarTree.from_linear_chain(candidates) if batch.has_grammar else None
-
-    forward_batch, plan = _prepare(worker, batch, candidates, positions)
-    target = worker.target_worker.forward_batch_generation(
-        batch=None, forward_batch=forward_batch, is_verify=True, skip_attn_backend_init=True
+    verify = DFlashVerifyInput(
+        draft_token=candidates.flatten(), positions=positions.flatten(), draft_token_num=width
     )
+    target, plan = run_target(worker, batch, verify)
     output = target.logits_output
-    predicted = _gather_logits(worker, batch, output)
-    if grammar_tree is not None:
-        mask = build_grammar_vocab_mask(
-            reqs=batch.reqs,
-            tree=grammar_tree,
-            sampling_info=sampling_info,
-            device=output.next_token_logits.device,
-            barrier=grammar_barrier,
-        )
-    if sampling_info is not None and predicted is None:
-        apply_dflash_verify_logits_adjustments(
-            next_token_logits=output.next_token_logits,
-            sampling_info=sampling_info,
-            draft_token_num=width,
-        )
-    if grammar_tree is not None and mask is not None:
-        mask.apply(output.next_token_logits)
-
+    predicted = adjust_logits(worker, batch, output, grammar_tree, grammar_barrier)
     _, commit_lens, bonus, tokens, new_lens = worker._accept_block(
         candidates=candidates,
         next_token_logits=output.next_token_logits,
@@ -84,43 +66,29 @@ def verify_candidates(
         worker.context.defer(*rows)
     else:
         worker.context.append(*rows, block_size=width, commit_lens=commit_lens)
-    output.hidden_states = None  # overlap scheduling would copy it to the host
-    return GenerationBatchResult(
-        logits_output=output,
-        next_token_ids=tokens.flatten(),
-        accept_lens=commit_lens,
-        can_run_cuda_graph=target.can_run_cuda_graph,
-        next_draft_input=worker._make_next_draft_input_decode(
-            bonus_tokens=bonus, new_seq_lens=new_lens
-        ),
-        speculative_num_draft_tokens=width,
-        new_seq_lens=new_lens,
-        routed_experts_output=target.routed_experts_output,
-        indexer_topk_output=target.indexer_topk_output,
-    )
+    return step_result(worker, target, tokens, commit_lens, bonus, new_lens)
 
 
-def _prepare(
-    worker: Any, batch: Any, candidates: torch.Tensor, positions: torch.Tensor
-) -> tuple[Any, Any]:
-    """The target's forward batch, and the plan of the slots that it writes."""
-    runner, draft_input, width = worker.model_runner, batch.spec_info, candidates.shape[1]
+def run_target(worker: Any, batch: Any, verify: DFlashVerifyInput) -> tuple[Any, Any]:
+    """The target's forward over what is verified, and the plan of the slots that it writes.
+
+    Args:
+        worker: a `DFlareWorker`.
+        batch: in decode mode; its `out_cache_loc` is set to the slots behind each request's tokens.
+        verify: `draft_token_num` tokens a request and their positions.
+    """
+    runner, draft_input, width = worker.model_runner, batch.spec_info, verify.draft_token_num
     table = runner.req_to_token_pool.req_to_token
-    slots = table[batch.req_pool_indices[:, None], positions]
+    columns = batch.seq_lens[:, None] + torch.arange(width, device=batch.seq_lens.device)
+    slots = table[batch.req_pool_indices[:, None], columns]
     batch.out_cache_loc = slots.flatten().long()
     known, known_sum = batch.seq_lens_cpu, batch.seq_lens_sum
-    plan = runner.kv_index_translator.plan(
+    plan = verify.kv_loc_plan = runner.kv_index_translator.plan(
         req_pool_indices=batch.req_pool_indices,
         seq_lens=batch.seq_lens,
         seq_lens_cpu=draft_input.nxt_kv_lens_cpu if known is None else known,
         write_virtual=batch.out_cache_loc,
         read_extent=width,
-    )
-    verify = DFlashVerifyInput(
-        draft_token=candidates.flatten(),
-        positions=positions.flatten(),
-        draft_token_num=width,
-        kv_loc_plan=plan,
     )
     # The host's bound on the lengths includes what this step writes.
     if known is not None:
@@ -131,7 +99,72 @@ def _prepare(
         batch.seq_lens_sum = int(draft_input.nxt_kv_lens_sum)
     forward_batch, _ = verify.prepare_for_verify(batch, worker.target_worker)
     batch.seq_lens_cpu, batch.seq_lens_sum = known, known_sum
-    return forward_batch, plan
+    target = worker.target_worker.forward_batch_generation(
+        batch=None, forward_batch=forward_batch, is_verify=True, skip_attn_backend_init=True
+    )
+    return target, plan
+
+
+def adjust_logits(
+    worker: Any, batch: Any, output: Any, grammar_tree: GrammarTree | None, grammar_barrier: Any
+) -> torch.Tensor | None:
+    """Apply penalties, bias and grammar to the logits of all verified tokens, in place.
+
+    Returns:
+        Their argmax where nothing else is asked for and ranks hold the logits in parts, else None.
+    """
+    predicted = _gather_logits(worker, batch, output)
+    logits, sampling_info, mask = output.next_token_logits, batch.sampling_info, None
+    if grammar_tree is not None:
+        mask = build_grammar_vocab_mask(
+            reqs=batch.reqs,
+            tree=grammar_tree,
+            sampling_info=sampling_info,
+            device=logits.device,
+            barrier=grammar_barrier,
+        )
+    if sampling_info is not None and predicted is None:
+        apply_dflash_verify_logits_adjustments(
+            next_token_logits=logits,
+            sampling_info=sampling_info,
+            draft_token_num=len(logits) // len(batch.seq_lens),
+        )
+    if mask is not None:
+        mask.apply(logits)
+    return predicted
+
+
+def step_result(
+    worker: Any,
+    target: Any,
+    tokens: torch.Tensor,
+    commit_lens: torch.Tensor,
+    bonus: torch.Tensor,
+    new_lens: torch.Tensor,
+) -> GenerationBatchResult:
+    """What the scheduler gets of a step.
+
+    Args:
+        target: what the target's forward gave; nobody needs its hidden states any more.
+        tokens: [bs, stride], of which the first `commit_lens` [bs] of each row are committed.
+        bonus: [bs] the last of those.
+        new_lens: [bs] tokens of each request before its bonus token.
+    """
+    # Overlap scheduling would copy them to the host.
+    target.logits_output.hidden_states = None
+    return GenerationBatchResult(
+        logits_output=target.logits_output,
+        next_token_ids=tokens.flatten(),
+        accept_lens=commit_lens,
+        can_run_cuda_graph=target.can_run_cuda_graph,
+        next_draft_input=worker._make_next_draft_input_decode(
+            bonus_tokens=bonus, new_seq_lens=new_lens
+        ),
+        speculative_num_draft_tokens=tokens.shape[1],
+        new_seq_lens=new_lens,
+        routed_experts_output=target.routed_experts_output,
+        indexer_topk_output=target.indexer_topk_output,
+    )
 
 
 def _gather_logits(worker: Any, batch: Any, output: Any) -> torch.Tensor | None:

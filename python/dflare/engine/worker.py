@@ -24,8 +24,9 @@ class DFlareWorker(WorkerStart):
     """Prefill, a block's draft and verification, grammar, logprobs, windows and TP are DFLASH's.
 
     Ours are how target hidden states become the drafter's context K/V (`context`), which arm each
-    step is (`arms`), look-ups (`texts`), the step that drafts nothing (`verify_step`), penalties,
-    and what SGLang's kernel for sampled verification does not know.
+    step is (`arms`), look-ups (`texts`), the step that drafts nothing (`verify_step`), the one that
+    verifies a tree (`trees`), penalties, and what SGLang's kernel for sampled verification does not
+    know.
     """
 
     _splice: Callable[[torch.Tensor], None] | None = None  # of the step that runs
@@ -66,7 +67,7 @@ class DFlareWorker(WorkerStart):
                 return result
             arm, splice = self.arms.choose(batch.reqs)
             self.context.flush([req.rid for req in batch.reqs] if arm.nodes == 1 else ())
-            with self.arms.at(arm.nodes):
+            with self.arms.at(arm):
                 return self._decode(batch, arm, splice, penalised, on_publish, grammar_barrier)
 
     def _decode(
@@ -83,12 +84,14 @@ class DFlareWorker(WorkerStart):
         candidates = _candidates(batch, arm, proposal)
         with ExitStack() as stack:
             if penalised:
-                # DFLASH makes its block in the step.
-                block = lambda: self._draft_block_tokens_buf if candidates is None else candidates  # noqa: E731
+                verified = lambda: self._verified(arm, candidates)  # noqa: E731
                 stack.enter_context(
-                    self.penalties.in_verification(penalised, batch.sampling_info, block)
+                    self.penalties.in_verification(penalised, batch.sampling_info, verified)
                 )
-            if candidates is None:
+            if arm.proposer == "tree":
+                assert self.trees
+                result = self.trees.run(batch, arm.nodes, proposal, on_publish, grammar_barrier)
+            elif candidates is None:
                 stack.enter_context(self._splicing(proposal, splice))
                 result = super().forward_batch_generation(batch, on_publish, grammar_barrier)
             else:
@@ -101,6 +104,16 @@ class DFlareWorker(WorkerStart):
             if batch.reqs:  # none of them sent what start-up measures
                 self.arms.compare(proposal, result)
         return result
+
+    def _verified(
+        self, arm: Arm, candidates: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens that the running step verifies, once they are drafted, and a tree's parents."""
+        if arm.proposer == "tree":
+            assert self.trees
+            return self.trees.tree.tokens, self.trees.tree.parents
+        # DFLASH makes its block in the step.
+        return self._draft_block_tokens_buf if candidates is None else candidates, None
 
     @contextmanager
     def _splicing(self, proposal: Proposal | None, least_strength: int) -> Iterator[None]:
@@ -210,7 +223,7 @@ class DFlareWorker(WorkerStart):
 
 def _candidates(batch: Any, arm: Arm, proposal: Proposal | None) -> torch.Tensor | None:
     """What a step without a draft pass verifies, [bs, nodes]; None where the drafter proposes."""
-    if arm.proposer == "chain":
+    if arm.proposer in ("chain", "tree"):
         return None
     anchors = batch.spec_info.bonus_tokens.view(-1, 1)
     if proposal is None or arm.nodes == 1:

@@ -20,6 +20,7 @@ from dflare.engine.lookups import Texts
 from dflare.engine.penalties import Penalties
 from dflare.engine.shared_taps import SharedTaps
 from dflare.engine.step_timing import trace_steps
+from dflare.engine.tree_step import TreeStep, why_no_trees
 from dflare.engine.width_states import check_nothing_is_shared, tensors_of
 from dflare.errors import UnsupportedError
 
@@ -34,6 +35,7 @@ class WorkerStart(DFlashWorkerV2):
         penalties: counts of penalised requests.
         context: writes the drafter's context.
         texts: finds what look-ups propose; None where nothing does.
+        trees: runs steps that verify trees; None where there are none.
         arms: chooses the arm of each step.
     """
 
@@ -71,8 +73,9 @@ class WorkerStart(DFlashWorkerV2):
         super().init_cuda_graphs()
         added = [h for h in self.draft_model_runner.capture_tail_hooks if h not in others]
         self.sampler_hook = added[0] if self._draft_sampler is not None else None
-        config = self.configure(int(self.block_size))
+        config = self._configured()
         self.texts = self._texts_for(config)
+        self.trees = TreeStep(self) if config and "tree" in config.proposers else None
         self.context = ContextAppender(
             self.draft_model, self._k_pools, self._v_pools, at_once=self._pool_is_shared()
         )
@@ -99,6 +102,17 @@ class WorkerStart(DFlashWorkerV2):
             return sampler
         largest = max(get_exec().graph.cuda_graph_config.decode.bs)
         return DraftHeadSampler(self.draft_head, int(self.block_size), largest)
+
+    def _configured(self) -> AdaptiveConfig | None:
+        """The settings, without trees where they cannot be verified."""
+        config = self.configure(int(self.block_size))
+        reason = why_no_trees(self) if config and "tree" in config.proposers else None
+        if config is None or reason is None:
+            return config
+        if get_parallel().tp_rank == 0:
+            logger.info("DFLARE: drafts are chains, not trees: %s", reason)
+        others = tuple(who for who in config.proposers if who != "tree") or ("chain",)
+        return config.model_copy(update={"proposers": others})
 
     def _texts_for(self, config: AdaptiveConfig | None) -> Texts | None:
         """The tokens of the pool's slots, if look-ups may propose."""

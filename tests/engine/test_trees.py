@@ -1,0 +1,97 @@
+"""Trees in the engine accept what the marginals promise, and answers stay the target's."""
+
+from types import SimpleNamespace
+
+import pytest
+from engines import running_engine
+from prompts import chat_prompts
+from test_lossless import generate, tokens
+from test_sampling import (
+    LENGTH,
+    SAMPLES,
+    SAMPLING,
+    assert_distribution,
+    constant_pair,  # noqa: F401 - a fixture
+    find_repeating_prompt,
+    three_tokens,
+)
+from transformers import AutoTokenizer
+
+from dflare.training.data.target import load_target
+from dflare.training.drafter.export import load_drafter
+from dflare.training.run.draft_table import draft_table
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def questions(demo_pair):
+    return chat_prompts(AutoTokenizer.from_pretrained(demo_pair[0]), 6)
+
+
+@pytest.fixture(scope="module")
+def expected(demo_pair, questions):
+    with running_engine(demo_pair[0]) as engine:
+        return tokens(generate(engine, questions, concurrency=3, max_new_tokens=64))
+
+
+def test_a_served_tree_accepts_what_the_table_of_drafts_says(demo_pair, questions):
+    """Step by step as many tokens as a walk over drafts made with PyTorch at every position."""
+    sampling = {"max_new_tokens": 48, "ignore_eos": True}
+    with running_engine(*demo_pair, (("tree", 12),)) as engine:
+        answers = generate(engine, questions, concurrency=3, **sampling)
+    drafter = load_drafter(str(demo_pair[1]))
+    target = load_target(str(demo_pair[0]), drafter.config.target_layer_ids)
+    more = 0
+    for prompt, answer in zip(questions, answers, strict=True):
+        table = draft_table(target, drafter, prompt, answer["output_ids"])
+        walked = table.tree([12])[12]
+        meta = answer["meta_info"]
+        assert meta["spec_verify_ct"] == len(walked)
+        histogram = meta["spec_correct_drafts_histogram"]
+        # The last step may accept more than the answer has room for.
+        counted = [walked[:-1].count(accepted + 1) for accepted in range(len(histogram))]
+        assert sum(histogram) - sum(counted) == 1
+        assert all(0 <= n - m <= 1 for n, m in zip(histogram, counted, strict=True))
+        more += len(table.chain(drafter.config.block_size)) - len(walked)
+    assert more > 0, "trees saved no step, so nothing was shown"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"page_size": 16, "chunked_prefill_size": 64, "enable_mixed_chunk": True}],
+    ids=str,
+)
+def test_greedy_answers_with_trees_alone(demo_pair, questions, expected, flags):
+    turns = (("tree", 12), ("tree", 7), ("tree", 2), ("lookup", 2))
+    with running_engine(*demo_pair, turns, **flags) as engine:
+        for concurrency in (1, 6):
+            answers = generate(engine, questions, concurrency=concurrency, max_new_tokens=64)
+            assert tokens(answers) == expected
+
+
+def test_distribution_of_three_tokens_with_trees(constant_pair):  # noqa: F811
+    target, draft, model, _ = constant_pair
+    prompt = find_repeating_prompt(model)
+    sampling = SAMPLING | {"max_new_tokens": LENGTH}
+    turns = (("tree", 8), ("tree", 3), ("lookup", 2), ("tree", 5))
+    with running_engine(target, draft, widths=turns, random_seed=7) as engine:
+        answers = engine.generate(input_ids=[prompt] * SAMPLES, sampling_params=sampling)
+    assert_distribution(answers, three_tokens(model, prompt))
+    accepted = sum(answer["meta_info"]["spec_num_correct_drafts"] for answer in answers)
+    assert SAMPLES * 0.05 < accepted < SAMPLES * 1.9, "both accepting and rejecting must happen"
+
+
+def test_targets_that_cannot_are_served_chains():
+    from dflare.engine.tree_step import why_no_trees
+
+    def worker(**changes):
+        runner = SimpleNamespace(token_to_kv_pool=None, attn_backend=None, model=None)
+        return SimpleNamespace(
+            **{"device": "cpu", "_need_mamba_verify_commit": False, "model_runner": runner}
+            | changes
+        )
+
+    assert "on a CPU only" in why_no_trees(worker(device="cuda"))
+    assert "recurrent states" in why_no_trees(worker(_need_mamba_verify_commit=True))
+    assert "slots of a NoneType" in why_no_trees(worker())
