@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from served import kill_and_watch
 
 from dflare.engine.launch import pair_args
 from dflare.engine.server_process import ServerProcess
@@ -98,3 +99,8 @@ def test_neither_metrics_nor_log_hold_the_text_of_a_prompt(server):
     text = requests.get(f"{server.url}/metrics", timeout=30).text
     assert "sglang:prompt_tokens_total" in text and word not in text
     assert word not in server.log.read_text()
+
+
+def test_it_ends_when_its_scheduler_is_killed(server):
+    """The last test of this file: nobody serves afterwards."""
+    kill_and_watch(server, "sglang::scheduler")
