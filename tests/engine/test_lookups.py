@@ -10,6 +10,7 @@ from test_lossless import generate, tokens
 from test_same_drafts import random_prompts
 from transformers import AutoTokenizer
 
+from dflare.adaptive import NEVER
 from dflare.engine.lookups import Proposal, Texts
 from dflare.ops import lookup_continuations_reference
 
@@ -136,6 +137,21 @@ def test_a_proposal_replaces_drafts_and_is_held_against_what_was_committed():
     assert seen.right.tolist() == [2, 0, 0]
     assert seen.agreed.tolist() == [1, 0, 1]
     assert seen.drafted.tolist() == [1, 1, 2]
+
+
+def test_drafts_that_nothing_replaces_are_compared_too():
+    proposal = Proposal(torch.tensor([[5, 6, 7]]), torch.tensor([40], dtype=torch.int32))
+    drafts = torch.tensor([[5, 9]])
+    proposal.splice(drafts, NEVER)
+    assert drafts.tolist() == [[5, 9]]
+    seen = proposal.compare(torch.tensor([[5, 6, 0]]), torch.tensor([2]))()
+    assert [int(x[0]) for x in seen] == [40, 2, 1, 1]
+
+
+def test_without_drafts_there_is_nothing_to_agree_with():
+    proposal = Proposal(torch.tensor([[5, 6], [0, 0]]), torch.tensor([4, 0], dtype=torch.int32))
+    seen = proposal.compare(torch.tensor([[5, 8], [0, 0]]), torch.tensor([2, 1]))()
+    assert [x.tolist() for x in seen] == [[4, 0], [1, 0], [-1, -1], [0, 0]]
 
 
 COPY = (

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch.nn.functional import pad
 
 from dflare import ops
-from dflare.adaptive import LEAST_MATCH, Comparison
+from dflare.adaptive import LEAST_MATCH, NEVER, Comparison
 
 
 class Texts:
@@ -79,8 +81,9 @@ class Proposal:
         self.drafts = drafts.clone()
         found = self.found[:, : drafts.shape[1]]
         self.agreed = _leading(drafts == found)
-        strength = torch.where(self.match > 0, self.match + self.agreed, 0)
-        drafts.copy_(torch.where((strength >= least_strength)[:, None], found, drafts))
+        if least_strength < NEVER:
+            taken = (self.match > 0) & (self.match + self.agreed >= least_strength)
+            drafts.copy_(torch.where(taken[:, None], found, drafts))
 
     def right(self, tokens: torch.Tensor, commit_lens: torch.Tensor) -> torch.Tensor:
         """How many of the look-up's tokens were committed before the first other one, [bs] int32.
@@ -101,19 +104,29 @@ class Proposal:
         Returns:
             Gives the comparison, once the step's own result is on the host.
         """
-        committed = torch.arange(tokens.shape[1], device=tokens.device) < commit_lens[:, None]
-        right = self.right(tokens, commit_lens)
-        agreed, drafted = torch.full_like(self.match, -1), torch.zeros_like(self.match)
+        width = tokens.shape[1]
+        committed = torch.arange(width, device=tokens.device) < commit_lens[:, None]
+        proposals, known = self.found[None, :, :width], [self.match[None]]
         if self.drafts is not None and self.agreed is not None:
-            agreed = self.agreed
-            drafted = _leading((self.drafts == tokens[:, :-1]) & committed[:, :-1])
-        on_host = _to_host(torch.stack((self.match, right, agreed, drafted)))
-        return lambda: Comparison(*on_host.numpy().astype(np.int64))
+            proposals = torch.stack((proposals[0], pad(self.drafts, (0, 1), value=-1)))
+            known.append(self.agreed[None])
+        on_host = _to_host(torch.cat((*known, _leading((proposals == tokens) & committed))))
+        return lambda: _comparison(on_host.numpy().astype(np.int64))
+
+
+def _comparison(rows: npt.NDArray[np.int64]) -> Comparison:
+    """From the match and the look-up's right tokens, or both with what the drafter adds."""
+    if len(rows) == 2:
+        match, right = rows
+        agreed, drafted = np.full_like(match, -1), np.zeros_like(match)
+    else:
+        match, agreed, right, drafted = rows
+    return Comparison(match, right * (match > 0), agreed, drafted)
 
 
 def _leading(true: torch.Tensor) -> torch.Tensor:
-    """How many of each row are true before the first that is not, [bs] int32."""
-    return true.int().cumprod(1, dtype=torch.int32).sum(1, dtype=torch.int32)
+    """How many along the last dimension are true before the first that is not, int32."""
+    return true.cumprod(-1, dtype=torch.int32).sum(-1, dtype=torch.int32)
 
 
 def _to_host(x: torch.Tensor) -> torch.Tensor:
