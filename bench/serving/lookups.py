@@ -81,6 +81,7 @@ def main() -> None:
     asked = prompts(AutoTokenizer.from_pretrained(target), args.each)
     flags = ["--model-path", target, *pair_args(draft), "--skip-tokenizer-init"]
     flags += ["--sleep-on-idle", "--max-running-requests", "4", "--log-level", "warning"]
+    flags += ["--mem-fraction-static", "0.9"]  # two servers share the memory
     speeds: dict[str, dict[str, list[float]]] = {k: {a: [] for a in ARMS} for k in asked}
     lengths: dict[str, dict[str, float]] = {k: {} for k in asked}
     with ExitStack() as stack:
