@@ -146,4 +146,6 @@ def _leave_in_place(name: str, owner: str, attribute: str) -> None:
 
 
 _leave_in_place("targets_backend_left_in_place", "model_runner", "attn_backend")
+_leave_in_place("targets_graphs_left_in_place", "model_runner", "decode_cuda_graph_runner")
+_leave_in_place("drafters_graphs_left_in_place", "draft_model_runner", "decode_cuda_graph_runner")
 _leave_in_place("sampler_left_in_place", "", "_draft_sampler")

@@ -7,7 +7,7 @@ The healthy engine passes all three (test_same_tokens, test_orders).
 from contextlib import ExitStack
 
 import pytest
-from models import TIE, assert_greedy, greedy, prompts
+from models import TIE, assert_greedy, expected_replays, greedy, prompts
 from same_drafts import assert_same_drafts
 from scheduler_process import DeviceError, Scheduler, running_scheduler
 
@@ -16,14 +16,18 @@ pytestmark = pytest.mark.slow
 WIDTHS = [3, 1, 4, 2, 1, 1]
 SEEDS = (1, 2, 3)
 # How a bug shows: an error while starting, a wrong answer or an error in a run at once or in an
-# order of the device's work, a wait of the host in our code, two accesses that nothing orders.
+# order of the device's work, a wait of the host in our code, accesses that nothing orders or to
+# memory that a graph lost, a step that ran without its graphs.
 START, AT_ONCE, ORDER, WAITS, RACES = "start", "at once", "order", "waits", "races"
+EAGER = "eager"
 FOUND_BY = {
     None: set(),
     "wait_during_capture": {START},
     "schedule_outside_the_graph": {RACES},
     "buffer_shared_between_widths": {AT_ONCE},
     "targets_backend_left_in_place": {AT_ONCE},
+    "targets_graphs_left_in_place": {EAGER},
+    "drafters_graphs_left_in_place": {EAGER},
     "sampler_left_in_place": {AT_ONCE},
     "host_waits_in_plain_step": {WAITS},
     "no_wait_for_scheduler": {ORDER, RACES},
@@ -61,6 +65,8 @@ def _found_in_runs(scheduler: Scheduler, requests, reference) -> set[str]:
     if fault:
         return {AT_ONCE}
     found = set()
+    if result["replays"] != expected_replays(result):
+        found.add(EAGER)
     if any("dflare" in call for site in result["waits"] for call in site[1:3]):
         found.add(WAITS)
     scheduler.call("flush_cache")
