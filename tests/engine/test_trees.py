@@ -95,3 +95,21 @@ def test_targets_that_cannot_are_served_chains():
     assert "on a CPU only" in why_no_trees(worker(device="cuda"))
     assert "recurrent states" in why_no_trees(worker(_need_mamba_verify_commit=True))
     assert "slots of a NoneType" in why_no_trees(worker())
+
+
+def test_a_grammar_walks_each_nodes_children_in_their_order():
+    import torch
+
+    from dflare.engine.tree_step import DraftTree
+
+    parents = torch.tensor([[-1, 0, 0, 1, 1, 2, 0], [-1, 0, 1, 2, 3, 4, 5]]).int()
+    tree = DraftTree(torch.arange(14).view(2, 7), parents, torch.zeros_like(parents))
+    child, sibling, tokens = tree.for_grammar().resolve()
+    assert tokens.equal(tree.tokens)
+    for row in range(2):
+        for node in range(7):
+            met, at = [], int(child[row, node])
+            while at >= 0:
+                met.append(at)
+                at = int(sibling[row, at])
+            assert met == [i for i in range(7) if parents[row, i] == node]
