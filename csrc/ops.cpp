@@ -1,24 +1,15 @@
 // Schemas of torch.ops.dflare.*; implementations register themselves per device (csrc/cpu,
-// csrc/cuda). The contract of each argument is the docstring of the Python function of the same
-// name (python/dflare/ops).
+// csrc/cuda). What an operator computes stands in the Python function of the same name
+// (python/dflare/ops), what must hold for its arguments in csrc/contract or beside its code.
 #include "build_info.h"
+#include "contract/append_context_kv.h"
+#include "contract/block_attention.h"
 #include "stable_torch.h"
 
 STABLE_TORCH_LIBRARY(dflare, m) {
-  m.def(
-      "append_context_kv(Tensor target_hidden, Tensor fusion_probs, Tensor norm_weight, float eps,"
-      " Tensor kv_weight, Tensor? kv_bias, Tensor k_norm_weight, float k_norm_eps,"
-      " Tensor cos_sin_cache, Tensor positions, Tensor cache_loc, Tensor? commit_lens,"
-      " int block_size, Tensor(a!)[] k_pools, Tensor(b!)[] v_pools) -> ()");
-  m.def(
-      "block_attention(Tensor qkv, Tensor q_norm_weight, Tensor k_norm_weight, float eps,"
-      " Tensor cos_sin_cache, Tensor positions, Tensor k_pool, Tensor v_pool,"
-      " Tensor req_to_token, Tensor req_pool_indices, Tensor seq_lens, int block_size, int window,"
-      " bool causal, float scale, Tensor? schedule=None) -> Tensor");
-  // CUDA only: a CPU has nothing to schedule.
-  m.def(
-      "block_attention_schedule(Tensor seq_lens, int block_size, int num_heads, int kv_heads,"
-      " int head_dim, int window) -> Tensor");
+  m.def(dflare::kAppendContextKv);
+  m.def(dflare::kBlockAttention);
+  m.def(dflare::kBlockAttentionSchedule);  // CUDA only: a CPU has nothing to schedule
   m.def(
       "paged_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor req_to_token,"
       " Tensor req_pool_indices, Tensor seq_lens, Tensor query_start, int window, bool causal,"

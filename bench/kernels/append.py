@@ -40,6 +40,14 @@ def commit_lens(kind: str, blocks: int, block: int, device: str) -> Tensor | Non
     return lens.to(device, torch.int32)
 
 
+def call(op: Callable[..., None], x: Inputs) -> None:
+    """The operator or its reference on a set of buffers."""
+    weights = ops.ContextWeights(*(x[name] for name in ops.ContextWeights._fields))
+    names = ("cos_sin_cache", "positions", "cache_loc", "commit_lens", "block_size")
+    rest = (x[name] for name in names)
+    op(x["target_hidden"], weights, *rest, ops.Pools(x["k_pools"], x["v_pools"]))
+
+
 def counted(x: Inputs) -> Tensor:
     """[rows] bool: the rows that are to be written."""
     if x["commit_lens"] is None:
@@ -176,9 +184,12 @@ def case(
     count = buffer_sets(device, work[0]) if cold else 1
     sets = [make_set(pair, rows, lens, dtype, device) for _ in range(count)]
     makers: dict[str, Callable[[], Arm]] = {
-        "dflare": lambda: Arm("dflare", lambda i: ops.append_context_kv(**sets[i]), work),
+        "dflare": lambda: Arm("dflare", lambda i: call(ops.append_context_kv, sets[i]), work),
         "eager": lambda: Arm(
-            "eager", lambda i: ops.append_context_kv_reference(**sets[i]), work, graph=lens is None
+            "eager",
+            lambda i: call(ops.append_context_kv_reference, sets[i]),
+            work,
+            graph=lens is None,
         ),
         "compile": lambda: compiled_arm(sets, work),
         "dspark": lambda: dspark_arm(sets, work),
@@ -208,7 +219,7 @@ def check(x: Inputs, arms: list[Arm]) -> None:
     }
     for name in ("k_pools", "v_pools"):
         exact[name] = [pool.double() for pool in x[name]]
-    ops.append_context_kv_reference(**exact)
+    call(ops.append_context_kv_reference, exact)
     expected, untouched = written(exact, valid), x["cache_loc"][~valid]
     for arm in arms:
         if arm.name == "bmm":

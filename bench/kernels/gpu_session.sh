@@ -7,7 +7,7 @@
 #
 #   kernels   the library loads; it is built where it does not
 #   bench     the cells that bench/results/README.md asks for, small ones first
-#   tests     tests/kernels on the GPU
+#   tests     tests/ops on the GPU
 #   sanitize  memcheck, racecheck and synccheck on small shapes through every kernel
 #   wide      other models, pages, batches, torch.compile
 #   serve     SGLang end to end, where it is installed: TARGET and DRAFT name a pair (default: the demo
@@ -81,7 +81,7 @@ bench() {
 }
 
 tests() {
-  run 100 tests "$python" -m pytest -q -p no:cacheprovider tests/kernels -m gpu
+  run 100 tests "$python" -m pytest -q -p no:cacheprovider tests/ops -m gpu
 }
 
 # The tools slow a kernel down a hundredfold. memcheck sees no overrun inside a cached segment.
@@ -91,7 +91,7 @@ sanitize() {
     sanitizer=(compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all)
     [ $device = cpu ] && sanitizer=(env)
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run 100 "$tool" "${sanitizer[@]}" "$python" -m pytest \
-      -q -x -p no:cacheprovider tests/kernels/test_cuda_ops.py -k small_shapes
+      -q -x -p no:cacheprovider tests/ops -m gpu -k "nothing_else or equals_the_reference_for"
   done
 }
 

@@ -36,6 +36,13 @@ def make_set(pair: Any, batch: int, queries: int, context: int, dtype: torch.dty
     }
 
 
+def call(op: Callable[..., Tensor], x: dict[str, Any]) -> Tensor:
+    """The operator or its reference on a set of buffers."""
+    context = ops.PagedContext(*(x[name] for name in ops.PagedContext._fields))
+    names = ("query_start", "window", "causal", "scale", "logit_cap")
+    return op(x["q"], context, *(x[name] for name in names))
+
+
 def with_sdpa(x: dict[str, Any], queries: int) -> Tensor:
     length = x["req_to_token"].shape[1]
     mask = torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
@@ -66,14 +73,14 @@ def case(
             name: value.double() if name in ("q", "k_pool", "v_pool") else value
             for name, value in sets[0].items()
         }
-        expected = ops.paged_attention_reference(**exact)
+        expected = call(ops.paged_attention_reference, exact)
         for arm in arms:
             with kept_going(arm):
                 arm.error = relative_error([arm.run(0)], [expected])
 
     makers: dict[str, Callable[[], Arm]] = {
-        "dflare": lambda: Arm("dflare", lambda i: ops.paged_attention(**sets[i]), work),
-        "eager": lambda: Arm("eager", lambda i: ops.paged_attention_reference(**sets[i]), work),
+        "dflare": lambda: Arm("dflare", lambda i: call(ops.paged_attention, sets[i]), work),
+        "eager": lambda: Arm("eager", lambda i: call(ops.paged_attention_reference, sets[i]), work),
         "sdpa": lambda: Arm("sdpa", lambda i: with_sdpa(sets[i], queries), work),
     }
     shape = {"batch": batch, "queries": queries, "context": context}

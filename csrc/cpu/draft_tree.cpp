@@ -5,18 +5,9 @@
 #include <tuple>
 
 #include "cpu/checks.h"
-#include "stable_torch.h"
 
 namespace dflare::cpu {
 namespace {
-
-void check_packed(const Checker& check, const char* name, const at::Tensor& x, at::ScalarType dtype,
-                  at::IntArrayRef shape, const char* meaning) {
-  check.device(name, x);
-  check.dtype(name, x, dtype);
-  check.shape(name, x, shape, meaning);
-  check.contiguous(name, x);
-}
 
 // What one request's tree grows from.
 struct Growth {
@@ -89,11 +80,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> build_draft_tree(
     const at::Tensor& anchors, const at::Tensor& tokens, const at::Tensor& log_probs, int64_t nodes,
     const std::optional<at::Tensor>& branch, const std::optional<at::Tensor>& branch_log_probs,
     const std::optional<at::Tensor>& branch_lens) {
-  constexpr Checker check{"build_draft_tree"};
-  check_packed(check, "anchors", anchors, at::kLong, {kAny}, "[bs]");
+  const Checker check("build_draft_tree", kLimits, anchors);
+  check.int64s("anchors", anchors, {kAny}, "[bs]");
   const int64_t bs = anchors.size(0);
-  check_packed(check, "tokens", tokens, at::kLong, {bs, kAny, kAny}, "[bs, depths, ranks]");
-  check_packed(check, "log_probs", log_probs, at::kFloat, tokens.sizes(), "shape of tokens");
+  check.int64s("tokens", tokens, {bs, kAny, kAny}, "[bs, depths, ranks]");
+  check.table("log_probs", log_probs, tokens.sizes(), "shape of tokens");
   const int64_t slots = tokens.size(1), ranks = tokens.size(2);
   TORCH_CHECK(nodes >= 0 && (nodes == 0 || (slots > 0 && ranks >= nodes)),
               "build_draft_tree: nodes is ", nodes, " and tokens has shape ", tokens.sizes(),
@@ -104,10 +95,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> build_draft_tree(
       "build_draft_tree: got some of branch, branch_log_probs and branch_lens, expected all "
       "or none");
   if (has_branch) {
-    check_packed(check, "branch", *branch, at::kLong, {bs, kAny}, "[bs, longest]");
-    check_packed(check, "branch_log_probs", *branch_log_probs, at::kFloat, branch->sizes(),
-                 "shape of branch");
-    check_packed(check, "branch_lens", *branch_lens, at::kInt, {bs}, "[bs]");
+    check.int64s("branch", *branch, {bs, kAny}, "[bs, longest]");
+    check.table("branch_log_probs", *branch_log_probs, branch->sizes(), "shape of branch");
+    check.int32s("branch_lens", *branch_lens, {bs}, "[bs]");
   }
   const int64_t width = nodes + 1;
   at::Tensor out = at::empty({bs, width}, at::kLong, tokens);
@@ -145,10 +135,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> walk_draft_tree(const at::Tensor&
                                                                const at::Tensor& parents,
                                                                const at::Tensor& target_tokens,
                                                                int64_t stride) {
-  constexpr Checker check{"walk_draft_tree"};
-  check_packed(check, "tokens", tokens, at::kLong, {kAny, kAny}, "[bs, nodes + 1]");
-  check_packed(check, "parents", parents, at::kInt, tokens.sizes(), "shape of tokens");
-  check_packed(check, "target_tokens", target_tokens, at::kLong, tokens.sizes(), "shape of tokens");
+  const Checker check("walk_draft_tree", kLimits, tokens);
+  check.int64s("tokens", tokens, {kAny, kAny}, "[bs, nodes + 1]");
+  check.int32s("parents", parents, tokens.sizes(), "shape of tokens");
+  check.int64s("target_tokens", target_tokens, tokens.sizes(), "shape of tokens");
   const int64_t bs = tokens.size(0), width = tokens.size(1);
   TORCH_CHECK(width > 0 && stride > 0, "walk_draft_tree: tokens has shape ", tokens.sizes(),
               " and stride is ", stride, ", expected at least the anchor and one column");
@@ -187,18 +177,16 @@ struct Rows {
 
 void move_tree_path(const at::Tensor& path, const at::Tensor& commit_lens, const at::Tensor& slots,
                     at::TensorList pools) {
-  constexpr Checker check{"move_tree_path"};
-  check_packed(check, "path", path, at::kInt, {kAny, kAny}, "[bs, stride]");
+  const Checker check("move_tree_path", kLimits, path);
+  check.int32s("path", path, {kAny, kAny}, "[bs, stride]");
   const int64_t bs = path.size(0), stride = path.size(1);
-  check_packed(check, "commit_lens", commit_lens, at::kInt, {bs}, "[bs]");
-  check_packed(check, "slots", slots, at::kLong, {bs, kAny}, "[bs, nodes + 1]");
+  check.int32s("commit_lens", commit_lens, {bs}, "[bs]");
+  check.int64s("slots", slots, {bs, kAny}, "[bs, nodes + 1]");
   const int64_t width = slots.size(1);
   std::vector<Rows> rows;
   int64_t num_slots = INT64_MAX;
   for (const at::Tensor& pool : pools) {
-    check.device("pools", pool);
-    check.shape("pools", pool, {kAny, kAny, kAny}, "[slots, heads, head_dim]");
-    check.packed("pools", pool, 2);
+    check.any_rows("pools", pool, {kAny, kAny, kAny}, "[slots, heads, head_dim]");
     num_slots = std::min(num_slots, pool.size(0));
     rows.push_back({static_cast<char*>(pool.mutable_data_ptr()),
                     pool.size(1) * pool.size(2) * static_cast<int64_t>(pool.element_size()),

@@ -10,8 +10,6 @@
 namespace dflare::cpu {
 namespace {
 
-constexpr Checker kCheck{"linear"};
-
 constexpr int64_t kVector = 32;  // elements of the longest vector of any level
 // Weight bytes that are worth waking a thread for: a few microseconds of reading.
 constexpr int64_t kThreadBytes = 1 << 17;
@@ -20,24 +18,16 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias) {
-  kCheck.shape("x", x, {kAny, kAny}, "[rows, inputs]");
-  kCheck.packed("x", x, 1);
+  Checker check("linear", kLimits, x);
+  check.element("x", x);
+  check.rows("x", x, {kAny, kAny}, "[rows, inputs]");
   const int64_t rows = x.size(0), inputs = x.size(1);
-  kCheck.shape("weight", weight, {kAny, inputs}, "[outputs, inputs]");
+  check.weight("weight", weight, {kAny, inputs}, "[outputs, inputs]");
   const int64_t outputs = weight.size(0);
-  auto check_weight = [&](const char* name, const at::Tensor& w) {
-    kCheck.device(name, w);
-    kCheck.dtype(name, w, x.scalar_type());
-    kCheck.contiguous(name, w);
-  };
-  check_weight("weight", weight);
-  if (bias) {
-    kCheck.shape("bias", *bias, {outputs}, "[outputs]");
-    check_weight("bias", *bias);
-  }
+  if (bias) check.weight("bias", *bias, {outputs}, "[outputs]");
   at::Tensor out = at::empty({rows, outputs}, x);
   const at::Tensor padded = inputs % kVector == 0 ? x : at::pad(x, {0, kVector - inputs % kVector});
-  with_element_type(kCheck, "x", x, [&](auto element) {
+  with_element_type(x, [&](auto element) {
     using T = decltype(element);
     LinearParams<T> p{};
     p.x = static_cast<const T*>(padded.const_data_ptr());

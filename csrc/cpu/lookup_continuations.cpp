@@ -7,12 +7,11 @@
 #include "cpu/checks.h"
 #include "cpu/run_attention.h"
 #include "cpu/team.h"
-#include "stable_torch.h"
 
 namespace dflare::cpu {
 namespace {
 
-constexpr Checker kCheck{"lookup_continuations"};
+constexpr const char* kOp = "lookup_continuations";
 constexpr int64_t kStride = 64;  // tokens that are passed over at once where none is the last one
 
 struct Match {
@@ -51,23 +50,18 @@ std::tuple<at::Tensor, at::Tensor> lookup_continuations(
     const at::Tensor& tokens, const at::Tensor& req_to_token, const at::Tensor& req_pool_indices,
     const at::Tensor& seq_lens, const at::Tensor& anchors, int64_t count, int64_t least_match,
     int64_t longest_match) {
-  kCheck.device("tokens", tokens);
-  kCheck.dtype("tokens", tokens, at::kInt);
-  kCheck.shape("tokens", tokens, {kAny}, "[slots]");
-  kCheck.contiguous("tokens", tokens);
-  check_page_table(kCheck, req_to_token, req_pool_indices, seq_lens);
-  const int64_t bs = seq_lens.size(0), slots = tokens.size(0);
-  kCheck.device("anchors", anchors);
-  kCheck.dtype("anchors", anchors, at::kLong);
-  kCheck.shape("anchors", anchors, {bs}, "[bs]");
-  kCheck.contiguous("anchors", anchors);
-  TORCH_CHECK(count >= 1, kCheck.op, ": count is ", count, ", expected at least 1");
-  TORCH_CHECK(least_match >= 1 && least_match <= longest_match, kCheck.op, ": least_match is ",
-              least_match, ", expected 1 to longest_match = ", longest_match);
+  const Checker check(kOp, kLimits, tokens);
+  check.int32s("tokens", tokens, {kAny}, "[slots]");
+  const int64_t bs = check.page_table(req_to_token, req_pool_indices, seq_lens);
+  const int64_t slots = tokens.size(0);
+  check.int64s("anchors", anchors, {bs}, "[bs]");
+  check.require(count >= 1, "count is ", count, ", expected at least 1");
+  check.require(least_match >= 1 && least_match <= longest_match, "least_match is ", least_match,
+                ", expected 1 to longest_match = ", longest_match);
 
   at::Tensor found = at::empty({bs, count}, at::kLong, anchors);
   at::Tensor lengths = at::empty({bs}, at::kInt, anchors);
-  const Indices prefixes(seq_lens), rows(req_pool_indices);
+  const Indices prefixes(seq_lens);
   const int32_t* known = tokens.const_data_ptr<int32_t>();
   const int64_t* anchor = anchors.const_data_ptr<int64_t>();
   int64_t* out = found.mutable_data_ptr<int64_t>();
@@ -75,11 +69,11 @@ std::tuple<at::Tensor, at::Tensor> lookup_continuations(
   parallel_for(at::get_num_threads(), bs, 1, [&](int64_t first, int64_t stop) {
     for (int64_t b = first; b < stop; ++b) {
       const int64_t last = prefixes[b];
-      const int32_t* places = request_slots(kCheck, req_to_token, rows, b, last);
+      const int32_t* places = request_slots(kOp, req_to_token, req_pool_indices, b, last);
       const std::unique_ptr<int32_t[]> text(new int32_t[last + 1]);
       for (int64_t i = 0; i < last; ++i) {
-        TORCH_CHECK(places[i] >= 0 && places[i] < slots, kCheck.op, ": token ", i, " of request ",
-                    b, " is in slot ", places[i], ", expected 0 to ", slots - 1);
+        TORCH_CHECK(places[i] >= 0 && places[i] < slots, kOp, ": token ", i, " of request ", b,
+                    " is in slot ", places[i], ", expected 0 to ", slots - 1);
         text[i] = known[places[i]];
       }
       text[last] = static_cast<int32_t>(anchor[b]);

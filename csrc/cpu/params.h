@@ -4,36 +4,24 @@
 
 #include <stdint.h>
 
+#include "contract/append_context_kv.h"
+#include "contract/block_attention.h"
+
 namespace dflare::cpu {
 
 struct BFloat16 {
   uint16_t bits;
 };
 
-// Neox-style rotary embedding: cos_sin[position] holds rotary / 2 cosines, then as many sines.
-struct Rope {
-  const float* cos_sin;
-  int64_t rotary;
-  const int64_t* positions;  // of each row
-};
-
 // One operation over all draft layers; T is float or BFloat16.
 template <typename T>
-struct AppendParams {
+struct AppendParams : ContextWeights<T> {
   // Some of the rows that count: rows[m] indexes target_hidden, rope.positions and cache_loc.
   const int64_t* rows;
   int64_t num_rows;
 
   const T* target_hidden;  // [N, taps * hidden]
   int64_t target_hidden_stride;
-  const float* fusion_probs;  // [layers, taps]
-  const T* norm_weight;       // [hidden]
-  float eps;
-
-  const T* kv_weight;      // [layers, 2 * kv_heads * head_dim, hidden]
-  const T* kv_bias;        // [layers, 2 * kv_heads * head_dim] or null
-  const T* k_norm_weight;  // [layers, head_dim]
-  float k_norm_eps;
   Rope rope;
 
   const int64_t* cache_loc;
@@ -80,19 +68,14 @@ struct BadSlot {
 
 constexpr int64_t kKeyTile = 64;  // keys that one step of the online softmax takes
 
+// Norms and RoPE are a draft block's, whose keys and values lie beside the queries.
 template <typename T>
-struct AttentionParams {
+struct AttentionParams : BlockAttentionInputs<T> {
   const Request* requests;
   const T* q;  // [rows, q_heads, head_dim]
   int64_t q_stride;
-
-  // Draft block only (norm weights not null): its keys and values lie beside the queries.
-  const T* block_k;
+  const T* block_k;  // null but for a draft block
   const T* block_v;
-  const T* q_norm_weight;  // [head_dim]
-  const T* k_norm_weight;
-  float eps;
-  Rope rope;
 
   const T* k_pool;  // [slots, kv_heads, head_dim]
   const T* v_pool;
@@ -100,9 +83,7 @@ struct AttentionParams {
   int64_t num_slots;
 
   int64_t kv_heads, group, head_dim;
-  int64_t window;  // negative: none
-  bool causal;
-  float scale, logit_cap;
+  float logit_cap;
 
   T* out;  // [rows, q_heads, head_dim], contiguous
   BadSlot* bad_slot;

@@ -22,22 +22,14 @@ void run_rows(const Params& p, Kernel kernel, int64_t rows, int64_t row_elements
 
 at::Tensor add_rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& residual,
                         const at::Tensor& weight, double eps) {
-  constexpr Checker check{"add_rms_norm"};
-  check.shape("weight", weight, {kAny}, "[hidden]");
+  Checker check("add_rms_norm", kLimits, x);
+  check.element("x", x);
+  check.weight("weight", weight, {kAny}, "[hidden]");
   const int64_t hidden = weight.size(0);
-  check.shape("x", x, {kAny, hidden}, "[rows, hidden]");
-  check.packed("x", x, 1);
-  check.device("weight", weight);
-  check.dtype("weight", weight, x.scalar_type());
-  check.contiguous("weight", weight);
-  if (residual) {
-    check.shape("residual", *residual, {x.size(0), hidden}, "[rows, hidden]");
-    check.device("residual", *residual);
-    check.dtype("residual", *residual, x.scalar_type());
-    check.packed("residual", *residual, 1);
-  }
+  check.rows("x", x, {kAny, hidden}, "[rows, hidden]");
+  if (residual) check.rows("residual", *residual, {x.size(0), hidden}, "[rows, hidden]");
   at::Tensor out = at::empty({x.size(0), hidden}, x);
-  with_element_type(check, "x", x, [&](auto element) {
+  with_element_type(x, [&](auto element) {
     using T = decltype(element);
     NormParams<T> p{};
     p.x = static_cast<const T*>(x.const_data_ptr());
@@ -54,14 +46,14 @@ at::Tensor add_rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& re
 }
 
 at::Tensor silu_and_mul(const at::Tensor& x) {
-  constexpr Checker check{"silu_and_mul"};
-  check.shape("x", x, {kAny, kAny}, "[rows, 2 * width]");
-  check.packed("x", x, 1);
-  TORCH_CHECK(x.size(1) % 2 == 0, "silu_and_mul: x has shape ", x.sizes(),
-              ", expected an even number of columns: gates, then as many values");
+  Checker check("silu_and_mul", kLimits, x);
+  check.element("x", x);
+  check.rows("x", x, {kAny, kAny}, "[rows, 2 * width]");
+  check.require(x.size(1) % 2 == 0, "x has shape ", x.sizes(),
+                ", expected an even number of columns: gates, then as many values");
   const int64_t width = x.size(1) / 2;
   at::Tensor out = at::empty({x.size(0), width}, x);
-  with_element_type(check, "x", x, [&](auto element) {
+  with_element_type(x, [&](auto element) {
     using T = decltype(element);
     GateParams<T> p{};
     p.x = static_cast<const T*>(x.const_data_ptr());
@@ -75,16 +67,16 @@ at::Tensor silu_and_mul(const at::Tensor& x) {
 
 void rotate_heads(const at::Tensor& x, const at::Tensor& cos_sin_cache, const at::Tensor& positions,
                   int64_t head_dim) {
-  constexpr Checker check{"rotate_heads"};
-  check.shape("x", x, {kAny, kAny}, "[rows, heads * head_dim]");
-  check.packed("x", x, 1);
-  TORCH_CHECK(head_dim > 0 && x.size(1) % head_dim == 0, "rotate_heads: x has shape ", x.sizes(),
-              ", expected a multiple of head_dim = ", head_dim, " columns");
-  const Rope rope = make_rope(check, cos_sin_cache, positions, x.size(0), head_dim);
+  Checker check("rotate_heads", kLimits, x);
+  check.element("x", x);
+  check.rows("x", x, {kAny, kAny}, "[rows, heads * head_dim]");
+  check.require(head_dim > 0 && x.size(1) % head_dim == 0, "x has shape ", x.sizes(),
+                ", expected a multiple of head_dim = ", head_dim, " columns");
+  const Rope rope = check.rope(cos_sin_cache, positions, x.size(0), head_dim);
   for (int64_t row = 0; row < x.size(0); ++row) {
-    check_position(check, rope, row, cos_sin_cache.size(0));
+    check_position(check.op, rope, row, cos_sin_cache.size(0));
   }
-  with_element_type(check, "x", x, [&](auto element) {
+  with_element_type(x, [&](auto element) {
     using T = decltype(element);
     RotaryParams<T> p{};
     p.x = static_cast<T*>(x.mutable_data_ptr());

@@ -96,8 +96,7 @@ struct Piece {
 }  // namespace
 
 template <typename T>
-void run_attention(const Checker& check, AttentionParams<T>& p,
-                   const std::vector<Request>& requests) {
+void run_attention(const char* op, AttentionParams<T>& p, const std::vector<Request>& requests) {
   const Plan plan = make_plan(p, requests);
   if (plan.items.empty()) return;
   const KernelsFor<T>& kernel = kernels().get<T>();
@@ -138,7 +137,7 @@ void run_attention(const Checker& check, AttentionParams<T>& p,
       }
     }
   });
-  TORCH_CHECK(!bad_slot.found, check.op, ": req_to_token gives slot ",
+  TORCH_CHECK(!bad_slot.found, op, ": req_to_token gives slot ",
               requests[bad_slot.request].slots[bad_slot.index], " for index ", bad_slot.index,
               " of request ", bad_slot.request, ", but the pool has ", p.num_slots, " slots");
 
@@ -158,55 +157,30 @@ void run_attention(const Checker& check, AttentionParams<T>& p,
 }
 
 template <typename T>
-void set_pools(const Checker& check, const at::Tensor& k_pool, const at::Tensor& v_pool,
-               AttentionParams<T>& p) {
-  check.shape("v_pool", v_pool, k_pool.sizes(), "shape of k_pool");
-  check.dtype("v_pool", v_pool, k_pool.scalar_type());
-  check.device("k_pool", k_pool);
-  check.device("v_pool", v_pool);
-  check.packed("k_pool", k_pool, 2);
-  check.packed("v_pool", v_pool, 2);
-  check.heads(k_pool.size(1), k_pool.size(2));
-  p.k_pool = static_cast<const T*>(k_pool.const_data_ptr());
-  p.v_pool = static_cast<const T*>(v_pool.const_data_ptr());
-  p.num_slots = k_pool.size(0);
-  p.kv_heads = k_pool.size(1);
-  p.head_dim = k_pool.size(2);
-  p.k_slot_stride = k_pool.stride(0);
-  p.v_slot_stride = v_pool.stride(0);
+void set_pools(const PagedContext<at::Tensor>& context, int64_t q_heads, AttentionParams<T>& p) {
+  p.k_pool = static_cast<const T*>(context.k_pool.const_data_ptr());
+  p.v_pool = static_cast<const T*>(context.v_pool.const_data_ptr());
+  p.num_slots = context.slots;
+  p.kv_heads = context.kv_heads;
+  p.group = q_heads / context.kv_heads;
+  p.head_dim = context.head_dim;
+  p.k_slot_stride = context.k_pool.stride(0);
+  p.v_slot_stride = context.v_pool.stride(0);
 }
 
-void check_page_table(const Checker& check, const at::Tensor& req_to_token,
-                      const at::Tensor& req_pool_indices, const at::Tensor& seq_lens) {
-  const int64_t bs = seq_lens.dim() == 1 ? seq_lens.size(0) : kAny;
-  check.shape("seq_lens", seq_lens, {kAny}, "[bs]");
-  check.shape("req_pool_indices", req_pool_indices, {bs}, "[bs]");
-  check.shape("req_to_token", req_to_token, {kAny, kAny}, "[rows, max_len]");
-  check.integer("seq_lens", seq_lens);
-  check.dtype("req_pool_indices", req_pool_indices, at::kLong);
-  check.dtype("req_to_token", req_to_token, at::kInt);
-  check.device("seq_lens", seq_lens);
-  check.device("req_pool_indices", req_pool_indices);
-  check.device("req_to_token", req_to_token);
-  check.packed("req_to_token", req_to_token, 1);
-}
-
-const int32_t* request_slots(const Checker& check, const at::Tensor& req_to_token,
-                             const Indices& req_pool_indices, int64_t b, int64_t length) {
-  const int64_t row = req_pool_indices[b];
-  TORCH_CHECK(row >= 0 && row < req_to_token.size(0), check.op, ": req_pool_indices[", b, "] is ",
-              row, ", but req_to_token has ", req_to_token.size(0), " rows");
-  TORCH_CHECK(length >= 0 && length <= req_to_token.size(1), check.op, ": seq_lens[", b, "] is ",
-              length, ", expected 0 to ", req_to_token.size(1), ", the columns of req_to_token");
+const int32_t* request_slots(const char* op, const at::Tensor& req_to_token,
+                             const at::Tensor& req_pool_indices, int64_t b, int64_t length) {
+  const int64_t row = Indices(req_pool_indices)[b];
+  TORCH_CHECK(row >= 0 && row < req_to_token.size(0), op, ": req_pool_indices[", b, "] is ", row,
+              ", but req_to_token has ", req_to_token.size(0), " rows");
+  TORCH_CHECK(length >= 0 && length <= req_to_token.size(1), op, ": seq_lens[", b, "] is ", length,
+              ", expected 0 to ", req_to_token.size(1), ", the columns of req_to_token");
   return static_cast<const int32_t*>(req_to_token.const_data_ptr()) + row * req_to_token.stride(0);
 }
 
-template void run_attention(const Checker&, AttentionParams<float>&, const std::vector<Request>&);
-template void run_attention(const Checker&, AttentionParams<BFloat16>&,
-                            const std::vector<Request>&);
-template void set_pools(const Checker&, const at::Tensor&, const at::Tensor&,
-                        AttentionParams<float>&);
-template void set_pools(const Checker&, const at::Tensor&, const at::Tensor&,
-                        AttentionParams<BFloat16>&);
+template void run_attention(const char*, AttentionParams<float>&, const std::vector<Request>&);
+template void run_attention(const char*, AttentionParams<BFloat16>&, const std::vector<Request>&);
+template void set_pools(const PagedContext<at::Tensor>&, int64_t, AttentionParams<float>&);
+template void set_pools(const PagedContext<at::Tensor>&, int64_t, AttentionParams<BFloat16>&);
 
 }  // namespace dflare::cpu

@@ -30,11 +30,11 @@ struct BlockHeads {
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const int token = item.request * p.block_size + source(row_of(first, i)).x;
-      position[i] = static_cast<int>(p.positions[token]);
+      position[i] = static_cast<int>(p.rope.positions[token]);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      turns[i].load_rotation(p.rotary, p.cos_sin + int64_t{position[i]} * p.rotary);
+      turns[i].load_rotation(p.rope.rotary, p.rope.cos_sin + int64_t{position[i]} * p.rope.rotary);
     }
   }
 
@@ -46,7 +46,7 @@ struct BlockHeads {
     for (int i = 0; i < kInFlight; ++i) {
       const int2 from = source(row_of(first, i));
       const int64_t token = item.request * p.block_size + from.x;
-      heads[i].load(p.rotary,
+      heads[i].load(p.rope.rotary,
                     static_cast<const T*>(p.qkv) + token * p.qkv_stride + from.y * kHeadDim);
     }
   }
@@ -55,12 +55,12 @@ struct BlockHeads {
   __device__ __forceinline__ void store(const BlockAttentionParams& p, int first,
                                         const void* norm_weight, T* tile) {
     Row weight;
-    weight.load(p.rotary, static_cast<const T*>(norm_weight));
+    weight.load(p.rope.rotary, static_cast<const T*>(norm_weight));
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       heads[i].normalize(weight, p.eps, true);
       heads[i].rotate(turns[i]);
-      heads[i].template store_with<T>(p.rotary, [&](int place, uint4 elements) {
+      heads[i].template store_with<T>(p.rope.rotary, [&](int place, uint4 elements) {
         *reinterpret_cast<uint4*>(tile + tile_offset<kHeadDim>(row_of(first, i), place)) = elements;
       });
     }

@@ -19,7 +19,7 @@ struct ContextRow {
 
 __device__ __forceinline__ ContextRow load_context_row(const ContextKvOutput& out, int m) {
   const int n = out.compact_rows != nullptr ? out.compact_rows[1 + m] : m;
-  return {out.cache_loc[n], out.positions[n]};
+  return {out.cache_loc[n], out.rope.positions[n]};
 }
 
 // One head of one layer; `head` is in [0, 2 * kv_heads), keys first.
@@ -33,7 +33,7 @@ struct ContextHead {
 
   __device__ __forceinline__ void load_rotation(Row& rotation, const ContextRow& row) const {
     if (!is_key()) return;
-    rotation.load_rotation(out.rotary, out.cos_sin + row.position * out.rotary);
+    rotation.load_rotation(out.rope.rotary, out.rope.cos_sin + row.position * out.rope.rotary);
   }
 
   // Adds the bias, applies K norm and RoPE (keys only), rounds once and writes the pool row. All
@@ -43,18 +43,18 @@ struct ContextHead {
     if (out.kv_bias != nullptr) {
       const int64_t offset = (int64_t{layer} * 2 * out.kv_heads + head) * kHeadDim;
       Row bias;
-      bias.load(out.rotary, static_cast<const T*>(out.kv_bias) + offset);
+      bias.load(out.rope.rotary, static_cast<const T*>(out.kv_bias) + offset);
       values.add(bias);
     }
     Row weight;
-    weight.load(out.rotary, static_cast<const T*>(out.k_norm_weight) + layer * kHeadDim);
+    weight.load(out.rope.rotary, static_cast<const T*>(out.k_norm_weight) + layer * kHeadDim);
     values.normalize(weight, out.k_norm_eps, is_key());
     if (!valid) return;
     if (is_key()) values.rotate(rotation);
     T* pool = static_cast<T*>(is_key() ? out.k_pools[layer] : out.v_pools[layer]);
     T* to = pool + row.slot * (is_key() ? out.k_strides[layer] : out.v_strides[layer]) +
             (is_key() ? head : head - out.kv_heads) * kHeadDim;
-    values.template store_with<T>(out.rotary, [&](int place, uint4 elements) {
+    values.template store_with<T>(out.rope.rotary, [&](int place, uint4 elements) {
       *reinterpret_cast<uint4*>(to + place) = elements;
     });
   }

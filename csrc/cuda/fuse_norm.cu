@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   for (int i = threadIdx.x; i < p.num_taps * kLayers; i += blockDim.x) {
     const int tap = i / kLayers, layer = first_layer + i % kLayers;
     shared.probs[tap][i % kLayers] =
-        layer < p.num_layers ? p.probs[layer * p.num_taps + tap] : 0.0f;
+        layer < p.num_layers ? p.fusion_probs[layer * p.num_taps + tap] : 0.0f;
   }
   const uint4 packed_weight =
       *reinterpret_cast<const uint4*>(static_cast<const T*>(p.norm_weight) + (active ? column : 0));

@@ -124,7 +124,7 @@ struct KvProjectWrite {
     const int first_token = blockIdx.x * kTokens, head = blockIdx.y, layer = blockIdx.z;
     const int depth_tiles = ceil_div(p.hidden, kDepth);
 
-    const T* head_weight = static_cast<const T*>(p.kv_weight) +
+    const T* head_weight = static_cast<const T*>(p.out.kv_weight) +
                            (int64_t{layer} * 2 * p.out.kv_heads + head) * kHeadDim * p.hidden;
     Copier copier;
     copier.step = int64_t{kRowStep} * p.hidden;
@@ -215,7 +215,7 @@ struct KvProjectWrite {
       const bool valid = token < tokens;
       const int at = valid ? token : 0;
       Row values;
-      load_sums(values, output + at * Shape::kOutputStride, p.out.rotary);
+      load_sums(values, output + at * Shape::kOutputStride, p.out.rope.rotary);
       const Row turn = rotation;
       if (token + kRowsPerPass < tokens) writer.load_rotation(rotation, rows[token + kRowsPerPass]);
       writer.write(values, turn, rows[at], valid);

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kHeadsInFlight; ++i) {
     const int task = first + i * kHeadsPerPass<kHeadDim>;
     const T* source = layer_kv + int64_t{task < tasks ? task : 0} * kHeadDim;
-    values[i].load(p.out.rotary, source);
+    values[i].load(p.out.rope.rotary, source);
     if (task < tasks) rows[i] = load_context_row(p.out, task / heads);
   }
 #pragma unroll

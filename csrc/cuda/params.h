@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "../contract/append_context_kv.h"
+#include "../contract/block_attention.h"
 #include "elements.h"
 #include "heuristics.h"
 
@@ -13,16 +15,13 @@ namespace dflare {
 
 // ------------------------------------------------------------ append_context_kv
 
-// fused[d, m, :] = RMSNorm(sum_t probs[d, t] * target_hidden[n, t, :]) * norm_weight, where m
-// counts the valid rows n in order. With commit_lens, rows are num_rows / block_size blocks of
+// fused[d, m, :] = RMSNorm(sum_t fusion_probs[d, t] * target_hidden[n, t, :]) * norm_weight, where
+// m counts the valid rows n in order. With commit_lens, rows are num_rows / block_size blocks of
 // block_size and row i of block b is valid iff i < commit_lens[b]; without, every row is.
-struct FuseNormParams {
+struct FuseNormParams : ContextWeights<void> {
   ElementType element;
   const void* target_hidden;  // [num_rows, num_taps, hidden], rows target_hidden_stride apart
   int64_t target_hidden_stride;
-  const float* probs;       // [num_layers, num_taps]
-  const void* norm_weight;  // [hidden]
-  float eps;
   const int32_t* commit_lens;  // [num_rows / block_size] or null
   int num_rows, block_size, num_taps, num_layers, hidden;
   void* fused;            // [num_layers, num_rows, hidden]
@@ -33,13 +32,8 @@ struct FuseNormParams {
 cudaError_t run_fuse_norm(const FuseNormParams& params, cudaStream_t stream);
 
 // Where projected heads go: bias, K norm per head, RoPE, then a row of the layer's pool.
-struct ContextKvOutput {
-  const void* kv_bias;        // [num_layers, 2 * kv_heads * head_dim] or null
-  const void* k_norm_weight;  // [num_layers, head_dim]
-  float k_norm_eps;
-  const float* cos_sin;  // [max_pos, rotary]
-  int rotary;
-  const int64_t* positions;     // [num_rows]
+struct ContextKvOutput : ContextWeights<void> {
+  Rope rope;                    // positions: [num_rows]
   const int64_t* cache_loc;     // [num_rows]
   const int32_t* compact_rows;  // as in FuseNormParams, or null: all rows valid
   int num_rows, num_layers, kv_heads;
@@ -54,9 +48,8 @@ struct ContextKvOutput {
 struct KvProjectWriteParams {
   ElementType element;
   int head_dim, hidden;
-  const void* fused;      // [num_layers, num_rows, hidden]
-  const void* kv_weight;  // [num_layers, 2 * kv_heads * head_dim, hidden]: K rows, then V rows
-  bool overlap_launch;    // start while the kernel before is still running
+  const void* fused;    // [num_layers, num_rows, hidden]
+  bool overlap_launch;  // start while the kernel before is still running
   ContextKvOutput out;
 };
 cudaError_t run_kv_project_write(const KvProjectWriteParams& params, cudaStream_t stream);
@@ -89,16 +82,11 @@ cudaError_t run_block_attention_schedule(const AttentionScheduleParams& params,
 
 // All but qkv must have been written before the kernel that wrote qkv started: an overlapped launch
 // reads the schedule and the context before it waits for that kernel.
-struct BlockAttentionParams {
+struct BlockAttentionParams : BlockAttentionInputs<void> {
   ElementType element;
   const void* qkv;  // [batch_size * block_size, (num_heads + 2 * kv_heads) * head_dim]
   int qkv_stride;
-  const void* q_norm_weight;  // [head_dim]
-  const void* k_norm_weight;  // [head_dim]
-  float eps;
-  const float* cos_sin;      // [max_pos, rotary]
-  const int64_t* positions;  // [batch_size * block_size]
-  const void* k_pool;        // [slots, kv_heads, head_dim], slots *_stride elements apart
+  const void* k_pool;  // [slots, kv_heads, head_dim], slots *_stride elements apart
   const void* v_pool;
   int k_stride, v_stride;
   const int32_t* req_to_token;  // [rows, max_len], rows req_to_token_stride apart
@@ -106,9 +94,7 @@ struct BlockAttentionParams {
   const int64_t* req_pool_indices;  // [batch_size]
   const void* seq_lens;             // [batch_size], int32 or int64
   bool seq_lens_64bit;
-  int batch_size, rotary, block_size, num_heads, kv_heads, head_dim, window;
-  bool causal;
-  float scale;
+  int batch_size, block_size, num_heads, kv_heads, head_dim;
   AttentionPlan plan;
   // From run_block_attention_schedule; tickets are drawn in it and put back, so calls that may run
   // at the same time (on two streams) must not share one.

@@ -14,6 +14,9 @@ extern "C" [[gnu::weak]] AOTITorchError aoti_torch_get_current_cuda_stream(int32
 
 namespace dflare::cuda {
 
+using at::bmm;
+using at::empty;  // until the kernels that are queued have used it, whoever lets go of it before
+
 // Makes a device the current one for as long as it lives.
 using DeviceGuard = torch::stable::accelerator::DeviceGuard;
 

@@ -4,7 +4,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 
 struct dim3 {
   unsigned x, y, z;
@@ -78,10 +77,16 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor,
 };
 
-// A small device of compute capability 9.0, or DFLARE_EMULATED_CAPABILITY (major version) and 0.
+namespace dflare {
+struct EmulatedDevice {
+  int sm_count, shared_memory_per_sm, capability;  // bytes; major version
+};
+inline EmulatedDevice emulated_device{16, 228 * 1024, 9};
+}  // namespace dflare
+
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const char* major = std::getenv("DFLARE_EMULATED_CAPABILITY");
-  const int values[] = {16, 228 * 1024, major ? std::atoi(major) : 9, 0};
+  const dflare::EmulatedDevice& device = dflare::emulated_device;
+  const int values[] = {device.sm_count, device.shared_memory_per_sm, device.capability, 0};
   *value = values[attribute];
   return cudaSuccess;
 }

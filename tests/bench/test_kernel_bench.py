@@ -67,9 +67,9 @@ def test_arms_take_turns(monkeypatch):
 def test_a_wrong_result_is_an_error_of_the_run(monkeypatch, capsys):
     right = ops.append_context_kv
 
-    def wrong(**arguments):
-        right(**arguments)
-        arguments["v_pools"][1] *= 1.001
+    def wrong(*arguments):
+        right(*arguments)
+        arguments[-1].v[1].mul_(1.001)
 
     monkeypatch.setattr(ops, "append_context_kv", wrong)
     assert bench.main(APPEND) == 1
@@ -79,9 +79,10 @@ def test_a_wrong_result_is_an_error_of_the_run(monkeypatch, capsys):
 def test_a_write_to_a_row_that_was_not_committed_is_an_error(monkeypatch, capsys):
     right = ops.append_context_kv
 
-    def careless(**arguments):
-        right(**arguments)
-        arguments["k_pools"][0][arguments["cache_loc"][3]] = 0
+    def careless(*arguments):
+        right(*arguments)
+        *_, cache_loc, _, _, pools = arguments
+        pools.k[0][cache_loc[3]] = 0
 
     monkeypatch.setattr(ops, "append_context_kv", careless)
     assert bench.main([*APPEND, "--commit-lens", "3"]) == 1

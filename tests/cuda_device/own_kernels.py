@@ -62,6 +62,7 @@ def _compiler(toolkit: Toolkit, includes: list[str] | None = None) -> list[str]:
 
 def _headers() -> str:
     headers = [*(CSRC / "cuda").glob("*.*h"), *(CSRC / "emulation").glob("*.h")]
+    headers += (CSRC / "contract").glob("*.h")
     headers += [*(HERE / "kernels").glob("*.h"), HERE / "runtime/device.h"]
     return "".join(path.read_text() for path in sorted(headers))
 

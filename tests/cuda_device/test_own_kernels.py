@@ -4,20 +4,19 @@ What a kernel computes in every interleaving is the subject of tests/emulation.
 """
 
 import ctypes
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from op_cases import AppendCase, AttentionCase
 from torch import Tensor
 
 import cuda_device
 from cuda_device.children import in_child
 from cuda_device.own_kernels import build_probe, load_kernels
+from dflare import ops
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests/kernels"))
-from kernel_cases import AppendCase, AttentionCase  # noqa: E402
 
 ATTENTION = AttentionCase((70, 3), block=4, heads=4, head_dim=64, rotary=64)
 APPEND = AppendCase(commit_lens=(3, 1), block=4, head_dim=64, rotary=64)
@@ -101,57 +100,59 @@ def test_an_overlapped_kernel_that_does_not_wait_is_reported() -> None:
 
 
 @pytest.fixture(scope="module")
-def ops() -> object:
+def kernels() -> None:
     load_kernels()
-    return torch.ops.dflare
 
 
 def on_device(x: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cuda() for name, tensor in x.items()}
 
 
-def attend(ops, x: dict[str, Tensor]) -> Tensor:
-    schedule = ATTENTION.schedule(ops, x)
-    return ops.block_attention(*ATTENTION.arguments(x, x["qkv"][0]), schedule)
+def attend(x: dict[str, Tensor]) -> Tensor:
+    schedule = ATTENTION.schedule(x)
+    return ATTENTION.call(ops.block_attention, x | {"qkv": x["qkv"][0]}, schedule=schedule)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("seed", [None, 1, 2])
-def test_operators_compute_on_the_current_stream(ops, seed: int | None) -> None:
+def test_operators_compute_on_the_current_stream(seed: int | None) -> None:
     attention, append = on_device(ATTENTION.inputs()), on_device(APPEND.inputs())
     torch.cuda.synchronize()
     with (
         cuda_device.lazy(seed) if seed else torch.no_grad(),
         torch.cuda.stream(torch.cuda.Stream()),
     ):
-        out = attend(ops, attention)[None].cpu()
-        ops.append_context_kv(*APPEND.arguments(append))
+        out = attend(attention)[None].cpu()
+        APPEND.call(ops.append_context_kv, append)
         pools = append["k_pools"].cpu(), append["v_pools"].cpu()
     assert ATTENTION.error(out) < TOLERANCE
     assert APPEND.error(*pools) < TOLERANCE
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("seed", [None, 1])
-def test_a_graph_launches_them_again(ops, seed: int | None) -> None:
+def test_a_graph_launches_them_again(seed: int | None) -> None:
     """With other values: what is captured are addresses, and the schedule is made inside."""
     x = on_device(ATTENTION.inputs())
     qkv = x["qkv"].clone()
     x["qkv"].zero_()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attend(ops, x)
+        out = attend(x)
     with cuda_device.lazy(seed) if seed else torch.no_grad():
         x["qkv"].copy_(qkv)
         graph.replay()
         assert ATTENTION.error(out[None].cpu()) < TOLERANCE
 
 
-def test_their_accesses_are_known(ops) -> None:
+@pytest.mark.usefixtures("kernels")
+def test_their_accesses_are_known() -> None:
     x = on_device(APPEND.inputs())
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
 
     def append_and_read(wait: bool) -> None:
-        ops.append_context_kv(*APPEND.arguments(x))
+        APPEND.call(ops.append_context_kv, x)
         if wait:
             side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

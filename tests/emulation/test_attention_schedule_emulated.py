@@ -2,12 +2,16 @@
 
 import math
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
-from emulated import AttentionScheduleParams, emulator
+from emulated import emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dflare import ops
+
+EMULATOR = (torch.bfloat16, 128)
 TILE = 64  # keys of a tile at head_dim 128
 
 
@@ -15,32 +19,30 @@ def tiles_of(length: int, window: int) -> int:
     return -(-min(length, window if window >= 0 else length) // TILE)
 
 
+class Plan(NamedTuple):
+    """What a schedule was made for, as it says itself."""
+
+    batch: int
+    units: int
+    max_items: int
+    max_partials: int
+
+
 def schedule(
-    lens: list[int], block: int, heads: int, kv_heads: int, sm_count: int, window: int
-) -> tuple[list[list[int]], torch.Tensor, object]:
+    lens: list[int],
+    block: int,
+    heads: int,
+    kv_heads: int,
+    sm_count: int,
+    window: int,
+    shared_kib: int = 228,
+) -> tuple[list[list[int]], torch.Tensor, Plan]:
     """Items {request, part, parts, first partial} in use, the tickets, and the plan."""
-    emu = emulator(torch.bfloat16, 128)
-    with emu.memory() as memory:
-        seq_lens = memory.copy("seq_lens", torch.tensor(lens))
-        plan = emu.plan_attention(len(lens), block, heads, kv_heads, sm_count, shared=228 << 10)
-        out = memory.empty("schedule", (emu.schedule_size(plan),), torch.int32)
-        params = AttentionScheduleParams(
-            seq_lens=seq_lens.data_ptr(),
-            seq_lens_64bit=True,
-            batch_size=len(lens),
-            head_dim=128,
-            window=window,
-            plan=plan,
-            schedule=out.data_ptr(),
-        )
-        emu.launch("block_attention_schedule", params)
-        emu.synchronize(seed=0)
-        records, tickets = out.clone().split(
-            [4 * (1 + plan.max_items), len(out) - 4 * (1 + plan.max_items)]
-        )
-        made_for, *items = records.view(-1, 4).tolist()
-        assert made_for == [len(lens), plan.units, plan.max_items, plan.max_partials]
-        return [x for x in items if x[0] >= 0], tickets, plan
+    with emulator(*EMULATOR).installed(sm_count, shared_kib):
+        out = ops.block_attention_schedule(torch.tensor(lens), block, heads, kv_heads, 128, window)
+    plan = Plan(*out[:4].tolist())
+    items, tickets = out[4:].tensor_split([4 * plan.max_items])
+    return [x for x in items.view(-1, 4).tolist() if x[0] >= 0], tickets, plan
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,7 +64,7 @@ def test_every_part_has_one_item_and_its_own_scratch(
     items, tickets, plan = schedule(lens, 16, group * kv_heads, kv_heads, sm_count, window)
     parts = {request: n for request, _, n, _ in items}
     expected = [(request, i) for request, n in sorted(parts.items()) for i in range(n)]
-    assert sorted(parts) == list(range(len(lens)))
+    assert plan.batch == len(lens) and sorted(parts) == list(range(len(lens)))
     assert [(request, part) for request, part, _, _ in items] == expected
     scratch = [first + part for _, part, n, first in items if n > 1]
     assert sorted(scratch) == list(range(len(scratch)))
@@ -78,15 +80,14 @@ def test_one_long_request_is_cut_to_the_square_root_of_its_tiles() -> None:
 def test_a_batch_smaller_than_a_wave_fills_one_wave() -> None:
     lens = [4096] * 9
     items, _, plan = schedule(lens, 16, 32, 8, sm_count=132, window=-1)
-    assert len(lens) < len(items) <= plan.wave_items == 33
+    assert len(lens) < len(items) <= plan.max_items == 33
 
 
 def test_the_shared_memory_of_an_sm_says_how_many_blocks_a_wave_has() -> None:
     """At head_dim 128 two on sm_90 and sm_100 (228 KiB), one on an A100 (docs/kernels.md)."""
-    emu, sm_count, kv_heads = emulator(torch.bfloat16, 128), 108, 8
     for kilobytes, blocks in ((228, 2), (164, 1), (100, 1)):
-        plan = emu.plan_attention(1, 16, 32, kv_heads, sm_count, shared=kilobytes << 10)
-        assert plan.wave_items == blocks * sm_count // kv_heads
+        _, _, plan = schedule([1], 16, 32, 8, 108, -1, kilobytes)
+        assert plan.max_items == blocks * 108 // 8
 
 
 def test_a_long_request_among_short_ones_is_cut() -> None:
@@ -94,7 +95,8 @@ def test_a_long_request_among_short_ones_is_cut() -> None:
     parts = max(n for request, _, n, _ in items if request == 0)
     block = 2.5  # tiles that a block costs
     total = tiles_of(32768, -1) + 63 * tiles_of(1024, -1) + 64 * block
-    assert (tiles_of(32768, -1) + block) / parts <= math.ceil(total / (2 * plan.wave_items))
+    waves = plan.max_items - 64  # two
+    assert (tiles_of(32768, -1) + block) / parts <= math.ceil(total / waves)
 
 
 def test_a_batch_of_equal_lengths_is_not_cut_for_a_small_excess() -> None:
@@ -104,7 +106,7 @@ def test_a_batch_of_equal_lengths_is_not_cut_for_a_small_excess() -> None:
 
 
 def test_the_part_with_the_block_has_fewer_tiles_of_context() -> None:
-    emu = emulator(torch.bfloat16, 128)
+    emu = emulator(*EMULATOR)
     first = [emu.library.emu_attention_first_tile(64, part, 8) for part in range(9)]
     lengths = [end - begin for begin, end in pairwise(first)]
     assert sum(lengths) == 64 and max(lengths[:-1]) - min(lengths[:-1]) <= 1

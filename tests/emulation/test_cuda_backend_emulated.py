@@ -6,16 +6,16 @@ stays as it was at capture.
 """
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
-from emulated import build_launchers
-from kernel_cases import AttentionCase
+from emulated import emulator
+from op_cases import AttentionCase
 from torch import Tensor
 
-from dflare import ops
 from dflare.errors import UnsupportedError
 
 pytestmark = pytest.mark.slow
@@ -25,10 +25,9 @@ TOLERANCE = 2e-2
 
 
 @pytest.fixture(autouse=True)
-def emulated_ops(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.ops.load_library(str(build_launchers()))
-    for name in ("block_attention", "block_attention_schedule"):
-        monkeypatch.setattr(ops, name, getattr(torch.ops.dflare_emulated, name))
+def emulated_ops() -> Iterator[None]:
+    with emulator(CASE.dtype, CASE.head_dim).installed():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ Counts of ldmatrix and cp.async; ordinary loads and stores are not seen.
 import pytest
 import torch
 from emulated import Counters, emulator
-from emulated_ops import append_error, attention_error
-from kernel_cases import AppendCase, AttentionCase
+from op_cases import AppendCase, AttentionCase
+from op_devices import append, attend
 
 KIB = 1024
 # Qwen3-4B's drafter but for the number of layers and heads, which only repeat blocks.
@@ -27,7 +27,7 @@ def expect_no_conflicts(c: Counters) -> None:
 
 @pytest.mark.parametrize("rows", [16, 64])
 def test_the_projection_reads_whole_sectors_and_no_bank_twice(rows: int) -> None:
-    append_error(AppendCase(rows=rows, **APPEND))
+    append("emulated", AppendCase(rows=rows, **APPEND))
     c = counted(PROJECT)
     expect_no_conflicts(c)
     blocks = 2  # K and V
@@ -37,7 +37,7 @@ def test_the_projection_reads_whole_sectors_and_no_bank_twice(rows: int) -> None
 
 
 def test_attention_reads_its_context_once_and_no_bank_twice() -> None:
-    attention_error(AttentionCase((512,), heads=4, kv_heads=1), sm_count=1)
+    attend("emulated", AttentionCase((512,), heads=4, kv_heads=1), sm_count=1)
     c = counted(ATTENTION)
     expect_no_conflicts(c)
     assert c.sectors * 32 == c.copied_bytes == 512 * 2 * 128 * 2
@@ -47,7 +47,8 @@ def test_attention_reads_its_context_once_and_no_bank_twice() -> None:
 def test_fuse_norm_keeps_192_kib_of_an_sm_in_flight_in_a_prompt() -> None:
     """Two blocks an SM (heuristics.h), each with its copies and what it asks into L2."""
     rows = 8
-    append_error(AppendCase(rows=rows, **(APPEND | {"layers": 5})))  # 5 to 8 layers a block
+    case = AppendCase(rows=rows, **(APPEND | {"layers": 5}))  # 5 to 8 layers a block
+    append("emulated", case, sm_count=1)  # two blocks at once, so far ahead is the prefetch
     c = counted(FUSE_NORM)
     token = 9 * 2560 * 2
     assert c.sectors * 32 == c.copied_bytes == rows * token

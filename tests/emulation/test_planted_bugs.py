@@ -1,10 +1,9 @@
 """The emulator reports bugs: each test plants one in a copy of a kernel and expects a failure."""
 
 import pytest
-import torch
-from emulated import ROOT, EmulationError, Emulator, Plant
-from emulated_ops import append_error, attention_error
-from kernel_cases import AppendCase, AttentionCase, ForeignWriteError
+from emulated import ROOT, EmulationError, Plant
+from op_cases import AppendCase, AttentionCase, ForeignWriteError
+from op_devices import GEMM, append_error, attention_error
 
 SEEDS = range(12)
 TOLERANCE = 2e-2
@@ -141,17 +140,17 @@ SLOW = {
 }  # fmt: skip
 
 
-def error(case: AttentionCase | AppendCase, seed: int, on: Emulator | None = None) -> float:
+def error(case: AttentionCase | AppendCase, seed: int, *plants: Plant) -> float:
     if isinstance(case, AttentionCase):
-        return attention_error(case, seed, on, sm_count=32)
-    return max(append_error(case, seed, on, fused) for fused in (True, False))
+        return attention_error("emulated", case, seed, plants=plants, sm_count=32)
+    ways = (plants, (*plants, GEMM))
+    return max(append_error("emulated", case, seed, plants=way) for way in ways)
 
 
 def expect_report(case: AttentionCase | AppendCase, plant: Plant) -> None:
-    emulator = Emulator(torch.bfloat16, 128, plant)
     for seed in SEEDS:
         try:
-            if not error(case, seed, emulator) < TOLERANCE:
+            if not error(case, seed, plant) < TOLERANCE:
                 return
         except (EmulationError, ForeignWriteError):
             return

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import copied
 
 from dflare.ops import build_draft_tree, move_tree_path, tree_ancestors, walk_draft_tree
 
@@ -147,7 +146,7 @@ def test_what_a_cache_holds_of_a_path_moves_to_the_front(data):
         lens.append(len(rows))
     dtypes = [torch.float32, torch.bfloat16]
     pools = [torch.randn(bs * width + 4, 5, 16, generator=g).to(d)[:, :3] for d in dtypes]
-    before = copied({"pools": pools})["pools"]
+    before = [pool.clone() for pool in pools]
     move_tree_path(path, torch.tensor(lens).int(), slots, pools)
     source = torch.arange(len(pools[0]))
     for b, length in enumerate(lens):

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import lookup_case
+from op_devices import CPU, CUDA, EMULATED, place
 
 from dflare.ops import lookup_continuations, lookup_continuations_reference
 
@@ -20,25 +21,28 @@ def look_up(text, count=4, **limits):
     return found[0].tolist(), int(length)
 
 
-@settings(deadline=None, max_examples=150)
+@pytest.mark.parametrize("device", [CPU, EMULATED, CUDA])
+@settings(deadline=None, max_examples=100)
 @given(data=st.data())
-def test_equals_the_reference_for_any_texts(data):
+def test_equals_the_reference_for_any_texts(device, data):
     # Few different tokens: matches of all lengths, and texts that repeat themselves.
-    lengths = data.draw(st.lists(st.integers(0, 300), min_size=1, max_size=5))
-    case = lookup_case(
+    x = lookup_case(
         data.draw(st.integers(0, 1 << 20)),
-        lengths,
+        data.draw(st.lists(st.integers(0, 700), min_size=1, max_size=3)),
         vocabulary=data.draw(st.sampled_from([1, 2, 3, 20])),
         repeat=data.draw(st.sampled_from([0, 1, 7, 90])),
         long=data.draw(st.booleans()),
     )
-    longest = data.draw(st.sampled_from([3, 8, 64]))
+    longest = data.draw(st.sampled_from([3, 8, 64, 300]))
     limits = {"least_match": data.draw(st.integers(1, 3)), "longest_match": longest}
-    count = data.draw(st.integers(1, 40))
-    found, length = lookup_continuations(**case, count=count, **limits)
-    expected, expected_length = lookup_continuations_reference(**case, count=count, **limits)
-    assert torch.equal(length, expected_length)
-    assert torch.equal(found, expected)
+    count = data.draw(st.sampled_from([1, 5, 40, 300]))
+    with place(device, seed=data.draw(st.integers(0, 1 << 20))) as at:
+        there = {name: at.put(name, tensor) for name, tensor in x.items()}
+        found = lookup_continuations(**there, count=count, **limits)
+        at.wait()
+        found = [tensor.cpu().clone() for tensor in found]
+    expected = lookup_continuations_reference(**x, count=count, **limits)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_the_longest_match_wins_over_later_ones():

@@ -106,7 +106,7 @@ CACHE, POSITIONS = torch.zeros(9, 4), torch.zeros(2, dtype=torch.long)
         (silu_and_mul, (torch.ones(4, 2).T,), "x of shape [2, 4] has strides [1, 2]"),
         (rotate_heads, (torch.ones(2, 6), CACHE, POSITIONS, 4), "a multiple of head_dim = 4"),
         (rotate_heads, (torch.ones(2, 4), CACHE, POSITIONS + 9, 4), "positions[0] is 9"),
-        (rotate_heads, (torch.ones(2, 2), CACHE, POSITIONS, 2), "rotary dimension of at most"),
+        (rotate_heads, (torch.ones(2, 2), CACHE, POSITIONS, 2), "of at most head_dim = 2"),
         (rotate_heads, (torch.ones(2, 4).half(), CACHE, POSITIONS, 4), "x has dtype Half"),
     ],
 )

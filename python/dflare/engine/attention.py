@@ -39,25 +39,25 @@ class BlockAttentionBackend(AttentionBackend):
             [bs * B, HQ * hd].
         """
         layer = attention.attn
-        k_pool, v_pool = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        q_norm, k_norm = attention.q_norm, attention.k_norm
         return ops.block_attention(
             qkv,
-            attention.q_norm.weight,
-            attention.k_norm.weight,
-            attention.q_norm.variance_epsilon,
+            ops.BlockNorms(q_norm.weight, k_norm.weight, q_norm.variance_epsilon),
             attention.rotary_emb.cos_sin_cache,
             positions,
-            k_pool,
-            v_pool,
-            self.req_to_token,
-            forward_batch.req_pool_indices,
-            forward_batch.seq_lens,
+            self._context(layer, forward_batch, forward_batch.seq_lens),
             block_size=qkv.shape[0] // max(1, forward_batch.batch_size),
             window=layer.sliding_window_size,
             causal=layer.attn_type == AttentionType.DECODER,
             scale=layer.scaling,
             schedule=self.block_schedule(layer),
         )
+
+    def _context(
+        self, layer: RadixAttention, forward_batch: ForwardBatch, seq_lens: torch.Tensor
+    ) -> ops.PagedContext:
+        pools = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        return ops.PagedContext(*pools, self.req_to_token, forward_batch.req_pool_indices, seq_lens)
 
     def block_schedule(self, layer: RadixAttention) -> torch.Tensor | None:
         """The step's split of the context over thread blocks; a CPU needs none."""
@@ -139,14 +139,9 @@ class CpuAttentionBackend(BlockAttentionBackend):
                 k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),
                 v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
             )
-        k_pool, v_pool = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         return ops.paged_attention(
             q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
-            k_pool,
-            v_pool,
-            self.req_to_token,
-            forward_batch.req_pool_indices,
-            self._seq_lens,
+            self._context(layer, forward_batch, self._seq_lens),
             self._query_start,
             window=layer.sliding_window_size,
             causal=layer.attn_type != AttentionType.ENCODER_ONLY,

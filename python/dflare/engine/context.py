@@ -36,7 +36,7 @@ class ContextAppender:
             at_once: whether no row may wait: something but the worker's batches reads or writes
                 the pools.
         """
-        self._model, self._k_pools, self._v_pools = model, list(k_pools), list(v_pools)
+        self._model, self._pools = model, ops.Pools(list(k_pools), list(v_pools))
         self._at_once = at_once
         self._requests: Sequence[str] = ()  # of the batch that runs now
         self._steps = self._count = 0  # that wait, and their rows
@@ -63,22 +63,25 @@ class ContextAppender:
             return
         model = self._model
         with torch.inference_mode():
-            ops.append_context_kv(
-                states[: len(slots)].to(model.context_kv_proj.dtype),
+            eps = model.hidden_norm.variance_epsilon
+            weights = ops.ContextWeights(
                 model.fusion_probs,
                 model.hidden_norm.weight,
-                model.hidden_norm.variance_epsilon,
+                eps,
                 model.context_kv_proj,
                 model.context_kv_bias,
                 model.k_norm_weights,
-                model.hidden_norm.variance_epsilon,
+                eps,
+            )
+            ops.append_context_kv(
+                states[: len(slots)].to(model.context_kv_proj.dtype),
+                weights,
                 model.layers[0].self_attn.rotary_emb.cos_sin_cache,
                 positions.long(),
                 slots.long(),
                 None if commit_lens is None else commit_lens.int(),
-                block_size=block_size,
-                k_pools=self._k_pools,
-                v_pools=self._v_pools,
+                block_size,
+                self._pools,
             )
 
     def flush(self, requests: Sequence[str] = ()) -> None:

@@ -17,10 +17,13 @@ from dflare.ops.library import (
 load_library()
 
 from dflare.ops.append_context_kv import (  # noqa: E402
+    ContextWeights,
+    Pools,
     append_context_kv,
     append_context_kv_reference,
 )
 from dflare.ops.block_attention import (  # noqa: E402
+    BlockNorms,
     block_attention,
     block_attention_reference,
     block_attention_schedule,
@@ -37,11 +40,16 @@ from dflare.ops.lookup_continuations import (  # noqa: E402
     lookup_continuations_reference,
 )
 from dflare.ops.paged_attention import paged_attention, paged_attention_reference  # noqa: E402
+from dflare.ops.paged_context import PagedContext  # noqa: E402
 from dflare.ops.pointwise import add_rms_norm, rotate_heads, silu_and_mul  # noqa: E402
 
 __all__ = [
+    "BlockNorms",
+    "ContextWeights",
     "DrafterSizes",
     "OperatorLibraryError",
+    "PagedContext",
+    "Pools",
     "add_rms_norm",
     "append_context_kv",
     "append_context_kv_reference",

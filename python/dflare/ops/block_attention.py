@@ -1,23 +1,28 @@
 """Attention of a draft block: over the paged context and over the block itself."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from dflare.ops.paged_context import PagedContext
 from dflare.ops.reference_math import apply_rope, attend, rms_norm, visibility
+
+
+class BlockNorms(NamedTuple):
+    """The per-head RMSNorms of queries and keys: weights [hd] of qkv's dtype, one epsilon."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
 
 
 def block_attention(
     qkv: Tensor,
-    q_norm_weight: Tensor,
-    k_norm_weight: Tensor,
-    eps: float,
+    norms: BlockNorms,
     cos_sin_cache: Tensor,
     positions: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    req_to_token: Tensor,
-    req_pool_indices: Tensor,
-    seq_lens: Tensor,
+    context: PagedContext,
     block_size: int,
     window: int,
     causal: bool,
@@ -36,14 +41,10 @@ def block_attention(
     Args:
         qkv: [bs * B, (HQ + 2 * KV) * hd], query heads, key heads, value heads; float32 or
             bfloat16 on the CPU, bfloat16 or float16 on CUDA; rows may have any stride.
-        q_norm_weight, k_norm_weight: [hd], per-head RMSNorm weights, dtype of qkv.
-        eps: epsilon of both norms.
+        norms: of q and k.
         cos_sin_cache: [max_pos, rotary] float32, cosines then sines, neox style; rotary <= hd.
         positions: [bs * B] int64, used for RoPE only.
-        k_pool, v_pool: [slots, KV, hd], dtype of qkv, last two dimensions contiguous.
-        req_to_token: [rows, max_len] int32, slot of each context index of a request.
-        req_pool_indices: [bs] int64, row of `req_to_token` of each request.
-        seq_lens: [bs] int64 or int32, context length before the block, may be 0.
+        context: pools in qkv's dtype; lengths before the block, may be 0.
         block_size: B, tokens a block.
         window: sliding window in tokens, negative for none.
         causal: whether later tokens of the block are hidden from earlier ones.
@@ -58,45 +59,14 @@ def block_attention(
             outside of its table: a position, a slot, a length. CUDA checks no values, as that would
             wait for the device.
     """
+    settings = (block_size, window, causal, scale, schedule)
     return torch.ops.dflare.block_attention.default(
-        qkv,
-        q_norm_weight,
-        k_norm_weight,
-        eps,
-        cos_sin_cache,
-        positions,
-        k_pool,
-        v_pool,
-        req_to_token,
-        req_pool_indices,
-        seq_lens,
-        block_size,
-        window,
-        causal,
-        scale,
-        schedule,
+        qkv, *norms, cos_sin_cache, positions, *context, *settings
     )
 
 
 @torch.library.register_fake("dflare::block_attention")
-def _fake(
-    qkv: Tensor,
-    q_norm_weight: Tensor,
-    k_norm_weight: Tensor,
-    eps: float,
-    cos_sin_cache: Tensor,
-    positions: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    req_to_token: Tensor,
-    req_pool_indices: Tensor,
-    seq_lens: Tensor,
-    block_size: int,
-    window: int,
-    causal: bool,
-    scale: float,
-    schedule: Tensor | None = None,
-) -> Tensor:
+def _fake(qkv, q_norm_weight, k_norm_weight, eps, cos_sin_cache, positions, k_pool, *others):
     kv_width = 2 * k_pool.shape[1] * k_pool.shape[2]
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] - kv_width)
 
@@ -135,52 +105,44 @@ def block_attention_schedule(
 
 
 @torch.library.register_fake("dflare::block_attention_schedule")
-def _fake_schedule(
-    seq_lens: Tensor,
-    block_size: int,
-    num_heads: int,
-    kv_heads: int,
-    head_dim: int,
-    window: int,
-) -> Tensor:
+def _fake_schedule(seq_lens: Tensor, *shape: int) -> Tensor:
     size = torch.library.get_ctx().new_dynamic_size()
     return seq_lens.new_empty(size, dtype=torch.int32)
 
 
 def block_attention_reference(
     qkv: Tensor,
-    q_norm_weight: Tensor,
-    k_norm_weight: Tensor,
-    eps: float,
+    norms: BlockNorms,
     cos_sin_cache: Tensor,
     positions: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    req_to_token: Tensor,
-    req_pool_indices: Tensor,
-    seq_lens: Tensor,
+    context: PagedContext,
     block_size: int,
     window: int,
     causal: bool,
     scale: float,
     schedule: Tensor | None = None,
+    operand_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`block_attention` in plain PyTorch, on any device and in any floating dtype."""
-    kv_heads, head_dim = k_pool.shape[1:]
+    """`block_attention` in plain PyTorch, on any device and in any floating dtype.
+
+    Rotated q and k are rounded to `operand_dtype` if it is given, as tensor cores need them.
+    """
+    kv_heads, head_dim = context.k_pool.shape[1:]
     heads = qkv.unflatten(1, (-1, head_dim))
-    q_heads = heads.shape[1] - 2 * kv_heads
-    q, k, v = heads.split((q_heads, kv_heads, kv_heads), dim=1)
-    q = apply_rope(rms_norm(q, q_norm_weight, eps), cos_sin_cache, positions)
-    k = apply_rope(rms_norm(k, k_norm_weight, eps), cos_sin_cache, positions)
+    q, k, v = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+    q = apply_rope(rms_norm(q, norms.q_weight, norms.eps), cos_sin_cache, positions)
+    k = apply_rope(rms_norm(k, norms.k_weight, norms.eps), cos_sin_cache, positions)
+    if operand_dtype is not None:
+        q, k = (x.to(operand_dtype).to(qkv.dtype) for x in (q, k))
     out = torch.empty_like(q)
-    for request, length in enumerate(seq_lens.tolist()):
+    for request, length in enumerate(context.seq_lens.tolist()):
         block = slice(request * block_size, (request + 1) * block_size)
-        slots = req_to_token[req_pool_indices[request], :length].long()
+        slots = context.slots(request, length)
         index = torch.arange(length + block_size, device=qkv.device)
         out[block] = attend(
             q[block],
-            torch.cat((k_pool[slots], k[block])),
-            torch.cat((v_pool[slots], v[block])),
+            torch.cat((context.k_pool[slots], k[block])),
+            torch.cat((context.v_pool[slots], v[block])),
             visibility(index[length:], index, window, causal),
             scale,
         )

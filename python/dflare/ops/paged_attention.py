@@ -4,16 +4,13 @@ import torch
 from torch import Tensor
 
 from dflare.ops.draft_tree import tree_ancestors
+from dflare.ops.paged_context import PagedContext
 from dflare.ops.reference_math import attend, visibility
 
 
 def paged_attention(
     q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    req_to_token: Tensor,
-    req_pool_indices: Tensor,
-    seq_lens: Tensor,
+    context: PagedContext,
     query_start: Tensor,
     window: int,
     causal: bool,
@@ -36,10 +33,7 @@ def paged_attention(
 
     Args:
         q: [Nq, HQ, hd], float32 or bfloat16; the last two dimensions contiguous.
-        k_pool, v_pool: [slots, KV, hd], dtype of q, last two dimensions contiguous.
-        req_to_token: [rows, max_len] int32, slot of each index of a request.
-        req_pool_indices: [bs] int64, row of `req_to_token` of each request.
-        seq_lens: [bs] int64 or int32, tokens of each request, its queries included.
+        context: pools in q's dtype; lengths include the queries.
         query_start: [bs + 1] int64 or int32, non-decreasing.
         window: sliding window in tokens, negative for none.
         causal: whether later tokens are hidden from a query.
@@ -56,11 +50,7 @@ def paged_attention(
     """
     return torch.ops.dflare.paged_attention.default(
         q,
-        k_pool,
-        v_pool,
-        req_to_token,
-        req_pool_indices,
-        seq_lens,
+        *context,
         query_start,
         window,
         causal,
@@ -71,30 +61,13 @@ def paged_attention(
 
 
 @torch.library.register_fake("dflare::paged_attention")
-def _fake(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    req_to_token: Tensor,
-    req_pool_indices: Tensor,
-    seq_lens: Tensor,
-    query_start: Tensor,
-    window: int,
-    causal: bool,
-    scale: float,
-    logit_cap: float,
-    parents: Tensor | None = None,
-) -> Tensor:
+def _fake(q: Tensor, *others: object) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
 
 
 def paged_attention_reference(
     q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    req_to_token: Tensor,
-    req_pool_indices: Tensor,
-    seq_lens: Tensor,
+    context: PagedContext,
     query_start: Tensor,
     window: int,
     causal: bool,
@@ -105,9 +78,9 @@ def paged_attention_reference(
     """`paged_attention` in plain PyTorch, on any device and in any floating dtype."""
     out = torch.zeros_like(q)
     starts = query_start.tolist()
-    for request, length in enumerate(seq_lens.tolist()):
+    for request, length in enumerate(context.seq_lens.tolist()):
         rows = slice(starts[request], starts[request + 1])
-        slots = req_to_token[req_pool_indices[request], :length].long()
+        slots = context.slots(request, length)
         index = torch.arange(length, device=q.device)
         first = length - (rows.stop - rows.start)
         if parents is None:
@@ -117,5 +90,6 @@ def paged_attention_reference(
             place = first + ancestors.sum(-1) - 1  # in a chain of the ancestors
             visible = visibility(place, torch.cat([index[:first], place]), window, causal)
             visible[:, first:] &= ancestors
-        out[rows] = attend(q[rows], k_pool[slots], v_pool[slots], visible, scale, logit_cap)
+        keys, values = context.k_pool[slots], context.v_pool[slots]
+        out[rows] = attend(q[rows], keys, values, visible, scale, logit_cap)
     return out.flatten(1)
