@@ -2,10 +2,12 @@
 
 SGLang's imports take longer than any of the tests. It also writes down what the drafter proposes:
 one JSON line a request and verify step into the file `$DFLARE_TEST_TRACE`, and lets the file
-`$DFLARE_TEST_WIDTHS` say how wide each decode step is. Requests can ask to fail.
+`$DFLARE_TEST_WIDTHS` say how wide each decode step is; the package's log goes to the file
+`$DFLARE_TEST_LOG` too. Requests can ask to fail.
 """
 
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -24,6 +26,9 @@ from dflare.engine.arms import measured_policy
 from dflare.engine.worker import DFlareWorker
 
 ModelRegistry.get_supported_archs()
+logging.getLogger("dflare").addHandler(
+    logging.FileHandler(os.environ["DFLARE_TEST_LOG"], delay=True)
+)
 
 
 def _trace_proposals(path: str) -> None:

@@ -17,6 +17,7 @@ import psutil
 _HERE = Path(__file__).parent
 _TRACE = Path(tempfile.gettempdir()) / f"dflare-test-trace-{os.getpid()}.jsonl"
 _WIDTHS = Path(tempfile.gettempdir()) / f"dflare-test-widths-{os.getpid()}.json"
+_LOG = Path(tempfile.gettempdir()) / f"dflare-test-log-{os.getpid()}.txt"
 # Widths take turns like this unless a test says otherwise: every change in the middle of requests.
 TURNS = (3, 1, 8, 2, 1, 1, 5, 8, 8, 4)
 # Context waits for its append most of the time, and the most that may wait is reached.
@@ -36,6 +37,7 @@ def _prepare() -> None:
         return
     os.environ["DFLARE_TEST_TRACE"] = str(_TRACE)
     os.environ["DFLARE_TEST_WIDTHS"] = str(_WIDTHS)
+    os.environ["DFLARE_TEST_LOG"] = str(_LOG)
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(_HERE), os.environ.get("PYTHONPATH")])
     )
@@ -72,6 +74,20 @@ def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:
     for task in tasks:
         task.cancel()
     loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+
+
+@contextmanager
+def forked_engines(widths: Sequence[int] | str) -> Iterator[Path]:
+    """Let the engines that a function of the package starts here be forked, with these widths.
+
+    Yields:
+        The file of what the package logs in their processes.
+    """
+    _prepare()
+    _WIDTHS.write_text(json.dumps(widths))
+    _LOG.write_text("")
+    yield _LOG
+    _end_tasks(asyncio.get_event_loop_policy().get_event_loop())
 
 
 @contextmanager
