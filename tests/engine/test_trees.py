@@ -82,8 +82,12 @@ def test_distribution_of_three_tokens_with_trees(constant_pair):  # noqa: F811
     assert SAMPLES * 0.05 < accepted < SAMPLES * 1.9, "both accepting and rejecting must happen"
 
 
-def test_targets_that_cannot_are_served_chains():
+def test_targets_that_cannot_are_served_chains(monkeypatch):
+    from dflare.engine import tree_step
     from dflare.engine.tree_step import why_no_trees
+
+    parallel = SimpleNamespace(tp_size=1)
+    monkeypatch.setattr(tree_step, "get_parallel", lambda: parallel)
 
     def worker(**changes):
         runner = SimpleNamespace(token_to_kv_pool=None, attn_backend=None, model=None)
@@ -95,6 +99,8 @@ def test_targets_that_cannot_are_served_chains():
     assert "on a CPU only" in why_no_trees(worker(device="cuda"))
     assert "recurrent states" in why_no_trees(worker(_need_mamba_verify_commit=True))
     assert "slots of a NoneType" in why_no_trees(worker())
+    parallel.tp_size = 2
+    assert "tensor-parallel" in why_no_trees(worker())
 
 
 def test_a_grammar_walks_each_nodes_children_in_their_order():

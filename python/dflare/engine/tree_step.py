@@ -79,6 +79,8 @@ def why_no_trees(worker: Any) -> str | None:
     runner = worker.model_runner
     if torch.device(worker.device).type != "cpu":
         return "they are verified on a CPU only so far"
+    if get_parallel().tp_size > 1:
+        return "tensor-parallel ranks hold the head in parts"
     if worker._need_mamba_verify_commit:
         return "the target's recurrent states know one path only"
     if type(runner.token_to_kv_pool) is not CpuKVPool:
@@ -262,27 +264,18 @@ def _best_tokens(
     Args:
         draft_head: rows of the target's head for the tokens that are drafted; None for all.
         hidden: [rows, H].
-        head: the target's, of which each rank has a part of the vocabulary.
+        head: the target's.
         count: K.
 
     Returns:
-        tokens [rows, K] int64 and log-probabilities [rows, K] float32, the same on all ranks.
+        tokens [rows, K] int64 and log-probabilities [rows, K] float32.
     """
-    if draft_head is not None:
-        logits = head_logits(hidden, draft_head.weight).float()
-        best = logits.topk(count, -1)
-        return draft_head.ids[best.indices], best.values - logits.logsumexp(-1, keepdim=True)
-    shard, group = head.shard_indices, get_parallel().tp_group
-    logits = head_logits(hidden, head.weight[: shard.num_org_elements]).float()
-    values, tokens = logits.topk(min(count, logits.shape[-1]), -1)
-    tokens += shard.org_vocab_start_index
-    total = logits.logsumexp(-1, keepdim=True)
-    if group.world_size > 1:
-        total = group.all_gather(total, dim=-1).logsumexp(-1, keepdim=True)
-        tokens = group.all_gather(tokens, dim=-1)
-        values, at = group.all_gather(values, dim=-1).topk(count, -1)
-        tokens = tokens.gather(-1, at)
-    return tokens, values - total
+    weight = head.weight[: head.shard_indices.num_org_elements]
+    logits = head_logits(hidden, draft_head.weight if draft_head else weight).float()
+    values, tokens = logits.topk(count, -1)
+    if draft_head:
+        tokens = draft_head.ids[tokens]
+    return tokens, values - logits.logsumexp(-1, keepdim=True)
 
 
 def _add_outputs(
