@@ -118,11 +118,33 @@ def test_a_prefix_that_came_from_elsewhere_is_noted_too(prefixes):
         seq_lens=torch.tensor([7]),
         spec_info=SimpleNamespace(bonus_tokens=torch.tensor([3])),
     )
-    texts.write(batch, prefill=True)
+    texts.write_prefill(batch)
     proposal = texts.look_up(batch, 2)
     assert (proposal.found[0].tolist(), int(proposal.match)) == (
         ([4, 5], 3) if prefixes else ([0, 0], 0)
     )
+
+
+def test_a_text_goes_on_with_what_was_committed():
+    """Wherever the step verified it: a rejected token leaves nothing behind."""
+    table = torch.arange(32, dtype=torch.int32).flip(0).view(2, 16)
+    runner = SimpleNamespace(
+        device="cpu",
+        token_to_kv_pool=SimpleNamespace(size=31, page_size=1),
+        req_to_token_pool=SimpleNamespace(req_to_token=table),
+    )
+    texts, row, text = Texts(runner, prefixes=False), torch.tensor([1]), [4]
+    for committed, rejected in (([5, 6, 7], []), ([4, 5], [9]), ([6, 7, 4], []), ([5], [9, 9])):
+        lens, anchor = torch.tensor([len(text) - 1]), torch.tensor(text[-1:])
+        texts.write_committed(row, lens, anchor, torch.tensor([committed + rejected]))
+        text += committed
+    batch = SimpleNamespace(
+        req_pool_indices=row,
+        seq_lens=torch.tensor([len(text) - 1]),
+        spec_info=SimpleNamespace(bonus_tokens=torch.tensor(text[-1:])),
+    )
+    proposal = texts.look_up(batch, 3)
+    assert (proposal.found[0].tolist(), int(proposal.match)) == ([6, 7, 4], 6)
 
 
 def test_a_proposal_replaces_drafts_and_is_held_against_what_was_committed():

@@ -34,15 +34,30 @@ class Texts:
         self._table = runner.req_to_token_pool.req_to_token
         self._prefixes = prefixes
 
-    def write(self, batch: Any, *, prefill: bool = False) -> None:
-        """Note the tokens whose keys and values a verification, or a prefill, has just written."""
+    def write_prefill(self, batch: Any) -> None:
+        """Note the tokens whose keys and values a prefill has just written."""
         self._tokens[batch.out_cache_loc] = batch.input_ids.int()
-        if not (prefill and self._prefixes):
+        if not self._prefixes:
             return
         for req, prefix in zip(batch.reqs, batch.prefix_lens, strict=True):
             text = [*req.origin_input_ids, *req.output_ids][:prefix]
             tokens = torch.tensor(text, dtype=torch.int32).to(self._table.device, non_blocking=True)
             self._tokens[self._table[req.req_pool_idx, : len(text)].long()] = tokens
+
+    def write_committed(
+        self, rows: torch.Tensor, lens: torch.Tensor, anchors: torch.Tensor, tokens: torch.Tensor
+    ) -> None:
+        """Note what a verification has committed; what lies behind it is written again later.
+
+        A tree's path has been moved to the first of the step's slots by then.
+
+        Args:
+            rows, lens: [bs] rows of `req_to_token` and tokens before the anchors.
+            anchors: [bs] int64. tokens: [bs, S] int64, what the step has committed behind them.
+        """
+        positions = lens[:, None] + torch.arange(tokens.shape[1], device=lens.device)
+        slots = self._table[rows[:, None], positions].long()
+        self._tokens[slots] = torch.cat((anchors[:, None], tokens[:, :-1]), dim=1).int()
 
     def look_up(self, batch: Any, count: int) -> "Proposal":
         """Propose `count` tokens behind the anchors of a decode batch."""

@@ -63,7 +63,7 @@ class DFlareWorker(WorkerStart):
                 if penalised:
                     self.penalties.commit_prefill(penalised, result.next_token_ids)
                 if self.texts and prefill:
-                    self.texts.write(batch, prefill=True)
+                    self.texts.write_prefill(batch)
                 return result
             arm, splice = self.arms.choose(batch.reqs)
             self.context.flush([req.rid for req in batch.reqs] if arm.nodes == 1 else ())
@@ -80,6 +80,7 @@ class DFlareWorker(WorkerStart):
         grammar_barrier: Any = None,
     ) -> GenerationBatchResult:
         """One step of an arm: a block's of DFLASH, or one that verifies without a draft pass."""
+        lens, anchors = batch.seq_lens, batch.spec_info.bonus_tokens.view(-1)
         proposal = self.texts.look_up(batch, arm.nodes) if self.texts else None
         candidates = _candidates(batch, arm, proposal)
         with ExitStack() as stack:
@@ -96,11 +97,11 @@ class DFlareWorker(WorkerStart):
                 result = super().forward_batch_generation(batch, on_publish, grammar_barrier)
             else:
                 result = verify_candidates(self, batch, candidates, on_publish, grammar_barrier)
+        tokens = result.next_token_ids.view(-1, result.speculative_num_draft_tokens)
         if penalised:
-            tokens = result.next_token_ids.view(-1, result.speculative_num_draft_tokens)
             self.penalties.commit(penalised, tokens, result.accept_lens)
         if self.texts and proposal:
-            self.texts.write(batch)
+            self.texts.write_committed(batch.req_pool_indices, lens, anchors, tokens)
             if batch.reqs:  # none of them sent what start-up measures
                 self.arms.compare(proposal, result)
         return result
