@@ -16,7 +16,8 @@ from dflare.ops import lookup_continuations_reference
 
 pytestmark = pytest.mark.slow
 
-LOOK_UPS = (("lookup", 4), 1, ("lookup", 3), ("lookup", 2))
+# Trees are verified in other slots than those that their path ends in.
+LOOK_UPS = (("lookup", 4), 1, ("tree", 6), ("lookup", 3), ("tree", 8), ("lookup", 2))
 GREEDY = {"temperature": 0, "ignore_eos": True}
 
 
