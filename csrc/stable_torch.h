@@ -1,5 +1,6 @@
-// What the operators use of torch, under ATen's names but from torch's stable ABI alone: one build
-// of the library serves every torch from TORCH_TARGET_VERSION on, and every Python.
+// What the operators use of torch, from its stable ABI alone: one build of the library serves every
+// torch from TORCH_TARGET_VERSION on, and every Python. The names are ATen's, which readers of
+// torch extensions know; where the ABI lacks something, this file alone makes up for it.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

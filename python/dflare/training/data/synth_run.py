@@ -71,6 +71,23 @@ def write_data(
         synth.answer(asked + written)
 
 
+def _kind_of_generator(generator: str, server: str | None, device: str) -> str:
+    """`sglang` or `transformers`, as is asked for or else as is at hand."""
+    has_sglang = importlib.util.find_spec("sglang") is not None
+    if generator not in ("sglang", "transformers", "auto"):
+        raise ConfigError(f"--generator is {generator!r}, expected sglang, transformers or auto")
+    if server is not None:
+        return "sglang"
+    if generator == "auto":
+        fast = has_sglang and choose_device(device) == "cuda"
+        return "sglang" if fast else "transformers"
+    if generator == "sglang" and not has_sglang:
+        raise ConfigError(
+            "--generator sglang needs SGLang: install it, name a --server, or use transformers"
+        )
+    return generator
+
+
 @contextmanager
 def open_synth(
     output: Path,
@@ -101,18 +118,7 @@ def open_synth(
         ConfigError: An unknown generator or device, or SGLang where it is not installed.
         DFlareError: A target or a server that cannot be used.
     """
-    has_sglang = importlib.util.find_spec("sglang") is not None
-    if generator not in ("sglang", "transformers", "auto"):
-        raise ConfigError(f"--generator is {generator!r}, expected sglang, transformers or auto")
-    if server is not None:
-        generator = "sglang"
-    elif generator == "auto":
-        fast = has_sglang and choose_device(device) == "cuda"
-        generator = "sglang" if fast else "transformers"
-    if generator == "sglang" and server is None and not has_sglang:
-        raise ConfigError(
-            "--generator sglang needs SGLang: install it, name a --server, or use transformers"
-        )
+    generator = _kind_of_generator(generator, server, device)
     path = target_path(target)
     config = read_target_config(path).get_text_config()
     tokenizer = load_tokenizer(path)
