@@ -68,7 +68,6 @@ def kill_and_watch(server: ServerProcess, name: str) -> None:
     seconds = time.monotonic() - start
     print(f"{name} killed: everything has ended after {seconds:.1f} s")
     assert not alive and seconds < 5, f"{len(alive)} processes left after {seconds:.1f} s"
-    if name != "first":
-        last = server.log.read_text().splitlines()[-1]
-        cause = rf"the server ends: process \S+ \({everyone[name].pid}\) ended with exit code -9"
-        assert re.search(cause, last), last
+    last = server.log.read_text().splitlines()[-1]
+    cause = rf"the server ends: process \S+ \({everyone[name].pid}\) ended with exit code -9"
+    assert re.search(cause, last), last

@@ -1,12 +1,10 @@
 """Faults planted in a running engine, which survives them; docs/faults.md has all kinds."""
 
 import asyncio
-import os
-import signal
 
 import psutil
 import pytest
-from engines import engine_that_may_end, running_engine
+from engines import running_engine
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 pytestmark = pytest.mark.slow
@@ -51,18 +49,3 @@ def test_a_clock_that_jumps_changes_nothing(random_pair, offset):
             answer = engine.generate(input_ids=_PROMPT, sampling_params=params)
             assert answer["output_ids"] == expected
         assert abs(answer["meta_info"]["e2e_latency"]) < 120
-
-
-def test_sigterm_lets_running_requests_finish(random_pair):
-    with engine_that_may_end(*random_pair) as engine:
-        expected = engine.generate(input_ids=_PROMPT, sampling_params=greedy(60))["output_ids"]
-
-        async def ask():
-            request = GenerateReqInput(input_ids=_PROMPT, sampling_params=greedy(60), stream=True)
-            answers = engine.tokenizer_manager.generate_request(request, None)
-            await anext(answers)
-            os.kill(os.getpid(), signal.SIGTERM)
-            return [answer["output_ids"] async for answer in answers][-1]
-
-        assert engine.loop.run_until_complete(asyncio.wait_for(ask(), 120)) == expected
-        assert engine.tokenizer_manager.gracefully_exit

@@ -178,6 +178,13 @@ def test_refuses_sampling_parameters_for_other_prompts(text, params):
         _normalize(GenerateReqInput.normalize_batch_and_arguments, request)
 
 
+@pytest.mark.parametrize(("text", "rid"), [("a", []), ("a", ["b"])])
+def test_refuses_a_rid_that_is_no_string(text, rid):
+    request = GenerateReqInput(text=text, sampling_params={}, rid=rid)
+    with pytest.raises(ValueError, match="rid must be a string"):
+        _normalize(GenerateReqInput.normalize_batch_and_arguments, request)
+
+
 def test_refuses_a_list_that_is_shorter_than_the_prompts():
     request = GenerateReqInput(text=["a", "b"], sampling_params={}, token_indices_to_pool=[[0]])
     _normalize(GenerateReqInput.normalize_batch_and_arguments, request)

@@ -83,6 +83,8 @@ def _check_one_each(request: Any) -> None:
             f"{len(given)} sampling_params for {request.batch_size} prompts; give one for each, or "
             "one object for all"
         )
+    if request.is_single and not isinstance(request.rid, str):
+        raise ValueError(f"rid must be a string for one prompt, got {_short(request.rid)}")
 
 
 def check_request(request: Any, given: dict[str, Any], limits: Limits) -> None:
