@@ -36,6 +36,10 @@ def install() -> None:
     import sglang.srt.distributed.device_communicators.pynccl as pynccl
 
     pynccl.PyNcclCommunicator = _Communicator  # type: ignore[misc]
+    # Logits are gathered through multicast memory of NVLink where there is some, else as above.
+    import sglang.srt.distributed.device_communicators.triton_symm_mem_ag as multimem
+
+    multimem.MultimemAllGatherer._build = lambda *_: None  # type: ignore[method-assign]
 
 
 class _Communicator:
@@ -58,6 +62,9 @@ class _Communicator:
         out = tensor.clone()
         dist.all_reduce(out, group=self.group)
         return out
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+        dist.broadcast(tensor, src=dist.get_global_rank(self.group, src), group=self.group)
 
     def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> None:
         dist.all_gather_into_tensor(output, tensor, group=self.group)

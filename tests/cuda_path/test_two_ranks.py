@@ -1,0 +1,22 @@
+"""Two tensor-parallel ranks on the device: the same widths, graphs and tokens on both."""
+
+import pytest
+from models import greedy, prompts
+from scheduler_process import running_scheduler
+from test_same_tokens import check
+
+pytestmark = pytest.mark.slow
+
+
+def test_two_ranks_agree(pair, reference):
+    with running_scheduler(*pair, ranks=2, widths=[3, 1, 4, 2]) as scheduler:
+        requests = greedy("rank", prompts(3, 10, 60, seed=120), 20)
+        first, second = scheduler.all("generate", requests=requests)
+        check(first, requests, reference)
+        assert set(first["widths"]) == {1, 2, 3, 4}  # rank 0 chooses
+        for rid, answer in first["answers"].items():
+            assert second["answers"][rid]["ids"] == answer["ids"]
+            assert second["answers"][rid]["proposals"] == answer["proposals"]
+        reports = scheduler.all("report")
+        for name in ("captures", "graph_launches"):
+            assert reports[0][name] == reports[1][name], name
