@@ -17,7 +17,7 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker, HiCacheDraft
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.spec_sampling_mask import SpeculativeSamplingMaskCapture
 
-from dflare.engine import width_states, widths
+from dflare.engine import arms, width_states
 
 WORKER = inspect.getsource(dflash_worker_v2.DFlashWorkerV2)
 
@@ -101,8 +101,8 @@ def test_metrics_carry_the_labels_by_which_servers_and_ranks_are_told_apart(monk
         extra_metric_labels={"zone": "b"},
     )
     for context in ("parallel", "disagg", "serving", "observability"):
-        monkeypatch.setattr(widths, f"get_{context}", lambda: facts)
-    ours = widths._metric_labels()
+        monkeypatch.setattr(arms, f"get_{context}", lambda: facts)
+    ours = arms._metric_labels()
     assert ours == {
         **{"model_name": "target", "engine_type": "decode", "zone": "b"},
         **{"tp_rank": "1", "pp_rank": "0", "dp_rank": "3"},

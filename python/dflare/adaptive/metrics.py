@@ -79,7 +79,8 @@ class SpecMetrics:
             predicted, actual: Step time in seconds; counted where both are known.
         """
         if arm.proposer == "chain":
-            self._watch.observe(commit_lens if seen is None else seen.drafted + 1)
+            first = commit_lens if seen is None else (seen.drafted + 1).tolist()
+            self._watch.observe(first)
         self._by_width[arm.nodes] += 1
         self._explored += exploring
         self._commits[arm.nodes].update(commit_lens)
