@@ -30,7 +30,7 @@ class BranchOdds:
         self._prior = self._right.copy()
         self._fade = np.exp(-1 / memory)
 
-    def log_probs(self, matches: Sequence[int], count: int) -> Floats:
+    def log_probs(self, matches: npt.ArrayLike, count: int) -> Floats:
         """Log-probability of each token of look-ups, given that those before it are right.
 
         Args:

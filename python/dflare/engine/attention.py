@@ -56,8 +56,10 @@ class BlockAttentionBackend(AttentionBackend):
     def _context(
         self, layer: RadixAttention, forward_batch: ForwardBatch, seq_lens: torch.Tensor
     ) -> ops.PagedContext:
-        pools = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-        return ops.PagedContext(*pools, self.req_to_token, forward_batch.req_pool_indices, seq_lens)
+        keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        return ops.PagedContext(
+            keys, values, self.req_to_token, forward_batch.req_pool_indices, seq_lens
+        )
 
     def block_schedule(self, layer: RadixAttention) -> torch.Tensor | None:
         """The step's split of the context over thread blocks; a CPU needs none."""

@@ -12,7 +12,6 @@ import torch
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.dflash_utils import is_dense_head_weight
 from sglang.srt.speculative.dflash_worker_v2 import _DflashDraftSampler
-from torch import nn
 
 from dflare.checkpoint import draft_vocabulary
 from dflare.engine.cpu_layers import greedy_tokens
@@ -79,7 +78,7 @@ class DraftHeadSampler(_DflashDraftSampler):
         self.out[:drafted] = self._ids[self.out[:drafted]]
 
 
-def make_draft_head(draft_model: nn.Module, lm_head: Any) -> DraftHead | None:
+def make_draft_head(draft_model: Any, lm_head: Any) -> DraftHead | None:
     """Take the rows of the drafter's own vocabulary; None where it drafts every token.
 
     Args:

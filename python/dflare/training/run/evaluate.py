@@ -151,7 +151,8 @@ def evaluate(
     size = drafter.config.block_size
     chains: dict[int, list[list[int]]] = {width: [] for width in range(2, size + 1)}
     trees: dict[int, list[list[int]]] = {tokens: [] for tokens in TREE_TOKENS}
-    spliced, branched = ({key: [] for key in walks} for walks in (chains, trees))
+    spliced: dict[int, list[list[int]]] = {width: [] for width in chains}
+    branched: dict[int, list[list[int]]] = {tokens: [] for tokens in trees}
     # What look-ups are worth is learned from answer to answer, as a server does.
     odds, rule = BranchOdds(), SpliceRule(_SPLICE_MEMORY)
     looked_up = []
