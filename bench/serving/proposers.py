@@ -1,9 +1,10 @@
-"""What look-ups add to a server's speed, with one request at a time: arms with and without them.
+"""What each proposer adds to a server's speed, with one request at a time.
 
-    python -m bench.serving.lookups [--rounds 3] [--tokens 96] [--out lookups.json]
+    python -m bench.serving.proposers [--rounds 3] [--tokens 96] [--out proposers.json]
 
-Two servers of the demo pair answer the same prompts in turn, so that a busy moment falls on both.
-Prompts: texts to repeat or to edit, and the benchmark's easy and hard ones.
+Servers of the demo pair, without speculation, with chains, with look-ups and with trees as well,
+answer the same prompts in turn, so that a busy moment falls on all of them. Prompts: texts to
+repeat or to edit, and the benchmark's easy and hard ones.
 """
 
 import argparse
@@ -25,7 +26,13 @@ from dflare.engine.server_process import ServerProcess
 from dflare.training.data.prompts import encode, read_prompts
 
 PROMPTS = Path(__file__).with_name("prompts")
-ARMS = {"without": '{"proposers": ["chain"]}', "with": "on"}
+# Settings of the policy by arm; none for no speculation.
+ARMS: dict[str, str | None] = {
+    "none": None,
+    "chain": '{"proposers": ["chain"]}',
+    "look-ups": '{"proposers": ["chain", "lookup"]}',
+    "trees": "on",
+}
 _DOCUMENTS = (
     "The harbour opens at six. Boats with a red flag wait outside until the pilot has come on "
     "board. Boats with a green flag enter at once and tie up at the north pier. The fee is paid in "
@@ -65,7 +72,8 @@ def answer(server: ServerProcess, ids: list[int], tokens: int) -> tuple[list[int
     seconds = time.perf_counter() - start
     reply.raise_for_status()
     body = reply.json()
-    return body["output_ids"], seconds, body["meta_info"]["spec_verify_ct"]
+    output = body["output_ids"]
+    return output, seconds, body["meta_info"].get("spec_verify_ct") or len(output)
 
 
 def main() -> None:
@@ -79,16 +87,17 @@ def main() -> None:
     args = parser.parse_args()
     target, draft = map(str, (demo_target(), demo_draft()))
     asked = prompts(AutoTokenizer.from_pretrained(target), args.each)
-    flags = ["--model-path", target, *pair_args(draft), "--skip-tokenizer-init"]
-    flags += ["--sleep-on-idle", "--max-running-requests", "4", "--log-level", "warning"]
-    flags += ["--mem-fraction-static", "0.9"]  # two servers share the memory
+    flags = ["--model-path", target, "--skip-tokenizer-init", "--sleep-on-idle"]
+    flags += ["--max-running-requests", "4", "--log-level", "warning"]
+    flags += ["--mem-fraction-static", "0.9", "--max-total-tokens", "4096"]  # four servers share it
     speeds: dict[str, dict[str, list[float]]] = {k: {a: [] for a in ARMS} for k in asked}
     lengths: dict[str, dict[str, float]] = {k: {} for k in asked}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         servers = {}
         for arm, settings in ARMS.items():
-            server = ServerProcess(flags, folder / arm, {VARIABLE: settings})
+            pair = pair_args(draft) if settings else []
+            server = ServerProcess(flags + pair, folder / arm, {VARIABLE: settings or "on"})
             servers[arm] = stack.enter_context(server)
             servers[arm].wait_until_healthy()
         for round_ in range(args.rounds + 1):
@@ -98,7 +107,7 @@ def main() -> None:
                     replies = {arm: answer(servers[arm], ids, args.tokens) for arm in ARMS}
                     texts = [output for output, _, _ in replies.values()]
                     if any(text != texts[0] for text in texts):
-                        raise SystemExit(f"{kind}: answers differ with and without look-ups")
+                        raise SystemExit(f"{kind}: the servers' answers differ")
                     for arm, (output, seconds, steps) in replies.items():
                         totals[arm][0] += len(output)
                         totals[arm][1] += seconds
@@ -113,11 +122,13 @@ def main() -> None:
                         flush=True,
                     )
     for kind, by_arm in speeds.items():
-        with_, without = median(by_arm["with"]), median(by_arm["without"])
-        print(
-            f"{kind:8} {without:6.1f} -> {with_:6.1f} tokens/s, {with_ / without:.2f} x; tokens a "
-            f"step {lengths[kind]['without']:.2f} -> {lengths[kind]['with']:.2f}"
-        )
+        plain = median(by_arm["none"])
+        for arm, some_speeds in by_arm.items():
+            print(
+                f"{kind:8} {arm:8} {median(some_speeds):6.1f} tokens/s, "
+                f"{median(some_speeds) / plain:.2f} x ({min(some_speeds):.1f} to "
+                f"{max(some_speeds):.1f}), {lengths[kind][arm]:.2f} a step"
+            )
     if args.out:
         args.out.write_text(
             json.dumps({"tokens_per_second": speeds, "tokens_a_step": lengths}, indent=1)
