@@ -53,12 +53,13 @@ def test_a_graph_keeps_its_pool() -> None:
 
 
 def test_beyond_a_limit_memory_is_counted_and_not_touched() -> None:
-    device, before = cuda_device.load(), free()
+    device, small = cuda_device.load(), torch.ones(4, device="cuda")  # the segment of small ones
+    before = free()
     device.set_work_limit(64 * 1024)
     try:
         x = torch.ones(1000 * MB, dtype=torch.uint8, device="cuda")
         y = torch.cat([x, x])
-        small = torch.ones(4, device="cuda") + 1
+        small = small + 1
     finally:
         device.set_work_limit((1 << 64) - 1)
     assert before - free() == 3000 * MB and y.shape == (2000 * MB,)
