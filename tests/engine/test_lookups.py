@@ -119,6 +119,7 @@ def test_a_prefix_that_came_from_elsewhere_is_noted_too(prefixes):
         seq_lens=torch.tensor([7]),
         spec_info=SimpleNamespace(bonus_tokens=torch.tensor([3])),
     )
+    texts.write_prefixes(batch)
     texts.write_prefill(batch)
     proposal = texts.look_up(batch, 2)
     assert (proposal.found[0].tolist(), int(proposal.match)) == (
@@ -134,23 +135,32 @@ def test_a_text_goes_on_with_what_was_committed():
         token_to_kv_pool=SimpleNamespace(size=31, page_size=1),
         req_to_token_pool=SimpleNamespace(req_to_token=table),
     )
-    texts, row, text = Texts(runner, prefixes=False), torch.tensor([1]), [4]
+    texts, text = Texts(runner, prefixes=False), [4]
+
+    def look_up():
+        batch = SimpleNamespace(
+            req_pool_indices=torch.tensor([1]),
+            seq_lens=torch.tensor([len(text) - 1]),
+            spec_info=SimpleNamespace(bonus_tokens=torch.tensor(text[-1:])),
+        )
+        return texts.look_up(batch, 3)
+
     for committed, rejected in (([5, 6, 7], []), ([4, 5], [9]), ([6, 7, 4], []), ([5], [9, 9])):
-        lens, anchor = torch.tensor([len(text) - 1]), torch.tensor(text[-1:])
-        texts.write_committed(row, lens, anchor, torch.tensor([committed + rejected]))
+        texts.write_committed(look_up(), torch.tensor([committed + rejected]))
         text += committed
-    batch = SimpleNamespace(
-        req_pool_indices=row,
-        seq_lens=torch.tensor([len(text) - 1]),
-        spec_info=SimpleNamespace(bonus_tokens=torch.tensor(text[-1:])),
-    )
-    proposal = texts.look_up(batch, 3)
+    proposal = look_up()
     assert (proposal.found[0].tolist(), int(proposal.match)) == ([6, 7, 4], 6)
 
 
+def proposal_of(found: list[list[int]], match: list[int]) -> Proposal:
+    """What was found, wherever."""
+    nothing = torch.zeros(len(match), dtype=torch.int64)
+    lengths = torch.tensor(match, dtype=torch.int32)
+    return Proposal(torch.tensor(found), lengths, anchors=nothing, slots=nothing[:, None])
+
+
 def test_a_proposal_replaces_drafts_and_is_held_against_what_was_committed():
-    found = torch.tensor([[5, 6, 7], [5, 6, 7], [0, 0, 0]])
-    proposal = Proposal(found, torch.tensor([9, 3, 0], dtype=torch.int32))
+    proposal = proposal_of([[5, 6, 7], [5, 6, 7], [0, 0, 0]], [9, 3, 0])
     drafts = torch.tensor([[5, 9], [1, 2], [0, 4]])
     proposal.splice(drafts, least_strength=4)
     assert drafts.tolist() == [[5, 6], [1, 2], [0, 4]]
@@ -163,7 +173,7 @@ def test_a_proposal_replaces_drafts_and_is_held_against_what_was_committed():
 
 
 def test_drafts_that_nothing_replaces_are_compared_too():
-    proposal = Proposal(torch.tensor([[5, 6, 7]]), torch.tensor([40], dtype=torch.int32))
+    proposal = proposal_of([[5, 6, 7]], [40])
     drafts = torch.tensor([[5, 9]])
     proposal.splice(drafts, NEVER)
     assert drafts.tolist() == [[5, 9]]
@@ -172,7 +182,7 @@ def test_drafts_that_nothing_replaces_are_compared_too():
 
 
 def test_without_drafts_there_is_nothing_to_agree_with():
-    proposal = Proposal(torch.tensor([[5, 6], [0, 0]]), torch.tensor([4, 0], dtype=torch.int32))
+    proposal = proposal_of([[5, 6], [0, 0]], [4, 0])
     seen = proposal.compare(torch.tensor([[5, 8], [0, 0]]), torch.tensor([2, 1]))()
     assert [x.tolist() for x in seen] == [[4, 0], [1, 0], [-1, -1], [0, 0]]
 

@@ -34,9 +34,8 @@ class Texts:
         self._table = runner.req_to_token_pool.req_to_token
         self._prefixes = prefixes
 
-    def write_prefill(self, batch: Any) -> None:
-        """Note the tokens whose keys and values a prefill has just written."""
-        self._tokens[batch.out_cache_loc] = batch.input_ids.int()
+    def write_prefixes(self, batch: Any) -> None:
+        """Note the tokens of the prefixes that a prefill will find in the cache."""
         if not self._prefixes:
             return
         for req, prefix in zip(batch.reqs, batch.prefix_lens, strict=True):
@@ -44,45 +43,48 @@ class Texts:
             tokens = torch.tensor(text, dtype=torch.int32).to(self._table.device, non_blocking=True)
             self._tokens[self._table[req.req_pool_idx, : len(text)].long()] = tokens
 
-    def write_committed(
-        self, rows: torch.Tensor, lens: torch.Tensor, anchors: torch.Tensor, tokens: torch.Tensor
-    ) -> None:
+    def write_prefill(self, batch: Any) -> None:
+        """Note the tokens whose keys and values a prefill has just written."""
+        self._tokens[batch.out_cache_loc] = batch.input_ids.int()
+
+    def look_up(self, batch: Any, count: int) -> "Proposal":
+        """Propose `count` tokens behind the anchors of a decode batch."""
+        rows, lens = batch.req_pool_indices, batch.seq_lens
+        anchors = batch.spec_info.bonus_tokens.view(-1)
+        found, match = ops.lookup_continuations(
+            self._tokens, self._table, rows, lens, anchors, count, least_match=LEAST_MATCH
+        )
+        # Read now: once the target has run, the scheduler may write to the table.
+        positions = lens[:, None] + torch.arange(count, device=lens.device)
+        return Proposal(found, match, anchors, self._table[rows[:, None], positions].long())
+
+    def write_committed(self, proposal: "Proposal", tokens: torch.Tensor) -> None:
         """Note what a verification has committed; what lies behind it is written again later.
 
         A tree's path has been moved to the first of the step's slots by then.
 
         Args:
-            rows, lens: [bs] rows of `req_to_token` and tokens before the anchors.
-            anchors: [bs] int64. tokens: [bs, S] int64, what the step has committed behind them.
+            proposal: of the step.
+            tokens: [bs, S] int64, what the step has committed behind the anchors, S <= w.
         """
-        positions = lens[:, None] + torch.arange(tokens.shape[1], device=lens.device)
-        slots = self._table[rows[:, None], positions].long()
-        self._tokens[slots] = torch.cat((anchors[:, None], tokens[:, :-1]), dim=1).int()
-
-    def look_up(self, batch: Any, count: int) -> "Proposal":
-        """Propose `count` tokens behind the anchors of a decode batch."""
-        found, match = ops.lookup_continuations(
-            self._tokens,
-            self._table,
-            batch.req_pool_indices,
-            batch.seq_lens,
-            batch.spec_info.bonus_tokens.view(-1),
-            count,
-            least_match=LEAST_MATCH,
-        )
-        return Proposal(found, match)
+        held = torch.cat((proposal.anchors[:, None], tokens[:, :-1]), dim=1)
+        self._tokens[proposal.slots[:, : tokens.shape[1]]] = held.int()
 
 
 class Proposal:
     """What a look-up proposes in one step, beside what the drafter does."""
 
-    def __init__(self, found: torch.Tensor, match: torch.Tensor) -> None:
+    def __init__(
+        self, found: torch.Tensor, match: torch.Tensor, anchors: torch.Tensor, slots: torch.Tensor
+    ) -> None:
         """
         Args:
             found: [bs, w] int64, tokens that may follow the anchors.
             match: [bs] int32, tokens before them that match; 0: there is no proposal.
+            anchors: [bs] int64.
+            slots: [bs, w] int64, of the anchors and what follows them.
         """
-        self.found, self.match = found, match
+        self.found, self.match, self.anchors, self.slots = found, match, anchors, slots
         self.drafts: torch.Tensor | None = None
         self.agreed: torch.Tensor | None = None
 

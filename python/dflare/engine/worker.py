@@ -57,6 +57,8 @@ class DFlareWorker(WorkerStart):
                 self.context.flush()
                 if penalised:
                     stack.enter_context(self.penalties.in_prefill(penalised, batch.sampling_info))
+                if self.texts and prefill:
+                    self.texts.write_prefixes(batch)
                 result = super().forward_batch_generation(
                     batch, on_publish, grammar_barrier, pp_proxy_tensors
                 )
@@ -80,7 +82,6 @@ class DFlareWorker(WorkerStart):
         grammar_barrier: Any = None,
     ) -> GenerationBatchResult:
         """One step of an arm: a block's of DFLASH, or one that verifies without a draft pass."""
-        lens, anchors = batch.seq_lens, batch.spec_info.bonus_tokens.view(-1)
         proposal = self.texts.look_up(batch, arm.nodes) if self.texts else None
         candidates = _candidates(batch, arm, proposal)
         with ExitStack() as stack:
@@ -101,7 +102,7 @@ class DFlareWorker(WorkerStart):
         if penalised:
             self.penalties.commit(penalised, tokens, result.accept_lens)
         if self.texts and proposal:
-            self.texts.write_committed(batch.req_pool_indices, lens, anchors, tokens)
+            self.texts.write_committed(proposal, tokens)
             if batch.reqs:  # none of them sent what start-up measures
                 self.arms.compare(proposal, result)
         return result
