@@ -1,5 +1,6 @@
 """The README's installation, in an environment that holds pip, and what its first line brings."""
 
+import json
 import re
 import site
 import subprocess
@@ -66,3 +67,33 @@ def test_the_package_installs_beside_pip_and_sglang_alone(environment, tmp_path,
     refused = subprocess.run(install, capture_output=True, text=True, timeout=600)
     assert refused.returncode != 0
     assert "dflare: DFLARE_CUDA is 'perhaps', expected" in refused.stdout + refused.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel() -> Path:
+    """What `make wheel` leaves in dist/; CUDA kernels for every architecture take minutes."""
+    built = subprocess.run(["make", "wheel"], cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-4000:]
+    return max((ROOT / "dist").glob("*.whl"), key=lambda file: file.stat().st_mtime)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_wheel_installs_without_a_compiler_and_has_kernels_for_every_gpu(
+    wheel, environment, tmp_path
+):
+    assert re.search(r"\+cu\d+-py3-none-manylinux_2_\d+_x86_64", wheel.name)
+    install = [environment, "-m", "pip", "install", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, check=True, capture_output=True, env={"PATH": ""})
+    code = (
+        "import json, torch; from dflare import ops\n"
+        "x, w = torch.randn(3, 64), torch.randn(32, 64)\n"
+        "error = (ops.linear(x, w) - x @ w.T).abs().max().item()\n"
+        "print(json.dumps([ops.__file__, ops.build_info()['cuda_archs'], error]))"
+    )
+    done = subprocess.run([environment, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    file, archs, error = json.loads(done.stdout)
+    assert Path(file).is_relative_to(environment.parents[1])
+    assert archs == ["sm_80", "sm_90", "compute_100", "sm_100", "sm_120"]
+    assert error < 1e-4

@@ -6,14 +6,17 @@ queries are equally long but masks causally. A plan is host work, once a step: `
 """
 
 import functools
+import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.kernels.prebuild import use_prebuilt
 from bench.kernels.timing import Arm
 
 ARMS = ("fa3", "flashinfer_fa2", "flashinfer_fa3", "flashinfer_uniform")
@@ -130,6 +133,8 @@ def flashinfer_arm(name: str, make: Callable[..., tuple[Any, Plan]], inputs: Any
     """One wrapper a set, planned before; they share the workspace, for they never overlap."""
     import flashinfer
 
+    if prebuilt := os.environ.get("FLASHINFER_MODULES"):
+        use_prebuilt(Path(prebuilt))
     queries = inputs.queries
     workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=inputs.device)
     wrappers, plan_us = [], []

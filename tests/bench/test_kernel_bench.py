@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench.kernels import __main__ as bench
-from bench.kernels import append, attention, table, timing
+from bench.kernels import append, attention, prebuild, table, timing
 
 from dflare import ops
 
@@ -143,6 +143,20 @@ def test_a_layer_takes_prologue_and_its_share_of_schedule_or_plan():
     assert table.layer_us(arms, "flashinfer_fa2") == pytest.approx(70.0)
     del arms["prologue"]
     assert table.layer_us(arms, "fa3") is None
+
+
+def test_flashinfer_loads_what_was_compiled_before(tmp_path, monkeypatch):
+    jit = pytest.importorskip("flashinfer.jit")
+    env = jit.env
+    monkeypatch.setattr(jit.core, "check_cuda_arch", lambda: None)  # there is no GPU
+    for name in ("FLASHINFER_AOT_DIR", "FLASHINFER_GEN_SRC_DIR", "FLASHINFER_JIT_DIR"):
+        monkeypatch.setattr(env, name, tmp_path / name)
+    wanted = prebuild.module("fa2", 128)
+    assert not wanted.is_aot
+    prebuild.use_prebuilt(tmp_path)
+    (tmp_path / wanted.name).mkdir()
+    (tmp_path / wanted.name / f"{wanted.name}.so").touch()
+    assert wanted.is_aot and wanted.get_library_path().is_relative_to(tmp_path)
 
 
 @pytest.mark.parametrize("call", ["first", "second"])

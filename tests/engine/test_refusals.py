@@ -1,6 +1,7 @@
 """What SGLang lets pass as status 500, and what stays as it is."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from fastapi import HTTPException
@@ -39,7 +40,7 @@ def ollama(*parts):
 
 def test_a_parser_that_is_not_known_is_the_clients_fault():
     with pytest.raises(HTTPException) as refused:
-        refusals._parser(raises)
+        refusals._refuse(raises)
     assert (refused.value.status_code, refused.value.detail) == (400, "wrong")
 
 
@@ -49,7 +50,20 @@ def test_a_stream_that_cannot_begin_is_refused_and_another_is_whole():
         ollama(ValueError("wrong"))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "refused"), [([5, -1], True), ([[5], [2**32]], True), ([5, 6], False), ([[]], False)]
+)
+def test_tokens_that_are_no_ids_are_the_clients_fault(tokens, refused):
+    async def original(*_):
+        return "text"
+
+    handler = SimpleNamespace(create_error_response=lambda message: message)
+    request = SimpleNamespace(tokens=tokens)
+    answer = asyncio.run(refusals._detokenize(original, handler, None, request, None))
+    assert answer.startswith("tokens must be ids") == refused
+
+
 def test_without_dflare_nothing_changes(monkeypatch):
     monkeypatch.setattr(refusals, "is_active", lambda: False)
     with pytest.raises(ValueError, match="wrong"):
-        refusals._parser(raises)
+        refusals._refuse(raises)

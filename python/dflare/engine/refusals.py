@@ -1,7 +1,8 @@
 """Requests that SGLang 0.5.23 refuses with status 500 though the client is wrong: here with 400.
 
-Its Ollama endpoints, `/parse_function_call` and `/separate_reasoning` let the ValueError of a wrong
-request pass; a stream of Ollama's breaks off after status 200.
+Its Ollama endpoints, `/parse_function_call`, `/separate_reasoning` and `/v1/loads` let the
+ValueError of a wrong request pass, and a stream of Ollama's breaks off after status 200;
+`/v1/detokenize` fails on what is no 32-bit number.
 """
 
 from collections.abc import AsyncIterator
@@ -10,7 +11,7 @@ from typing import Any
 from dflare.engine.request_guard import is_active
 
 
-def _parser(original, *args, **kwargs):
+def _refuse(original, *args, **kwargs):
     from fastapi import HTTPException
 
     try:
@@ -37,6 +38,16 @@ async def _ollama(original, *args, **kwargs):
         raise HTTPException(400, str(error)) from error
 
 
+async def _detokenize(original, handler, adapted, request, raw_request):
+    each = (x for item in request.tokens for x in (item if isinstance(item, list) else [item]))
+    wrong = [token for token in each if isinstance(token, int) and not 0 <= token < 1 << 32]
+    if wrong and is_active():
+        return handler.create_error_response(
+            f"tokens must be ids of the vocabulary, got {wrong[0]}"
+        )
+    return await original(handler, adapted, request, raw_request)
+
+
 async def _chain(first: Any, rest: Any) -> AsyncIterator[Any]:
     yield first
     async for part in rest:
@@ -47,14 +58,20 @@ async def _chain(first: Any, rest: Any) -> AsyncIterator[Any]:
 REFUSALS = (
     (
         "function_call.function_call_parser.FunctionCallParser.__init__",
-        _parser,
+        _refuse,
         "self tools tool_call_parser tokenizer tool_choice prefix constrained",
     ),
     (
         "parser.reasoning_parser.ReasoningParser.__init__",
-        _parser,
+        _refuse,
         "self model_type stream_reasoning force_reasoning request tokenizer "
         "tool_call_parser_active prefix",
+    ),
+    ("managers.load_snapshot.LoadSnapshot.to_dict", _refuse, "self include"),
+    (
+        "entrypoints.openai.serving_tokenize.OpenAIServingDetokenize._handle_non_streaming_request",
+        _detokenize,
+        "self adapted_request request raw_request",
     ),
     ("entrypoints.ollama.serving.OllamaServing.handle_chat", _ollama, "self request raw_request"),
     (

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from dflare.training.drafter.section import Section
+from dflare.training.section import Section
 
 
 class GenerationSettings(Section):

@@ -2,13 +2,9 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Section(BaseModel):
-    """A section of a configuration: what is not a setting is refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+from dflare.training.section import Section
 
 
 class DrafterSection(Section):

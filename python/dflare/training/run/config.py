@@ -7,9 +7,10 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from dflare.text_file import read_text
-from dflare.training.drafter.section import DrafterSection, Section
+from dflare.training.drafter.section import DrafterSection
 from dflare.training.errors import ConfigError
 from dflare.training.loss.objective import Objective
+from dflare.training.section import Section
 
 
 class TargetSection(Section):
