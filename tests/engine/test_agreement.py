@@ -39,7 +39,7 @@ def test_the_same_arms_with_a_word_a_decision(monkeypatch):
     policy = ArmPolicy(config, CostTable(config.arms, times))
     leader, other = (Agreement(group, config.arms) for group in wire.ranks)
     draw = random.Random(0)
-    arms, steps = [], 400
+    arms, steps = [], 800
     for start in range(0, steps, 100):
         requests = [f"r{start}-{i}" for i in range(draw.randrange(1, 4))]
         for step in range(100):

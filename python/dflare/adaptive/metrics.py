@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from dflare.adaptive.arms import Arm
+from dflare.adaptive.arms import PLAIN, Arm
 from dflare.adaptive.lookup import NEVER, Comparison, Ints
 from dflare.adaptive.watch import AcceptanceWatch
 
@@ -38,7 +38,8 @@ class SpecMetrics:
                                               all accepted, label ``position`` from 1
     dflare_drafts_accepted_total    counter   of these, accepted
     dflare_accepted_tokens_total    counter   proposals accepted, label ``proposer``: ``chain`` for
-                                              the drafter, ``lookup`` for the text so far
+                                              the drafter, ``lookup`` for the text so far, ``tree``
+                                              for both in one tree
     dflare_acceptance_low           gauge     1 while hardly any first draft is accepted
     =============================== ========= ====================================================
     """
@@ -94,6 +95,8 @@ class SpecMetrics:
         self, arm: Arm, accepted: Ints, seen: Comparison | None, splice: int
     ) -> None:
         """Tell apart whose proposals were accepted; what both proposed counts as the drafter's."""
+        if arm == PLAIN:
+            return
         total = int(accepted.sum())
         if arm.proposer == "chain" and seen is not None:
             agreed = np.minimum(seen.agreed, accepted)
@@ -245,8 +248,7 @@ class _Gauges:
 
     def count_proposers(self, accepted: Mapping[str, int]) -> None:
         for proposer, tokens in accepted.items():
-            if tokens:
-                self._proposed.labels(**self._labels, proposer=proposer).inc(tokens)
+            self._proposed.labels(**self._labels, proposer=proposer).inc(tokens)
 
     def count_positions(self, reached: Mapping[int, int], accepted: Mapping[int, int]) -> None:
         for counter, counts in ((self._reached, reached), (self._accepted, accepted)):
