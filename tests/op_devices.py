@@ -12,10 +12,12 @@ from torch import Tensor
 
 from dflare import ops
 
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = {"cpu": (F32, BF16), "emulated": (BF16, F16), "cuda": (BF16, F16)}
 # Of a head of a token: the result is rounded once, and before it the fused state or the
 # probabilities.
-APPEND_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-ATTENTION_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+APPEND_TOLERANCE = {F32: 1e-5, BF16: 1e-2, F16: 2e-3}
+ATTENTION_TOLERANCE = {F32: 1e-5, BF16: 2e-2, F16: 5e-3}
 # append_context_kv with a GEMM however few rows there are.
 GEMM = Plant(
     "cuda/launch_append_context_kv.cpp",
@@ -36,6 +38,22 @@ CUDA = pytest.param(
         pytest.mark.gpu,
         pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     ],
+)
+DEVICES = pytest.mark.parametrize("device", [CPU, EMULATED, CUDA])
+KERNELS = pytest.mark.parametrize("device", [EMULATED, CUDA])
+# For tests of any shape: head sizes to draw from, by device and dtype.
+DTYPES_AND_SIZES = pytest.mark.parametrize(
+    ("device", "dtype", "head_dims"),
+    [
+        ("cpu", F32, (16, 32, 48, 64, 80, 128, 256)),
+        ("cpu", BF16, (16, 32, 48, 64, 80, 128, 256)),
+        *(
+            pytest.param("emulated", dtype, (head_dim,), marks=[*EMULATED.marks, pytest.mark.slow])
+            for dtype in (BF16, F16)
+            for head_dim in (64, 128, 256)
+        ),
+    ],
+    ids=str,
 )
 
 

@@ -5,12 +5,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import AppendCase
-from op_devices import APPEND_TOLERANCE, CPU, CUDA, EMULATED, GEMM, append_error
+from op_devices import (
+    APPEND_TOLERANCE,
+    BF16,
+    CUDA,
+    DEVICES,
+    DTYPES,
+    DTYPES_AND_SIZES,
+    F16,
+    F32,
+    GEMM,
+    KERNELS,
+    append_error,
+)
 
 from dflare import ops
-
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-DTYPES = {"cpu": (F32, BF16), "emulated": (BF16, F16), "cuda": (BF16, F16)}
 
 
 def check(device: str, case: AppendCase, seed: int = 0) -> None:
@@ -21,7 +30,7 @@ def check(device: str, case: AppendCase, seed: int = 0) -> None:
         assert append_error(device, case, seed, plants=(GEMM,)) < tolerance
 
 
-@pytest.mark.parametrize("device", [CPU, EMULATED, CUDA])
+@DEVICES
 @pytest.mark.parametrize(
     "case",
     [
@@ -42,7 +51,7 @@ def test_writes_the_context_of_every_valid_row_and_nothing_else(device, case):
     check(device, case)
 
 
-@pytest.mark.parametrize("device", [EMULATED, CUDA])
+@KERNELS
 @pytest.mark.parametrize("hidden", [2560, 2880, 4096, 5120, 8192])
 def test_hidden_sizes_of_published_targets(device, hidden):
     check(device, AppendCase(rows=2, hidden=hidden, layers=1, taps=2))
@@ -83,7 +92,7 @@ def test_a_cpu_takes_any_hidden_size(case, dtype):
     check("cpu", replace(case, dtype=dtype, head_dim=64, rotary=64))
 
 
-@pytest.mark.parametrize("device", [CPU, EMULATED, CUDA])
+@DEVICES
 @pytest.mark.parametrize("narrow", [0, 1])
 def test_is_not_less_accurate_than_pytorch(device, narrow):
     """At most 1.5 times the error of the op's plain PyTorch reference in the same type."""
@@ -96,19 +105,7 @@ def test_is_not_less_accurate_than_pytorch(device, narrow):
         assert append_error(device, case, plants=plants) <= allowed
 
 
-@pytest.mark.parametrize(
-    ("device", "dtype", "head_dims"),
-    [
-        ("cpu", F32, (16, 32, 48, 64, 80, 128, 256)),
-        ("cpu", BF16, (16, 32, 48, 64, 80, 128, 256)),
-        *(
-            pytest.param("emulated", dtype, (head_dim,), marks=[*EMULATED.marks, pytest.mark.slow])
-            for dtype in (BF16, F16)
-            for head_dim in (64, 128, 256)
-        ),
-    ],
-    ids=str,
-)
+@DTYPES_AND_SIZES
 @settings(max_examples=16, deadline=None)
 @given(data=st.data())
 def test_any_shape(device, dtype, head_dims, data):

@@ -5,14 +5,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import AttentionCase
-from op_devices import ATTENTION_TOLERANCE, CPU, CUDA, EMULATED, attend, attention_error
+from op_devices import (
+    ATTENTION_TOLERANCE,
+    BF16,
+    CUDA,
+    DEVICES,
+    DTYPES,
+    DTYPES_AND_SIZES,
+    F16,
+    F32,
+    KERNELS,
+    attend,
+    attention_error,
+)
 
 from dflare import ops
-
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-DTYPES = {"cpu": (F32, BF16), "emulated": (BF16, F16), "cuda": (BF16, F16)}
-DEVICES = pytest.mark.parametrize("device", [CPU, EMULATED, CUDA])
-KERNELS = pytest.mark.parametrize("device", [EMULATED, CUDA])
 
 
 def check(device: str, case: AttentionCase, seed: int = 0, **options) -> None:
@@ -134,19 +141,7 @@ def test_is_not_less_accurate_than_pytorch(device, narrow, logit_scale):
     assert attention_error(device, case, sm_count=32) <= allowed
 
 
-@pytest.mark.parametrize(
-    ("device", "dtype", "head_dims"),
-    [
-        ("cpu", F32, (16, 32, 48, 64, 80, 128, 256)),
-        ("cpu", BF16, (16, 32, 48, 64, 80, 128, 256)),
-        *(
-            pytest.param("emulated", dtype, (head_dim,), marks=[*EMULATED.marks, pytest.mark.slow])
-            for dtype in (BF16, F16)
-            for head_dim in (64, 128, 256)
-        ),
-    ],
-    ids=str,
-)
+@DTYPES_AND_SIZES
 @settings(max_examples=16, deadline=None)
 @given(data=st.data())
 def test_any_shape(device, dtype, head_dims, data):

@@ -200,10 +200,6 @@ class TreeStep:
         pool = worker.model_runner.token_to_kv_pool
         slots = worker._draft_write_ids(plan).view(len(path), -1)
         ops.move_tree_path(path, commit_lens, slots, [*pool.k_buffer, *pool.v_buffer])
-        # What the slots hold now, for those who note their tokens.
-        held = self.tree.tokens.clone()
-        held[:, :stride] = held.gather(1, path.long())
-        batch.input_ids = held.flatten()
         worker.context.append(
             states,
             slots[:, :stride].flatten(),
