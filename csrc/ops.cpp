@@ -23,7 +23,8 @@ STABLE_TORCH_LIBRARY(dflare, m) {
   m.def("add_rms_norm(Tensor x, Tensor(a!)? residual, Tensor weight, float eps) -> Tensor");
   m.def("silu_and_mul(Tensor x) -> Tensor");
   m.def("rotate_heads(Tensor(a!) x, Tensor cos_sin_cache, Tensor positions, int head_dim) -> ()");
-  // CPU only: draft trees, from marginals to committed rows of the cache.
+  // Draft trees, from marginals to committed rows of the cache. On CUDA SGLang has what moves
+  // slots, and its attention takes masks; on a CPU ours takes parents.
   m.def(
       "build_draft_tree(Tensor anchors, Tensor tokens, Tensor log_probs, int nodes,"
       " Tensor? branch=None, Tensor? branch_log_probs=None, Tensor? branch_lens=None)"
@@ -31,6 +32,7 @@ STABLE_TORCH_LIBRARY(dflare, m) {
   m.def(
       "walk_draft_tree(Tensor tokens, Tensor parents, Tensor target_tokens, int stride)"
       " -> (Tensor, Tensor, Tensor)");
+  m.def("write_tree_mask(Tensor parents, Tensor seq_lens, Tensor(a!) mask) -> ()");
   m.def("move_tree_path(Tensor path, Tensor commit_lens, Tensor slots, Tensor(a!)[] pools) -> ()");
   // Instruction set that the CPU kernels run with: "baseline", "avx2", "avx512" or "avx512bf16".
   m.def("cpu_isa() -> str");

@@ -26,6 +26,7 @@ using torch::stable::transpose;
 using IntArrayRef = torch::headeronly::IntHeaderOnlyArrayRef;
 using TensorList = const std::vector<Tensor>&;
 
+inline constexpr ScalarType kByte = ScalarType::Byte;
 inline constexpr ScalarType kBFloat16 = ScalarType::BFloat16;
 inline constexpr ScalarType kFloat = ScalarType::Float;
 inline constexpr ScalarType kHalf = ScalarType::Half;

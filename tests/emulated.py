@@ -105,11 +105,11 @@ def _compile(tree: Path, source: Path, flags: list[str]) -> Path:
 
 
 KERNELS = ["cuda/fuse_norm.cu", "cuda/norm_rope_write.cu", "cuda/block_attention_schedule.cu"]
-KERNELS += ["cuda/lookup_continuations.cu", "cuda/dispatch.cpp"]
+KERNELS += ["cuda/lookup_continuations.cu", "cuda/draft_tree.cu", "cuda/dispatch.cpp"]
 KERNELS += [
     f"emulation/{name}.cpp" for name in ("emulator", "scheduler", "fiber", "guarded_memory")
 ]
-OPERATORS = ("append_context_kv", "block_attention", "lookup_continuations")
+OPERATORS = ("append_context_kv", "block_attention", "draft_tree", "lookup_continuations")
 LAUNCHERS = [*(f"cuda/launch_{name}.cpp" for name in OPERATORS), "emulation/entry.cpp"]
 Shape = tuple[torch.dtype, int]  # element type and head size
 SHAPES: list[Shape] = list(itertools.product(ELEMENTS, (64, 128, 256)))

@@ -85,6 +85,11 @@ class Checker {
     contiguous(name, x);
   }
 
+  void bytes(const char* name, const at::Tensor& x, Sizes sizes, const char* meaning) const {
+    tensor(name, x, at::kByte, sizes, meaning);
+    contiguous(name, x);
+  }
+
   void integers(const char* name, const at::Tensor& x, Sizes sizes, const char* meaning) const {
     const at::ScalarType dtype = x.scalar_type();
     require(dtype == at::kLong || dtype == at::kInt, name, " has dtype ", dtype,

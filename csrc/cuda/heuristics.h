@@ -240,4 +240,18 @@ constexpr int lookup_shared_bytes(int longest_match) {
   return kLookupThreads / 32 * int{sizeof(int64_t)} + longest_match * int{sizeof(int32_t)};
 }
 
+// ------------------------------------------------------------ draft trees
+
+constexpr int kTreeThreads = 32;    // a request
+constexpr int kMaxTreeWidth = 256;  // nodes of a tree, the anchor included
+
+// A node of a tree that grows, and the best of its children that are not in the tree yet.
+struct TreeNode {
+  float score, best_child;  // log-probabilities from the anchor on
+  int depth, rank;          // rank: of that child, among the drafter's tokens of the next depth
+  bool in_branch;           // it ends a prefix of the branch
+};
+
+constexpr int build_tree_shared_bytes(int nodes) { return (nodes + 1) * int{sizeof(TreeNode)}; }
+
 }  // namespace dflare

@@ -124,4 +124,44 @@ struct LookupParams {
 };
 cudaError_t run_lookup_continuations(const LookupParams& params, cudaStream_t stream);
 
+// ------------------------------------------------------------ draft trees
+
+// The most probable prefixes of a factorised draft and of one more branch, by best score first.
+struct BuildTreeParams {
+  const int64_t* anchors;  // [batch_size]
+  const int64_t* tokens;   // [batch_size, depths, ranks], best first
+  const float* log_probs;  // the same
+  const int64_t* branch;   // [batch_size, longest]
+  const float* branch_log_probs;
+  const int32_t* branch_lens;                     // [batch_size]
+  int batch_size, depths, ranks, longest, nodes;  // ranks >= nodes; longest 0: no branch
+  int64_t* out_tokens;  // out: [batch_size, nodes + 1], as the others; row 0 is the anchor
+  int32_t* parents;
+  int32_t* out_depths;
+};
+cudaError_t run_build_draft_tree(const BuildTreeParams& params, cudaStream_t stream);
+
+// The target's way through each tree, at most `stride` nodes of it.
+struct WalkTreeParams {
+  const int64_t* tokens;         // [batch_size, width]
+  const int32_t* parents;        // the same
+  const int64_t* target_tokens;  // the same
+  int batch_size, width, stride;
+  int32_t* path;         // out: [batch_size, stride]
+  int32_t* commit_lens;  // out: [batch_size]
+  int64_t* committed;    // out: [batch_size, stride]
+};
+cudaError_t run_walk_draft_tree(const WalkTreeParams& params, cudaStream_t stream);
+
+// The tree's part of the masks that SGLang's attention reads: a matrix [width, seq_len + width] a
+// request, one after the other, of which the last `width` columns are written.
+struct TreeMaskParams {
+  const int32_t* parents;  // [batch_size, width]
+  const void* seq_lens;    // [batch_size], int32 or int64
+  bool seq_lens_64bit;
+  int batch_size, width;
+  uint8_t* mask;  // out
+};
+cudaError_t run_write_tree_mask(const TreeMaskParams& params, cudaStream_t stream);
+
 }  // namespace dflare

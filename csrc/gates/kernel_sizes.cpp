@@ -56,4 +56,8 @@ int main() {
   std::printf("block_attention_schedule_kernel 32 0 1\n");
   std::printf("lookup_continuations_kernel %d %d 1\n", dflare::kLookupThreads,
               dflare::lookup_shared_bytes(dflare::kLookupMatch));
+  std::printf("build_draft_tree_kernel %d %d 1\n", dflare::kTreeThreads,
+              dflare::build_tree_shared_bytes(dflare::kMaxTreeWidth - 1));
+  std::printf("walk_draft_tree_kernel %d 0 1\n", dflare::kTreeThreads);
+  std::printf("write_tree_mask_kernel %d 0 1\n", dflare::kTreeThreads);
 }

@@ -17,7 +17,10 @@ _OPS = (
     "append_context_kv",
     "block_attention",
     "block_attention_schedule",
+    "build_draft_tree",
     "lookup_continuations",
+    "walk_draft_tree",
+    "write_tree_mask",
 )
 _FLAGS = ["-std=c++20", "-O2", "-march=native", "-fPIC", "-DDFLARE_EMULATION"]
 _FLAGS += ["-fvisibility=hidden", "-Wno-unknown-pragmas", "-x", "c++"]

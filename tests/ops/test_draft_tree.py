@@ -7,8 +7,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_devices import DEVICES, KERNELS, place
 
-from dflare.ops import build_draft_tree, move_tree_path, tree_ancestors, walk_draft_tree
+from dflare.ops import (
+    build_draft_tree,
+    move_tree_path,
+    tree_ancestors,
+    walk_draft_tree,
+    write_tree_mask,
+)
+
+
+def on(device: str, function, *args):
+    """The results of an operator that runs there, on the host."""
+    with place(device) as at:
+        there = [
+            at.put(f"argument {i}", x) if isinstance(x, torch.Tensor) else x
+            for i, x in enumerate(args)
+        ]
+        results = function(*there)
+        at.wait()
+        return [x.cpu().clone() for x in results]
 
 
 def marginals(seed: int, bs: int, depths: int, ranks: int, vocab: int = 50):
@@ -53,14 +72,15 @@ def best_prefixes(tokens, log_probs, nodes: int, branch=()) -> set[tuple[int, ..
     return set(sorted(scores, key=lambda prefix: -scores[prefix])[:nodes])
 
 
+@DEVICES
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_a_tree_holds_the_most_probable_prefixes(data):
+def test_a_tree_holds_the_most_probable_prefixes(device, data):
     nodes = data.draw(st.integers(0, 6))
     depths, ranks = data.draw(st.integers(1, 4)), max(1, nodes)
     bs = data.draw(st.integers(0, 3))
     anchors, best, log_probs = marginals(data.draw(st.integers(0, 1 << 20)), bs, depths, ranks)
-    tokens, parents, levels = build_draft_tree(anchors, best, log_probs, nodes)
+    tokens, parents, levels = on(device, build_draft_tree, anchors, best, log_probs, nodes)
     assert tokens.shape == parents.shape == levels.shape == (bs, nodes + 1)
     assert tokens[:, 0].equal(anchors)
     for b in range(bs):
@@ -70,9 +90,10 @@ def test_a_tree_holds_the_most_probable_prefixes(data):
         assert parents[b, 0] == -1 and all(parents[b, 1:] < torch.arange(1, nodes + 1))
 
 
+@DEVICES
 @settings(deadline=None, max_examples=80)
 @given(data=st.data())
-def test_a_branch_competes_with_the_drafter_and_shares_its_prefixes(data):
+def test_a_branch_competes_with_the_drafter_and_shares_its_prefixes(device, data):
     nodes, depths = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 3))
     anchors, best, log_probs = marginals(data.draw(st.integers(0, 1 << 20)), 2, depths, nodes)
     longest = data.draw(st.integers(1, 5))
@@ -86,8 +107,8 @@ def test_a_branch_competes_with_the_drafter_and_shares_its_prefixes(data):
     chances = -certainty * (
         0.1 + torch.rand(2, longest, generator=torch.Generator().manual_seed(nodes))
     )
-    tokens, parents, depth = build_draft_tree(
-        anchors, best, log_probs, nodes, branch, chances, lens
+    tokens, parents, depth = on(
+        device, build_draft_tree, anchors, best, log_probs, nodes, branch, chances, lens
     )
     for b in range(2):
         proposed = list(zip(branch[b].tolist(), chances[b].tolist(), strict=True))[: lens[b]]
@@ -112,15 +133,15 @@ def trees(draw):
     return tokens, parents
 
 
+@DEVICES
 @settings(deadline=None, max_examples=80)
 @given(data=st.data())
-def test_a_walk_is_what_decoding_token_by_token_accepts(data):
+def test_a_walk_is_what_decoding_token_by_token_accepts(device, data):
     tokens, parents = data.draw(trees())
     target = data.draw(st.lists(st.integers(0, 3), min_size=len(tokens), max_size=len(tokens)))
     stride = len(tokens) + data.draw(st.integers(0, 2))
-    path, lens, committed = walk_draft_tree(
-        torch.tensor([tokens]), torch.tensor([parents]).int(), torch.tensor([target]), stride
-    )
+    tree = torch.tensor([tokens]), torch.tensor([parents]).int()
+    path, lens, committed = on(device, walk_draft_tree, *tree, torch.tensor([target]), stride)
     children = {(p, t): row for row, (p, t) in enumerate(zip(parents, tokens, strict=True))}
     row, rows = 0, [0]
     while (row := children.get((row, target[row]), -1)) >= 0:
@@ -130,6 +151,38 @@ def test_a_walk_is_what_decoding_token_by_token_accepts(data):
     assert path[0].tolist() == rows + rows[-1:] * (stride - n)
     assert committed[0].tolist() == [target[r] for r in rows] + [0] * (stride - n)
     assert rows == torch.where(tree_ancestors(torch.tensor([parents]))[0, rows[-1]])[0].tolist()
+
+
+@KERNELS
+def test_trees_of_many_nodes_and_requests(device):
+    """More nodes than a warp has lanes; the CPU's tree is held against all prefixes above."""
+    anchors, best, log_probs = marginals(7, 5, 15, 63, vocab=200)
+    given_tree = build_draft_tree(anchors, best, log_probs, 63)
+    tree = on(device, build_draft_tree, anchors, best, log_probs, 63)
+    assert all(map(torch.equal, tree, given_tree))
+    tokens, parents, _ = tree
+    target = tokens.roll(-1, 1)
+    walked = on(device, walk_draft_tree, tokens, parents, target, 16)
+    assert all(map(torch.equal, walked, walk_draft_tree(tokens, parents, target, 16)))
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_mask_shows_each_node_its_ancestors_behind_the_context(device, dtype):
+    anchors, best, log_probs = marginals(3, 4, 5, 39, vocab=60)
+    _, parents, _ = build_draft_tree(anchors, best, log_probs, 39)
+    lens = torch.tensor([0, 7, 100, 33], dtype=dtype)
+    mask = torch.full((int((40 * (lens + 40)).sum()) + 9,), 7, dtype=torch.uint8)
+    expected = mask.clone()
+    rows = expected[:-9].split((40 * (lens + 40)).tolist())
+    for own, length, seen in zip(rows, lens.tolist(), tree_ancestors(parents), strict=True):
+        own.view(40, -1)[:, length:] = seen.to(torch.uint8)
+
+    def write(parents, lens, mask):
+        write_tree_mask(parents, lens, mask)
+        return [mask]
+
+    assert on(device, write, parents, lens, mask)[0].equal(expected)
 
 
 @settings(deadline=None, max_examples=40)

@@ -1,4 +1,4 @@
-"""Operators of DFlare: context K/V, block attention; on the CPU the rest of a model's layers too.
+"""Operators of DFlare: context K/V, block attention, trees; on the CPU a model's other layers too.
 
 One module an operator: its public function, its fake (meta) implementation and a plain PyTorch
 reference. The C++ and CUDA implementations live in `libdflare_ops.so` (csrc/).
@@ -33,6 +33,7 @@ from dflare.ops.draft_tree import (  # noqa: E402
     move_tree_path,
     tree_ancestors,
     walk_draft_tree,
+    write_tree_mask,
 )
 from dflare.ops.linear import linear  # noqa: E402
 from dflare.ops.lookup_continuations import (  # noqa: E402
@@ -71,4 +72,5 @@ __all__ = [
     "silu_and_mul",
     "tree_ancestors",
     "walk_draft_tree",
+    "write_tree_mask",
 ]

@@ -1,10 +1,11 @@
-"""Draft trees on the CPU: built from a drafter's marginals, walked by the target's tokens.
+"""Draft trees: built from a drafter's marginals, walked by the target's tokens.
 
 A tree of n drafted nodes has n + 1 rows: row 0 is the anchor, the last token that is known, and
 each further row one drafted token behind its parent, which has a lower row. A chain is the tree in
 which row i - 1 is the parent of row i.
 
-These operators run outside of graphs and compilers only: they have no fake implementations.
+These operators run outside of compilers only: they have no fake implementations. On CUDA values in
+device memory are the caller's promise, as checking them would wait for the device.
 """
 
 import torch
@@ -30,7 +31,7 @@ def build_draft_tree(
         anchors: [bs] int64.
         tokens: [bs, D, K] int64, the most probable tokens of each depth, best first, K >= `nodes`.
         log_probs: [bs, D, K] float32, theirs over the whole vocabulary.
-        nodes: drafted nodes a request, n.
+        nodes: drafted nodes a request, n; on CUDA at most 255.
         branch: [bs, L] int64, tokens that something else proposes behind the anchor, say a look-up:
             at each of its prefixes the next of them is one more candidate.
         branch_log_probs: [bs, L] float32, of each given those before it. Where the drafter has the
@@ -71,8 +72,24 @@ def walk_draft_tree(
     return torch.ops.dflare.walk_draft_tree.default(tokens, parents, target_tokens, stride)
 
 
+def write_tree_mask(parents: Tensor, seq_lens: Tensor, mask: Tensor) -> None:
+    """Write which nodes each node sees, where SGLang's attention looks for it; on CUDA.
+
+    Args:
+        parents: [bs, n + 1] int32.
+        seq_lens: [bs] int64 or int32, tokens of each request before its anchor.
+        mask: uint8, at least the sum over requests of (n + 1) * (seq_lens + n + 1); written in
+            place: a matrix [n + 1, seq_lens + n + 1] a request, one behind the other, of which
+            the last n + 1 columns become 1 for a node itself and its ancestors, else 0.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or stride that does not fit.
+    """
+    torch.ops.dflare.write_tree_mask.default(parents, seq_lens, mask)
+
+
 def move_tree_path(path: Tensor, commit_lens: Tensor, slots: Tensor, pools: list[Tensor]) -> None:
-    """Move what a cache holds of the path's nodes to the front, where a chain would have put it.
+    """Move what a cache holds of the path's nodes to the front, as a chain would; on the CPU.
 
     Args:
         path: [bs, S] int32, ascending rows of the tree, from 0 on.
