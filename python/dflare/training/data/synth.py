@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dflare.training.data.conversation import AnswersPrompts, Conversation, converse
 from dflare.training.data.files import DataFile
-from dflare.training.data.generate import Sampling
+from dflare.training.data.generate import Answer, Sampling
 from dflare.training.data.prompt_filter import PromptFilter
 from dflare.training.data.prompts import Message, read_lines
 from dflare.training.data.settings import SynthSettings
@@ -145,21 +145,8 @@ class Synth:
         Raises:
             DataError: The target has no chat template, or writes nothing new that is usable.
         """
-        before, after = self._user_turn()
-        settings = self._settings
-        ends = self._tokenizer(after, add_special_tokens=False)["input_ids"][:1]
-        sampling = Sampling(
-            settings.prompt_temperature,
-            settings.prompt_min_p,
-            settings.prompt_max_tokens,
-            tuple({*ends, *self._stop_ids}),
-        )
-        starts = [
-            self._tokenizer(before + opener, add_special_tokens=False)["input_ids"]
-            for opener in settings.openers
-        ]
-        longest = max(len(ids) for ids in starts)
-        generator = self._make_generator(sampling, longest + settings.prompt_max_tokens)
+        generator, starts = self._user_turns()
+        openers = self._settings.openers
         file = JsonLines(prompts_file(self._path), self._header)
         prompts = [[{"role": "user", "content": r["prompt"]}] for r in file.records]
         for messages in prompts:
@@ -173,13 +160,9 @@ class Synth:
         with self._progress() as progress:
             task = progress.add_task("prompts", total=count, completed=len(prompts), rate="")
             for answer in generator.run(endless(), self.deadline):
-                opener = settings.openers[answer.prompt % len(starts)]
-                text = (opener + str(self._tokenizer.decode(answer.ids[:-1]))).strip()
+                text = self._user_text(openers[answer.prompt % len(starts)], answer)
                 messages = [{"role": "user", "content": text}]
-                # A turn that was cut, holds control tokens or is a mere sign makes no prompt.
-                special = set(answer.ids[:-1]) & set(self._tokenizer.all_special_ids)
-                bad = answer.finish == "length" or len(text) < 4 or special
-                if bad or not self._filter.admit(messages):
+                if not text or not self._filter.admit(messages):
                     useless += 1
                     if useless > _USELESS:
                         raise DataError(
@@ -197,7 +180,33 @@ class Synth:
         file.close()
         return prompts
 
-    def _user_turn(self) -> tuple[str, str]:
+    def _user_turns(self) -> tuple[AnswersPrompts, list[list[int]]]:
+        """A generator that goes on with user turns, and what one begins with for each opener."""
+        before, after = self._template_around_a_turn()
+        settings = self._settings
+        ends = self._tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+        sampling = Sampling(
+            settings.prompt_temperature,
+            settings.prompt_min_p,
+            settings.prompt_max_tokens,
+            tuple({*ends, *self._stop_ids}),
+        )
+        starts = [
+            self._tokenizer(before + opener, add_special_tokens=False)["input_ids"]
+            for opener in settings.openers
+        ]
+        longest = max(len(ids) for ids in starts)
+        return self._make_generator(sampling, longest + settings.prompt_max_tokens), starts
+
+    def _user_text(self, opener: str, answer: Answer) -> str:
+        """The user turn that the target wrote; empty if it was cut, or is no more than a sign."""
+        ids = answer.ids[:-1]
+        if answer.finish == "length" or set(ids) & set(self._tokenizer.all_special_ids):
+            return ""
+        text = (opener + str(self._tokenizer.decode(ids))).strip()
+        return text if len(text) >= 4 else ""
+
+    def _template_around_a_turn(self) -> tuple[str, str]:
         """Return what a chat template puts before and behind a user turn."""
         if not self._tokenizer.chat_template:
             raise DataError(

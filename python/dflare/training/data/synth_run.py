@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -118,52 +118,61 @@ def open_synth(
         ConfigError: An unknown generator or device, or SGLang where it is not installed.
         DFlareError: A target or a server that cannot be used.
     """
-    generator = _kind_of_generator(generator, server, device)
+    kind = _kind_of_generator(generator, server, device)
     path = target_path(target)
     config = read_target_config(path).get_text_config()
     tokenizer = load_tokenizer(path)
-    try:
-        generation_config = GenerationConfig.from_pretrained(path)
-    except OSError:
-        generation_config = None  # the tokenizer's end token alone
     # A call that goes on must not draw again what the calls before it drew.
     files = [file for file in (output, prompts_file(output)) if file.exists()]
     seed = settings.seed + sum(file.stat().st_size for file in files)
     torch.manual_seed(seed)
-
-    def synth(make_generator: MakeGenerator, dtype: str) -> Synth:
-        return Synth(
+    source: AbstractContextManager[tuple[MakeGenerator, str]]
+    if kind == "sglang":
+        log = output.with_suffix(".server.log")
+        own_dtype = str(getattr(config, "dtype", None) or "auto").removeprefix("torch.")
+        source = _over_http(path, server, rows or _ROWS_GPU, seed, log, own_dtype)
+    else:
+        source = nullcontext(_with_transformers(path, rows, device))
+    with source as (make_generator, dtype):
+        yield Synth(
             output,
             tokenizer,
             make_generator,
             settings,
-            {"generator": generator, "dtype": dtype},
+            {"generator": kind, "dtype": dtype},
             target,
             config.vocab_size,
-            stop_tokens(tokenizer, generation_config),
+            stop_tokens(tokenizer, _generation_config(path)),
             excluded,
             deadline,
         )
 
-    if generator == "sglang":
-        count = rows or _ROWS_GPU
 
-        def over_http(url: str) -> Synth:
-            def make(sampling: Sampling, length: int) -> AnswersPrompts:
-                return ServerGenerator(url, count, length, sampling)
+def _generation_config(path: str) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        return None  # the tokenizer's end token alone
 
-            dtype = served_dtype(url)
-            own = getattr(config, "dtype", None) if dtype == "auto" else None
-            return synth(make, dtype if own is None else str(own).removeprefix("torch."))
 
-        if server is not None:
-            yield over_http(server)
-        else:
-            log = output.with_suffix(".server.log")
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with own_server(path, ["--random-seed", str(seed)], log) as url:
-                yield over_http(url)
-        return
+@contextmanager
+def _over_http(
+    path: str, server: str | None, rows: int, seed: int, log: Path, own_dtype: str
+) -> Iterator[tuple[MakeGenerator, str]]:
+    """Generators that ask a server, or one of our own, and the dtype that it computes in."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    flags = ["--random-seed", str(seed)]
+    with nullcontext(server) if server else own_server(path, flags, log) as url:
+
+        def make(sampling: Sampling, length: int) -> AnswersPrompts:
+            return ServerGenerator(url, rows, length, sampling)
+
+        dtype = served_dtype(url)
+        yield make, own_dtype if dtype == "auto" else dtype
+
+
+def _with_transformers(path: str, rows: int | None, device: str) -> tuple[MakeGenerator, str]:
+    """Generators in this process, and the dtype that they compute in."""
     where = choose_device(device)
     dtype = torch.bfloat16 if where == "cuda" else torch.float32
     model = load_target(path, (), where, dtype)
@@ -172,4 +181,4 @@ def open_synth(
     def make(sampling: Sampling, length: int) -> AnswersPrompts:
         return Generator(model, count, length, sampling)
 
-    yield synth(make, str(dtype).removeprefix("torch."))
+    return make, str(dtype).removeprefix("torch.")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dflare.checkpoint import DraftConfig, make_config, spread_taps
 from dflare.training.data.target import Target
 from dflare.training.drafter.export import load_drafter
-from dflare.training.drafter.model import Drafter, RMSNorm
+from dflare.training.drafter.model import Drafter, DraftLayer, RMSNorm
 from dflare.training.drafter.section import DrafterSection
 from dflare.training.errors import ConfigError
 
@@ -234,6 +234,31 @@ def _check_layer(layer: nn.Module, layer_id: int, eps: float) -> None:
         )
 
 
+def _copy_layer(new: DraftLayer, source: nn.Module, width: int) -> None:
+    """Overwrite a draft layer with a target's layer; of its feed-forward take ``width`` neurons."""
+    old = {name: p.detach().float().cpu() for name, p in source.named_parameters()}
+    norm = old["input_layernorm.weight"]
+    for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+        new.get_parameter(name).copy_(old[name])
+    for name, parameter in new.self_attn.named_parameters():
+        if name in ("q_norm.weight", "k_norm.weight"):
+            start = old.get(f"self_attn.{name}")
+            parameter.fill_(_NORM_START) if start is None else parameter.copy_(start)
+            continue
+        start = old[f"self_attn.{name.replace('_target', '')}"]
+        parameter.copy_(start * norm if "_target.weight" in name else start)
+    gate, up, down = (old[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    if width > len(gate):
+        raise ConfigError(
+            f"drafter.intermediate_size is {width}, the target's {len(gate)} cannot fill it; set "
+            "drafter.init=random or a smaller size"
+        )
+    keep = _strongest(gate, up, down, width)
+    new.mlp.gate_proj.weight.copy_(gate[keep])
+    new.mlp.up_proj.weight.copy_(up[keep])
+    new.mlp.down_proj.weight.copy_(down[:, keep])
+
+
 @torch.no_grad()
 def copy_target_layers(drafter: Drafter, target: Target, layers: tuple[int, ...]) -> None:
     """Start draft layer d from target layer ``layers[d]``.
@@ -258,32 +283,9 @@ def copy_target_layers(drafter: Drafter, target: Target, layers: tuple[int, ...]
             f"{len(source) - 1}; choose layers within them"
         )
     for d, layer_id in enumerate(layers):
-        old = {name: p.detach().float().cpu() for name, p in source[layer_id].named_parameters()}
-        new = drafter.layer(d)
         try:
             _check_layer(source[layer_id], layer_id, drafter.config.rms_norm_eps)
-            norm = old["input_layernorm.weight"]
-            for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
-                new.get_parameter(name).copy_(old[name])
-            for name, parameter in new.self_attn.named_parameters():
-                if name in ("q_norm.weight", "k_norm.weight"):
-                    start = old.get(f"self_attn.{name}")
-                    parameter.fill_(_NORM_START) if start is None else parameter.copy_(start)
-                    continue
-                start = old[f"self_attn.{name.replace('_target', '')}"]
-                folded = start * norm if "_target.weight" in name else start
-                parameter.copy_(folded)
-            mlp = [old[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down")]
-            if drafter.config.intermediate_size > len(mlp[0]):
-                raise ConfigError(
-                    f"drafter.intermediate_size is {drafter.config.intermediate_size}, the "
-                    f"target's {len(mlp[0])} cannot fill it; set drafter.init=random or a smaller "
-                    "size"
-                )
-            keep = _strongest(mlp[0], mlp[1], mlp[2], drafter.config.intermediate_size)
-            new.mlp.gate_proj.weight.copy_(mlp[0][keep])
-            new.mlp.up_proj.weight.copy_(mlp[1][keep])
-            new.mlp.down_proj.weight.copy_(mlp[2][:, keep])
+            _copy_layer(drafter.layer(d), source[layer_id], drafter.config.intermediate_size)
         except (AttributeError, KeyError, RuntimeError) as error:
             raise ConfigError(
                 f"layer {layer_id} of the target is not of the Llama or Qwen kind ({error}); "

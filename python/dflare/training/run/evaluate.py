@@ -24,7 +24,7 @@ from dflare.training.drafter.export import load_drafter
 from dflare.training.drafter.model import Drafter
 from dflare.training.errors import ConfigError
 from dflare.training.run.config import load_config
-from dflare.training.run.draft_table import draft_table
+from dflare.training.run.draft_table import DraftTable, draft_table
 from dflare.training.run.look_ups import look_ups
 from dflare.training.run.prompt_lookup import simulate
 from dflare.training.run.ranks import start_ranks
@@ -149,49 +149,69 @@ def evaluate(
     """
     started = time.monotonic()
     size = drafter.config.block_size
-    chains: dict[int, list[list[int]]] = {width: [] for width in range(2, size + 1)}
-    trees: dict[int, list[list[int]]] = {tokens: [] for tokens in TREE_TOKENS}
-    spliced: dict[int, list[list[int]]] = {width: [] for width in chains}
-    branched: dict[int, list[list[int]]] = {tokens: [] for tokens in trees}
-    # What look-ups are worth is learned from answer to answer, as a server does.
-    odds, rule = BranchOdds(), SpliceRule(_SPLICE_MEMORY)
-    looked_up = []
+    walks = _Walks(size)
     for prompt, answer in answers:
-        table = draft_table(target, drafter, prompt, answer)
-        for width, emitted in chains.items():
-            emitted.append(table.chain(width))
-        found = look_ups(prompt, answer, max(TREE_TOKENS) - 1)
-        seen = table.compare(found)
-        for width, emitted in spliced.items():
-            emitted.append(table.spliced(width, seen, rule.least_strength()))
-        for walks, branches in ((trees, None), (branched, found.branches(odds))):
-            for tokens, steps in table.tree(TREE_TOKENS, branches).items():
-                walks[tokens].append(steps)
-        found.teach(odds)
-        rule.observe(seen, size - 1)
-        looked_up.append(simulate(prompt, answer, size - 1))
-
-    def lengths(walks: dict[int, list[list[int]]]) -> dict[str, float]:
-        return {
-            str(key): round(sum(map(sum, emitted)) / max(sum(map(len, emitted)), 1), 4)
-            for key, emitted in walks.items()
-        }
-
+        walks.add(prompt, answer, draft_table(target, drafter, prompt, answer))
+    whole = walks.chain[size]
     return {
         "prompts": len(answers),
         "block_size": size,
-        "drafter": Score.of(chains[size], size).to_dict(),
-        "prompt_lookup": Score.of(looked_up, size).to_dict(),
-        "chain": lengths(chains),
-        "tree": lengths(trees),
-        "chain_and_lookup": lengths(spliced),
-        "tree_and_lookup": lengths(branched),
-        "by_prompt": [[sum(emitted), len(emitted)] for emitted in chains[size]],
+        "drafter": Score.of(whole, size).to_dict(),
+        "prompt_lookup": Score.of(walks.looked_up, size).to_dict(),
+        **walks.accept_lengths(),
+        "by_prompt": [[sum(emitted), len(emitted)] for emitted in whole],
         "seconds": round(time.monotonic() - started, 1),
         "device": str(target.device.type),
         "dtype": str(target.dtype).removeprefix("torch."),
         "torch": torch.__version__,
     }
+
+
+class _Walks:
+    """Tokens of each step of each answer, by way of drafting and verified tokens.
+
+    What look-ups are worth is learned from answer to answer, as a server does.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._slots = block_size - 1
+        self.chain: dict[int, list[list[int]]] = {n: [] for n in range(2, block_size + 1)}
+        self._spliced: dict[int, list[list[int]]] = {n: [] for n in self.chain}
+        self._tree: dict[int, list[list[int]]] = {n: [] for n in TREE_TOKENS}
+        self._branched: dict[int, list[list[int]]] = {n: [] for n in TREE_TOKENS}
+        self.looked_up: list[list[int]] = []
+        self._odds, self._rule = BranchOdds(), SpliceRule(_SPLICE_MEMORY)
+
+    def add(self, prompt: list[int], answer: list[int], table: DraftTable) -> None:
+        """Walk over one answer in every way."""
+        found = look_ups(prompt, answer, max(TREE_TOKENS) - 1)
+        seen = table.compare(found)
+        for width in self.chain:
+            self.chain[width].append(table.chain(width))
+            spliced = table.spliced(width, seen, self._rule.least_strength())
+            self._spliced[width].append(spliced)
+        for walks, branches in ((self._tree, None), (self._branched, found.branches(self._odds))):
+            for tokens, steps in table.tree(TREE_TOKENS, branches).items():
+                walks[tokens].append(steps)
+        found.teach(self._odds)
+        self._rule.observe(seen, self._slots)
+        self.looked_up.append(simulate(prompt, answer, self._slots))
+
+    def accept_lengths(self) -> dict[str, dict[str, float]]:
+        """Tokens a step by way of drafting, then by verified tokens."""
+        walks = {
+            "chain": self.chain,
+            "tree": self._tree,
+            "chain_and_lookup": self._spliced,
+            "tree_and_lookup": self._branched,
+        }
+        return {
+            name: {
+                str(tokens): round(sum(map(sum, emitted)) / max(sum(map(len, emitted)), 1), 4)
+                for tokens, emitted in of_name.items()
+            }
+            for name, of_name in walks.items()
+        }
 
 
 def compare(own: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -326,10 +346,7 @@ def run_evaluation(
         for file in prompt_files
     }
     if held_out is not None:
-        config = load_config(held_out)
-        files = [Path(name) for name in config.data.files]
-        corpus = load_corpus(files, model.config.vocab_size, config.data.max_length)
-        prompts = held_out_prompts(split(corpus, config.data.held_out)[1])
+        prompts = _held_out_of(held_out, model.config.vocab_size)
         sets["held_out"] = known_answers(model, prompts[:limit], *how)
     report = {}
     for name, answers in sets.items():
@@ -339,20 +356,35 @@ def run_evaluation(
             check_by_decoding(*pairs[0], answers[:check], max_new_tokens, stop_ids)
         conditions = {"draft": draft, "target": target_name, "max_new_tokens": max_new_tokens}
         report[name] = {**conditions, "temperature": temperature, **result}
-        own, lookup, shown = result["drafter"], result["prompt_lookup"], str(TREE_TOKENS[2])
-        print(
-            f"{name}: accept length {own['accept_length']:.3f} ({own['steps']} steps, "
-            f"{result['prompts']} prompts), trees of {shown} tokens {result['tree'][shown]:.3f}, "
-            f"with look-ups {result['tree_and_lookup'][shown]:.3f}, prompt lookup alone "
-            f"{lookup['accept_length']:.3f}"
-        )
         for other in others:
             compared = compare(result["by_prompt"], other["by_prompt"])
             report[name]["against"] = {"draft": against, **compared}
-            low, high = compared["interval"]
-            print(f"{name}: {compared['gain']:+.1%} ({low:+.1%} .. {high:+.1%}) against {against}")
+        print(_summary(name, report[name]))
     write_report(report, output)
     return report
+
+
+def _summary(name: str, result: dict[str, Any]) -> str:
+    """Results of a set of prompts in a line, or in two if there is something to compare with."""
+    own, lookup, shown = result["drafter"], result["prompt_lookup"], str(TREE_TOKENS[2])
+    text = (
+        f"{name}: accept length {own['accept_length']:.3f} ({own['steps']} steps, "
+        f"{result['prompts']} prompts), trees of {shown} tokens {result['tree'][shown]:.3f}, "
+        f"with look-ups {result['tree_and_lookup'][shown]:.3f}, prompt lookup alone "
+        f"{lookup['accept_length']:.3f}"
+    )
+    if compared := result.get("against"):
+        low, high = compared["interval"]
+        text += f"\n{name}: {compared['gain']:+.1%} ({low:+.1%} .. {high:+.1%}) against "
+        text += compared["draft"]
+    return text
+
+
+def _held_out_of(config_file: Path, vocab_size: int) -> list[list[int]]:
+    """The prompts that a run sets aside."""
+    data = load_config(config_file).data
+    corpus = load_corpus([Path(name) for name in data.files], vocab_size, data.max_length)
+    return held_out_prompts(split(corpus, data.held_out)[1])
 
 
 def _load_drafter(draft: str, path: str) -> Drafter:

@@ -10,7 +10,7 @@ import torch
 import dflare
 from dflare.processor import device_name
 from dflare.training.data.files import read_header, read_records
-from dflare.training.run.config import TrainConfig
+from dflare.training.run.config import ObjectiveSection, TrainConfig
 
 _CARD = """---
 license: apache-2.0
@@ -57,6 +57,26 @@ def _count(files: Iterable[str]) -> tuple[int, int, int]:
     return len(records), tokens, sum(b - a for record in records for a, b in record.answers)
 
 
+def _row(name: str, result: dict[str, Any]) -> str:
+    """A set of prompts as a row of the table."""
+    own, lookup = result["drafter"], result["prompt_lookup"]
+    reached = ", ".join(f"{share:.2f}" for share in own["reached"])
+    return (
+        f"| {name.replace('_', ' ')} | {result['prompts']} | {own['accept_length']:.3f} | "
+        f"{lookup['accept_length']:.3f} | {reached} |"
+    )
+
+
+def _objective(section: ObjectiveSection) -> dict[str, str]:
+    """What the card says of the objective."""
+    name, vocabulary = f"decay (gamma {section.gamma})", "the whole vocabulary"
+    if section.name == "dpace":
+        name = f"dpace (alpha {section.alpha})"
+    if section.frequent:
+        vocabulary = f"loss over {section.frequent} frequent and {section.random} random tokens"
+    return {"objective": name, "soft": str(section.soft_labels), "vocabulary": vocabulary}
+
+
 def model_card(
     train: TrainConfig,
     last: dict[str, Any],
@@ -71,24 +91,13 @@ def model_card(
         report: Of :func:`dflare.training.run.evaluate.run_evaluation`.
         overrides: Given on the command line.
     """
-    drafter, objective = train.drafter, train.objective
+    drafter = train.drafter
     some = next(iter(report.values()))
-    rows = []
-    for name, result in report.items():
-        own, lookup = result["drafter"], result["prompt_lookup"]
-        reached = ", ".join(f"{share:.2f}" for share in own["reached"])
-        rows.append(
-            f"| {name.replace('_', ' ')} | {result['prompts']} | {own['accept_length']:.3f} | "
-            f"{lookup['accept_length']:.3f} | {reached} |"
-        )
     sequences, tokens, answers = _count(train.data.files)
     temperatures = {
         header.get("generation", {}).get("temperature")
         for header in (read_header(Path(file)) for file in train.data.files)
     }
-    vocabulary = "the whole vocabulary"
-    if objective.frequent:
-        vocabulary = f"loss over {objective.frequent} frequent and {objective.random} random tokens"
     taps = drafter.taps if isinstance(drafter.taps, int) else ", ".join(map(str, drafter.taps))
     return _CARD.format(
         layers=drafter.layers,
@@ -100,7 +109,7 @@ def model_card(
         new_tokens=some["max_new_tokens"],
         precision=some["dtype"],
         hardware=device_name(cuda=some["device"] == "cuda"),
-        results="\n".join(rows),
+        results="\n".join(_row(name, result) for name, result in report.items()),
         sequences=sequences,
         tokens=tokens,
         answers=answers,
@@ -110,11 +119,7 @@ def model_card(
         anchors=train.data.anchors,
         minutes=last["minutes"],
         seed=train.run.seed,
-        objective=f"{objective.name} (alpha {objective.alpha})"
-        if objective.name == "dpace"
-        else f"decay (gamma {objective.gamma})",
-        soft=objective.soft_labels,
-        vocabulary=vocabulary,
+        **_objective(train.objective),
         rate=train.optimizer.learning_rate,
         overrides=f" with {overrides}" if overrides else "",
         version=dflare.__version__,

@@ -30,6 +30,16 @@ class Decoded:
     emitted: list[int]
     blocks: list[list[int]]
 
+    def add(self, block: list[int], new: list[int], limit: int, stop_ids: tuple[int, ...]) -> bool:
+        """Note a step that drafted ``block`` and verified ``new``; true if the answer goes on."""
+        new = new[: limit - len(self.ids)]
+        ends = [at for at, token in enumerate(new) if token in stop_ids]
+        new = new[: ends[0] + 1] if ends else new
+        self.ids.extend(new)
+        self.emitted.append(len(new))
+        self.blocks.append(block)
+        return not ends and len(self.ids) < limit
+
 
 class ContextCache:
     """The drafter's context K/V, one row a sequence.
@@ -116,20 +126,10 @@ def decode(
         An answer for each prompt.
     """
     device, size = target.device, drafter.config.block_size
-    rows = len(prompts)
     lengths = torch.tensor([len(ids) for ids in prompts], device=device)
     room = int(lengths.max()) + max_new_tokens + size
-    ids = torch.zeros(rows, int(lengths.max()), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-    cache = SlotCache(rows, room, target.config.num_hidden_layers)
-    cache.fill(torch.arange(rows, device=device))
-    every = torch.arange(ids.shape[1], device=device).expand(rows, -1)
-    states = target.read(ids.to(device), position_ids=every, past_key_values=cache, use_cache=True)
-    context = ContextCache(drafter, rows, room, states.taps)
-    context.append(states.taps, every)
-    row_index = torch.arange(rows, device=device)
-    anchors = sample(states.final[row_index, lengths - 1] @ target.head.T, temperature)
+    cache, context, last = _read_prompts(target, drafter, prompts, room)
+    anchors = sample(last @ target.head.T, temperature)
 
     answers = [Decoded([token], [], []) for token in anchors.tolist()]
     going = [answer.ids[0] not in stop_ids and max_new_tokens > 1 for answer in answers]
@@ -151,16 +151,30 @@ def decode(
         context.append(states.taps, positions)
         lines = zip(answers, chosen.tolist(), drafts.tolist(), accepted.tolist(), strict=True)
         for row, (answer, own, block, count) in enumerate(lines):
-            if not going[row]:
-                continue
-            new = [*block[:count], own[count]][: max_new_tokens - len(answer.ids)]
-            ends = [at for at, token in enumerate(new) if token in stop_ids]
-            new = new[: ends[0] + 1] if ends else new
-            answer.ids.extend(new)
-            answer.emitted.append(len(new))
-            answer.blocks.append(block)
-            going[row] = not ends and len(answer.ids) < max_new_tokens
+            if going[row]:
+                new = [*block[:count], own[count]]
+                going[row] = answer.add(block, new, max_new_tokens, stop_ids)
         moving = torch.tensor(going, device=device)
         anchors = torch.where(moving, chosen.gather(1, accepted[:, None])[:, 0], anchors)
         lengths = torch.where(moving, lengths + accepted + 1, lengths)
     return answers
+
+
+def _read_prompts(
+    target: Target, drafter: Drafter, prompts: list[list[int]], room: int
+) -> tuple[SlotCache, ContextCache, Tensor]:
+    """The caches of target and drafter behind the prompts, and the states ``[rows, H]`` there."""
+    rows = torch.arange(len(prompts), device=target.device)
+    ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    cache = SlotCache(len(prompts), room, target.config.num_hidden_layers)
+    cache.fill(rows)
+    every = torch.arange(ids.shape[1], device=target.device).expand(len(prompts), -1)
+    states = target.read(
+        ids.to(target.device), position_ids=every, past_key_values=cache, use_cache=True
+    )
+    context = ContextCache(drafter, len(prompts), room, states.taps)
+    context.append(states.taps, every)
+    ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=target.device)
+    return cache, context, states.final[rows, ends]

@@ -1,7 +1,6 @@
 """What a run is made of, and one step of it."""
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from dflare.training.drafter.init import (
     tap_ids,
     tap_sizes,
 )
+from dflare.training.drafter.model import Drafter
 from dflare.training.errors import ConfigError, DataError, TrainingError
 from dflare.training.loss.acceptance import Acceptance, AcceptanceMeter
 from dflare.training.loss.block_loss import chunk_loss
@@ -81,39 +81,10 @@ class Trainer:
         self._prepare_folder(resume)
 
         self.target = target if target is not None else self.load_target(config)
-        vocab_size = self.target.config.vocab_size
-        files = [Path(name) for name in config.data.files]
-        everything = load_corpus(files, vocab_size, config.data.max_length)
-        self.corpus, self.held_out = split(everything, config.data.held_out)
-        if config.data.batch_size % (self.ranks.world * run.accumulate):
-            raise ConfigError(
-                f"data.batch_size is {config.data.batch_size}, expected a multiple of "
-                f"{self.ranks.world} ranks x run.accumulate {run.accumulate}"
-            )
-        if len(self.corpus) < self.ranks.world:
-            raise DataError(
-                f"{len(self.corpus)} sequences are too few for {self.ranks.world} ranks"
-            )
-
-        self.drafter = build_drafter(
-            config.drafter, self.target, run.seed, run.checkpoint_activations
-        )
-        if self.drafter.architecture == "dflare" and config.drafter.init == "target" and not resume:
-            sizes = tap_sizes(self.target, everything.first(_TAP_SIZE_SEQUENCES))
-            start_fusion(self.drafter, init_layers(config.drafter, self.drafter.config), sizes)
-        self.drafter.to(self.device)
-        check_mask_token(config.drafter.mask_token_id, everything, vocab_size)
-        self._vocabulary = None
-        if config.objective.frequent:
-            self._vocabulary = LossVocabulary(
-                self.corpus,
-                vocab_size,
-                config.objective.frequent,
-                config.objective.random,
-                run.seed,
-            )
-        self._run_chunk: Callable = chunk_loss
-        self._pad_to = 1
+        everything = self._load_corpus()
+        self.drafter = self._start_drafter(everything, resume)
+        self._vocabulary = self._loss_vocabulary()
+        self._pad_to, self._run_chunk = 1, chunk_loss
         if self._compile:
             self._pad_to = 128 * math.ceil(config.data.max_length / (128 * _WIDTHS))
             # Widths x training and validation x sizes of the last chunk, with room to spare.
@@ -136,6 +107,46 @@ class Trainer:
         if resume:
             self._go_on()
         self.stop_asked = False
+
+    def _load_corpus(self) -> Corpus:
+        """Read the data, set some aside, and refuse what cannot be shared by all ranks."""
+        data, accumulate = self.config.data, self.config.run.accumulate
+        vocab_size = self.target.config.vocab_size
+        everything = load_corpus([Path(name) for name in data.files], vocab_size, data.max_length)
+        self.corpus, self.held_out = split(everything, data.held_out)
+        if data.batch_size % (self.ranks.world * accumulate):
+            raise ConfigError(
+                f"data.batch_size is {data.batch_size}, expected a multiple of "
+                f"{self.ranks.world} ranks x run.accumulate {accumulate}"
+            )
+        if len(self.corpus) < self.ranks.world:
+            raise DataError(
+                f"{len(self.corpus)} sequences are too few for {self.ranks.world} ranks"
+            )
+        return everything
+
+    def _start_drafter(self, everything: Corpus, resume: bool) -> Drafter:
+        """Make the drafter, on the device; a snapshot overwrites it if the run goes on."""
+        section, run = self.config.drafter, self.config.run
+        drafter = build_drafter(section, self.target, run.seed, run.checkpoint_activations)
+        if drafter.architecture == "dflare" and section.init == "target" and not resume:
+            sizes = tap_sizes(self.target, everything.first(_TAP_SIZE_SEQUENCES))
+            start_fusion(drafter, init_layers(section, drafter.config), sizes)
+        check_mask_token(section.mask_token_id, everything, self.target.config.vocab_size)
+        return drafter.to(self.device)
+
+    def _loss_vocabulary(self) -> LossVocabulary | None:
+        """The tokens that the loss is over, if not all."""
+        objective = self.config.objective
+        if not objective.frequent:
+            return None
+        return LossVocabulary(
+            self.corpus,
+            self.target.config.vocab_size,
+            objective.frequent,
+            objective.random,
+            self.config.run.seed,
+        )
 
     def _go_on(self) -> None:
         fingerprint = self.corpus.fingerprint()
