@@ -6,6 +6,7 @@ import time
 
 import psutil
 import pytest
+import requests
 from served import Served, generate, processes
 
 pytestmark = pytest.mark.slow
@@ -29,3 +30,16 @@ def test_sigterm_under_load_lets_requests_finish_and_then_ends(random_pair, tmp_
         # has not left after 15 s.
         assert time.monotonic() - start < 30
         assert "Schedulers still alive" not in server.log.read_text()
+
+
+@pytest.mark.long
+def test_nobody_is_left_when_the_first_process_is_killed(random_pair, tmp_path):
+    with Served(*random_pair, tmp_path / "log") as server:
+        lines = generate(server, 200, stream=True).iter_lines()
+        assert next(lines).startswith(b"data:")
+        everyone = processes(server)
+        everyone["first"].kill()
+        with pytest.raises(requests.RequestException):
+            list(lines)
+        _, alive = psutil.wait_procs(everyone.values(), timeout=5)
+        assert not alive

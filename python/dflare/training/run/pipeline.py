@@ -23,6 +23,7 @@ from dflare.training.data.settings import GenerationSettings, SynthSettings
 from dflare.training.data.synth_run import open_synth
 from dflare.training.data.target import load_target
 from dflare.training.data.templates import read_templates
+from dflare.training.drafter.draft_vocabulary import write_draft_vocabulary
 from dflare.training.drafter.export import export_size
 from dflare.training.drafter.init import draft_config
 from dflare.training.drafter.model import Drafter
@@ -94,12 +95,14 @@ class PipelineConfig(_Section):
         train: File with the training configuration.
         corpus: Data files that there are, as patterns.
         synth: Generation of more; none to train on the corpus alone.
+        draft_vocabulary: Draft only this many tokens, the most frequent of the answers.
         evaluate: Evaluation.
     """
 
     train: str
     corpus: tuple[str, ...] = ()
     synth: SynthStage | None = None
+    draft_vocabulary: int | None = Field(default=None, gt=0)
     evaluate: EvaluateStage
 
     @model_validator(mode="after")
@@ -247,10 +250,17 @@ def run_pipeline(config_file: Path, work: Path, output: Path, overrides: list[st
 
     if not (trained / "drafter" / "config.json").exists():
         train(Trainer(training, resume=(trained / FILE).exists()))
+    drafter, drafted = trained / "drafter", 1.0
+    if config.draft_vocabulary is not None:
+        every = [Path(file) for file in training.data.files]
+        drafted = write_draft_vocabulary(
+            drafter, work / "drafter", every, config.draft_vocabulary, force=True
+        )
+        drafter = work / "drafter"
     train_file = work / "train.yaml"
     train_file.write_text(yaml.safe_dump(training.model_dump(mode="json"), sort_keys=False))
     report = run_evaluation(
-        str(trained / "drafter"),
+        str(drafter),
         training.target.name,
         [folder / name for name in config.evaluate.prompts],
         train_file,
@@ -262,10 +272,11 @@ def run_pipeline(config_file: Path, work: Path, output: Path, overrides: list[st
         device=training.run.device,
     )
     for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(trained / "drafter" / name, output / name)
+        shutil.copyfile(drafter / name, output / name)
     shutil.copyfile(trained / "log.jsonl", output / "training.jsonl")
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     last = next(line for line in reversed(log) if line["kind"] == "train")
-    card = model_card(training, last, report, " ".join(overrides))
+    tokens = config.draft_vocabulary, drafted
+    card = model_card(training, last, report, tokens, " ".join(overrides))
     (output / "README.md").write_text(card, encoding="utf-8")
     return output
