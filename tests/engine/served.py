@@ -12,8 +12,8 @@ import requests
 from dflare.engine.server_process import ServerProcess
 
 _FLAGS = "--context-length 256 --max-total-tokens 4096 --skip-server-warmup"
-_CLIENT, _ADMIN = "client", "admin"
-KEY = {"Authorization": f"Bearer {_CLIENT}"}
+CLIENT, ADMIN = "client", "admin"
+KEY = {"Authorization": f"Bearer {CLIENT}"}
 
 
 class Served(ServerProcess):
@@ -21,11 +21,10 @@ class Served(ServerProcess):
 
     COMMAND = (sys.executable, "-m", "dflare.cli", "serve")
 
-    def __init__(self, target: Path, draft: Path, log: Path) -> None:
-        keys = ["--api-key", _CLIENT, "--admin-api-key", _ADMIN]
-        super().__init__(
-            ["--model-path", str(target), "--draft", str(draft), *_FLAGS.split(), *keys], log
-        )
+    def __init__(self, target: Path, draft: Path, log: Path, **environment: str) -> None:
+        keys = ["--api-key", CLIENT, "--admin-api-key", ADMIN]
+        pair = ["--model-path", str(target), "--draft", str(draft)]
+        super().__init__([*pair, *_FLAGS.split(), *keys], log, environment)
 
     def __enter__(self) -> "Served":
         try:

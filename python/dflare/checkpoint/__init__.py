@@ -7,7 +7,7 @@ from dflare.checkpoint.folder import find_folder
 from dflare.checkpoint.headers import TensorHeader, read_headers
 from dflare.checkpoint.inspection import Inspection, inspect_draft
 from dflare.checkpoint.pair import Check, check_pair, pair_checks, read_target_config
-from dflare.checkpoint.reader import read_config
+from dflare.checkpoint.reader import is_drafter, read_config
 from dflare.checkpoint.save import save_checkpoint
 from dflare.checkpoint.sizes import DraftSizes, draft_sizes, target_kv_bytes_per_token
 from dflare.checkpoint.tensors import (
@@ -36,6 +36,7 @@ __all__ = [
     "expected_tensors",
     "find_folder",
     "inspect_draft",
+    "is_drafter",
     "load_dflash_tensors",
     "load_tensors",
     "make_config",

@@ -7,6 +7,7 @@ from dflare.checkpoint.config import DraftConfig, make_config, spread_taps
 from dflare.checkpoint.dialects import Dialect, detect_dialect
 from dflare.checkpoint.folder import find_folder, read_json
 from dflare.checkpoint.problems import raise_problems
+from dflare.errors import CheckpointError
 
 # Read under the same name in every dialect.
 _PLAIN_KEYS = (
@@ -60,6 +61,16 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "markov_rank": (None, 0),
     "enable_hidden_correction": (None, False),
 }
+
+
+def is_drafter(path: str | Path) -> bool:
+    """Whether a local folder holds a DFlare drafter, in any dialect, whole or not."""
+    file = Path(path) / "config.json"
+    try:
+        detect_dialect(read_json(file), file)
+    except CheckpointError:
+        return False
+    return True
 
 
 def read_config(path: str | Path, *, block_size: int | None = None) -> DraftConfig:

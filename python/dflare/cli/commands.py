@@ -243,6 +243,24 @@ def train_command(
     train(Trainer(parsed, resume=resume))
 
 
+@app.command("swap")
+def swap_command(
+    url: Annotated[str, typer.Argument(help="Of a server that keeps its traffic.")],
+    draft: Annotated[Path, typer.Argument(help="Folder of the new drafter.")],
+    traffic: Annotated[Path, typer.Option(help="The server's DFLARE_TRAFFIC folder.")],
+    watch_minutes: Annotated[
+        float, typer.Option(help="How long to wait for what is served afterwards.")
+    ] = 10.0,
+    api_key: Annotated[str | None, typer.Option(help="The server's, if it has one.")] = None,
+    admin_api_key: Annotated[str | None, typer.Option(help="The same.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda, to compare drafters on.")] = "cpu",
+) -> None:
+    """Put a better drafter into a running server, and the old one back if it served better."""
+    from dflare.training.run.swap import Server, swap
+
+    swap(Server(url, api_key, admin_api_key), draft, traffic, watch_minutes, device)
+
+
 @app.command("evaluate")
 def evaluate_command(
     draft: Annotated[str, typer.Argument(help="Folder or Hugging Face id of the drafter.")],

@@ -64,6 +64,7 @@ class DFlareAlgorithm(CustomSpecAlgo):
         from sglang.srt.arg_groups.speculative_hook import _handle_dflash
 
         from dflare.engine.pair import check_server_pair
+        from dflare.engine.traffic import traffic_folder
 
         try:
             draft = check_server_pair(server_args)
@@ -72,6 +73,7 @@ class DFlareAlgorithm(CustomSpecAlgo):
                 or server_args.speculative_dflash_block_size
                 or draft.block_size
             )
+            traffic_folder()
         except DFlareError as error:
             # SGLang prints a ValueError from argument handling; a foreign type it would wrap.
             raise ValueError(f"DFLARE: {error}") from error

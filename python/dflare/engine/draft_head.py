@@ -36,14 +36,25 @@ class DraftHead:
             ids: [V'] int64 token ids, ascending.
         """
         self.ids = ids
+        self.weight = self._rows(lm_head, ids)
+
+    def renew(self, lm_head: Any, ids: torch.Tensor) -> None:
+        """Stand for other tokens, as many, in place: captured graphs hold the addresses."""
+        self.weight.copy_(self._rows(lm_head, ids))
+        self.ids.copy_(ids)
+
+    @staticmethod
+    def _rows(lm_head: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the head for some tokens, from all ranks: [V', H]."""
         own, place = torch.ones_like(ids, dtype=torch.bool), ids
         if shard := getattr(lm_head, "shard_indices", None):
             first = shard.org_vocab_start_index
             own = (ids >= first) & (ids < first + shard.num_org_elements)
             place = (ids - first).where(own, 0)
-        self.weight = lm_head.weight.data[place] * own[:, None]
+        rows = lm_head.weight.data[place] * own[:, None]
         if shard is not None and get_parallel().tp_size > 1:
-            self.weight = get_parallel().tp_group.all_reduce(self.weight)
+            rows = get_parallel().tp_group.all_reduce(rows)
+        return rows
 
     def greedy_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """Most probable token of each row of final hidden states [rows, H]: [rows] int64."""
@@ -85,11 +96,14 @@ def make_draft_head(draft_model: Any, lm_head: Any) -> DraftHead | None:
         draft_model: a loaded `QwenDFlareDraftModel`.
         lm_head: SGLang's head of the target.
     """
-    d2t = getattr(draft_model, "d2t", None)
-    if d2t is None:
+    if getattr(draft_model, "d2t", None) is None:
         return None
     if not is_dense_head_weight(getattr(lm_head, "weight", None)):
         logger.warning("DFLARE: the target's head is quantised: drafts are taken from all of it")
         return None
-    ids = draft_vocabulary(d2t.data, draft_model.draft_config.vocab_size)
-    return DraftHead(lm_head, ids.to(lm_head.weight.device))
+    return DraftHead(lm_head, drafted_tokens(draft_model).to(lm_head.weight.device))
+
+
+def drafted_tokens(draft_model: Any) -> torch.Tensor:
+    """The tokens that a drafter with a draft vocabulary names, [V'] int64, ascending."""
+    return draft_vocabulary(draft_model.d2t.data, draft_model.draft_config.vocab_size)

@@ -79,6 +79,21 @@ def _runners_to_update(*args, **kwargs):
     return runners_to_update(*args, **kwargs)
 
 
+def _update_from_disk(*args):
+    """A folder may hold another drafter."""
+    from dflare.engine.online_update import update_from_disk
+
+    return update_from_disk(*args)
+
+
+def _update_model_path_info(original, manager, model_path, load_format) -> None:
+    """The original takes any update for one of the target, and names the server by it."""
+    from dflare.engine.online_update import is_draft_update
+
+    if not is_draft_update(model_path):
+        original(manager, model_path, load_format)
+
+
 def _assign_req_to_token_pool(*args) -> None:
     """The original launches a Triton kernel for any attention backend not called torch_native."""
     from dflare.engine.cpu_memory import assign_req_to_token_pool
@@ -118,6 +133,12 @@ _EVERYWHERE = (
         HookType.AROUND,
         "",
     ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._update_model_path_info",
+        _update_model_path_info,
+        HookType.AROUND,
+        "self model_path load_format",
+    ),
 )
 # Put in place where a worker is built: their modules are for the scheduler's process alone, and
 # those of users who do not ask for DFLARE import none of them.
@@ -140,6 +161,13 @@ _IN_THE_SCHEDULER = (
         _runners_to_update,
         HookType.AROUND,
         "self selector",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler_components.weight_updater"
+        ".SchedulerWeightUpdaterManager.update_weights_from_disk",
+        _update_from_disk,
+        HookType.AROUND,
+        "self recv_req",
     ),
 )
 _GUARDS = tuple(

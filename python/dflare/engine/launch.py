@@ -7,6 +7,7 @@ from pathlib import Path
 from dflare.adaptive import AdaptiveConfig
 from dflare.checkpoint import check_finite, check_pair, read_config
 from dflare.engine.names import ALGORITHM
+from dflare.engine.traffic import traffic_folder
 from dflare.engine.version import check_sglang_version
 from dflare.errors import CheckpointError, DFlareError
 from dflare.text_file import parse_json_line, read_text_lines
@@ -53,6 +54,7 @@ def check_before_start(target: str, draft: str) -> None:
     check_sglang_version()
     config = read_config(draft)
     AdaptiveConfig.from_environment(config.block_size)
+    traffic_folder()
     check_finite(draft, config)
     folder = Path(target)
     if folder.exists():

@@ -67,6 +67,8 @@ class DFlareWorker(WorkerStart):
                 if self.texts and prefill:
                     self.texts.write_prefill(batch)
                 return result
+            if self.traffic:
+                self.traffic.note(batch.reqs)
             arm, splice = self.arms.choose(batch.reqs)
             self.context.flush([req.rid for req in batch.reqs] if arm.nodes == 1 else ())
             with self.arms.at(arm):
@@ -147,6 +149,8 @@ class DFlareWorker(WorkerStart):
     def note_request_finished(self, *, rid: str, natural_stop: bool) -> None:
         """SGLang's hook: a request ended."""
         self.arms.finish(rid)
+        if self.traffic:
+            self.traffic.finish(rid)
 
     # --- parts of a step ------------------------------------------------------------------
 

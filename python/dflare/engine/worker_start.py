@@ -13,13 +13,14 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from dflare.adaptive import AdaptiveConfig, Arm
 from dflare.engine.arms import Arms, measured_policy
 from dflare.engine.context import ContextAppender
-from dflare.engine.draft_head import DraftHeadSampler, make_draft_head
+from dflare.engine.draft_head import DraftHeadSampler, drafted_tokens, make_draft_head
 from dflare.engine.dummy_step import dummy_batch
 from dflare.engine.hooks import check_hooks
 from dflare.engine.lookups import Texts
 from dflare.engine.penalties import Penalties
 from dflare.engine.shared_taps import SharedTaps
 from dflare.engine.step_timing import trace_steps
+from dflare.engine.traffic import TrafficLog, traffic_folder
 from dflare.engine.tree_step import TreeStep, why_no_trees
 from dflare.engine.width_states import check_nothing_is_shared, tensors_of
 from dflare.errors import UnsupportedError
@@ -32,6 +33,7 @@ class WorkerStart(DFlashWorkerV2):
 
     Attributes:
         draft_head: rows of the target's head for the tokens that are drafted; None for all.
+        traffic: keeps token ids of what is served; None where nobody asked for it.
         penalties: counts of penalised requests.
         context: writes the drafter's context.
         texts: finds what look-ups propose; None where nothing does.
@@ -47,8 +49,20 @@ class WorkerStart(DFlashWorkerV2):
         check_hooks()
         super().__init__(*args, **kwargs)
         # Before the size of the pools is chosen by what memory is left.
-        target_head = unwrap_lora_layer(self.target_worker.model_runner.model.lm_head)
-        self.draft_head = make_draft_head(self.draft_model, target_head)
+        self.draft_head = make_draft_head(self.draft_model, self._target_head())
+        folder = traffic_folder() if get_parallel().tp_rank == 0 else None
+        self.traffic = None
+        if folder:
+            vocab_size = self.draft_model.draft_config.vocab_size
+            self.traffic = TrafficLog(folder, self.server_args.model_path, vocab_size)
+
+    def _target_head(self) -> Any:
+        return unwrap_lora_layer(self.target_worker.model_runner.model.lm_head)
+
+    def renew_draft_head(self) -> None:
+        """Take the tokens that the drafter's weights name now."""
+        if self.draft_head is not None:
+            self.draft_head.renew(self._target_head(), drafted_tokens(self.draft_model))
 
     def alloc_memory_pool(self, *args, **kwargs) -> None:
         """Allocate the drafter's pool and keep its per-layer K and V buffers at hand."""

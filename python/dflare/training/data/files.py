@@ -9,6 +9,8 @@ of the generation. Each other one is a NumPy archive of sequences:
     ranges   [sequences]  uint16, how many of them each sequence has
     keys     [sequences]  uint64, which prompt was answered
     cut      [sequences]  bool, the last answer was cut for its length
+    steps    [sequences]  uint32, verify steps that the answer took where it was served with a
+                          drafter, else 0; files of older versions have none
 
 Streams are appended while data is generated, so that an interruption loses what is not yet in
 one; a stream that was cut short is left out. One stream of everything takes about 0.7 bytes a
@@ -42,12 +44,14 @@ class Record:
         answers: Half-open ranges of them that the target wrote.
         key: Identifies the prompt.
         cut: The last answer was cut for its length.
+        steps: Verify steps that the last answer took, 0 where it was not drafted.
     """
 
     ids: Sequence[int] | np.ndarray
     answers: Sequence[tuple[int, int]]
     key: int = 0
     cut: bool = False
+    steps: int = 0
 
 
 def prompt_key(text: str) -> int:
@@ -68,6 +72,7 @@ def _pack(records: Sequence[Record], wide: bool) -> bytes:
         ranges=np.array([len(record.answers) for record in records], np.uint16),
         keys=np.array([record.key for record in records], np.uint64),
         cut=np.array([record.cut for record in records], bool),
+        steps=np.array([record.steps for record in records], np.uint32),
     )
     return lzma.compress(content.getvalue(), preset=9)
 
@@ -76,11 +81,12 @@ def _unpack(stream: bytes) -> Iterator[Record]:
     part = np.load(io.BytesIO(stream))
     ids, answers, ranges = part["ids"], part["answers"], part["ranges"]
     at, first = 0, 0
-    for length, count, key, cut in zip(
-        part["lengths"], ranges, part["keys"], part["cut"], strict=True
+    steps = part.get("steps", np.zeros(len(ranges), np.uint32))
+    for length, count, key, cut, taken in zip(
+        part["lengths"], ranges, part["keys"], part["cut"], steps, strict=True
     ):
         own = [(int(a), int(b)) for a, b in answers[first : first + count]]
-        yield Record(ids[at : at + length], own, int(key), bool(cut))
+        yield Record(ids[at : at + length], own, int(key), bool(cut), int(taken))
         at, first = at + int(length), first + int(count)
 
 
@@ -189,9 +195,10 @@ class DataFile:
         self.keys.add(record.key)
         waited = time.monotonic() - self._written
         if len(self._open) >= _STREAM_SEQUENCES or waited > _STREAM_SECONDS:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what was added since the last stream."""
         if self._open:
             try:
                 with self._path.open("ab") as file:
@@ -205,5 +212,5 @@ class DataFile:
 
     def close(self) -> None:
         """Write what is open, and everything anew as one stream."""
-        self._flush()
+        self.flush()
         write_records(self._path, self._header, read_records(self._path))

@@ -1,10 +1,11 @@
 """What a training run is: one YAML file, with `key=value` overrides."""
 
+import glob
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dflare.text_file import read_text
 from dflare.training.drafter.section import DrafterSection
@@ -30,7 +31,8 @@ class DataSection(Section):
     """What is learned from.
 
     Args:
-        files: Written by ``dflare synth``.
+        files: Written by ``dflare synth``, or by a server with ``DFLARE_TRAFFIC``; patterns such
+            as ``traffic/traffic-*.xz`` stand for the files that there are.
         max_length: Tokens of a sequence that are used.
         batch_size: Sequences a step, over all ranks and micro-batches.
         anchors: Blocks a sequence.
@@ -48,6 +50,18 @@ class DataSection(Section):
     held_out: int = Field(default=64, ge=0)
     tap_noise: float = Field(default=0.0, ge=0)
     tap_cache: str | None = None
+
+    @field_validator("files")
+    @classmethod
+    def _expand(cls, files: tuple[str, ...]) -> tuple[str, ...]:
+        """Replace patterns; a file that is named may still be to be written."""
+        found = []
+        for name in files:
+            matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+            if not matches:
+                raise ValueError(f"{name!r} fits no file")
+            found += matches
+        return tuple(found)
 
 
 class ObjectiveSection(Objective):
