@@ -69,68 +69,81 @@ struct AttentionResult {
     return *shared_flag != 0;
   }
 
-  // Adds up all parts and writes the result. A lane takes four columns of a row, 16 bytes a load,
-  // and several rows at a time, so that enough loads are in flight to be bound by L2.
+  // How merging is shared out: a lane takes four columns of a row, 16 bytes a load, and several
+  // rows at a time, so that enough loads are in flight to be bound by L2.
+  static constexpr int kLanes = kHeadDim / 4 < 32 ? kHeadDim / 4 : 32;
+  static constexpr int kVectors = kHeadDim / 4 / kLanes, kRowsInFlight = 8 / kVectors;
+  static constexpr int kRowsAtOnce = kThreads / kLanes;
+
+  // Sums of some rows, over the parts so far.
+  struct Merged {
+    float total[kRowsInFlight][kVectors][4] = {};
+    float highest[kRowsInFlight], weights[kRowsInFlight];
+  };
+
+  static __device__ __forceinline__ int merge_column() { return threadIdx.x % kLanes * 4; }
+
+  // Adds up all parts and writes the result.
   static __device__ __forceinline__ void merge_parts(const AttentionItem& item) {
-    const BlockAttentionParams& p = item.p;
-    constexpr int kLanes = kHeadDim / 4 < 32 ? kHeadDim / 4 : 32;
-    constexpr int kVectors = kHeadDim / 4 / kLanes, kRowsInFlight = 8 / kVectors;
-    constexpr int kRowsAtOnce = kThreads / kLanes;
-    const int column = threadIdx.x % kLanes * 4;
     const int all_rows = min(item.rows() - item.row_tile * kRows, kRows);
 #pragma unroll 1
     for (int first = threadIdx.x / kLanes; first < all_rows; first += kRowsInFlight * kRowsAtOnce) {
-      float total[kRowsInFlight][kVectors][4] = {};
-      float highest[kRowsInFlight], weights[kRowsInFlight];
+      Merged merged;
 #pragma unroll
-      for (int r = 0; r < kRowsInFlight; ++r) highest[r] = -INFINITY, weights[r] = 0;
+      for (int r = 0; r < kRowsInFlight; ++r) merged.highest[r] = -INFINITY, merged.weights[r] = 0;
 #pragma unroll 2
-      for (int i = 0; i < item.parts; ++i) {
-        const float* sums = partial(item, i);
-        float2 state[kRowsInFlight];  // maximum, normaliser
-        float4 values[kRowsInFlight][kVectors];
+      for (int i = 0; i < item.parts; ++i) add_part(merged, partial(item, i), first);
+      write_merged(item, merged, first, all_rows);
+    }
+  }
+
+  static __device__ __forceinline__ void add_part(Merged& m, const float* sums, int first) {
+    float2 state[kRowsInFlight];  // maximum, normaliser
+    float4 values[kRowsInFlight][kVectors];
 #pragma unroll
-        for (int r = 0; r < kRowsInFlight; ++r) {
-          const int row = first + r * kRowsAtOnce;
-          state[r] =
-              ptx::load_from_l2(reinterpret_cast<const float2*>(sums + kRows * kHeadDim + row * 2));
+    for (int r = 0; r < kRowsInFlight; ++r) {
+      const int row = first + r * kRowsAtOnce;
+      state[r] =
+          ptx::load_from_l2(reinterpret_cast<const float2*>(sums + kRows * kHeadDim + row * 2));
 #pragma unroll
-          for (int v = 0; v < kVectors; ++v) {
-            values[r][v] = ptx::load_from_l2(
-                reinterpret_cast<const float4*>(sums + row * kHeadDim + v * kLanes * 4 + column));
-          }
-        }
-#pragma unroll
-        for (int r = 0; r < kRowsInFlight; ++r) {
-          const float before = highest[r];
-          highest[r] = fmaxf(before, state[r].x);
-          const float offset = highest[r] == -INFINITY ? 0.0f : highest[r];
-          const float shrink = ptx::exp2(before - offset);
-          const float weight = ptx::exp2(state[r].x - offset);
-          weights[r] = weights[r] * shrink + state[r].y * weight;
-#pragma unroll
-          for (int v = 0; v < kVectors; ++v) {
-            float (&t)[4] = total[r][v];
-            t[0] = t[0] * shrink + values[r][v].x * weight;
-            t[1] = t[1] * shrink + values[r][v].y * weight;
-            t[2] = t[2] * shrink + values[r][v].z * weight;
-            t[3] = t[3] * shrink + values[r][v].w * weight;
-          }
-        }
+      for (int v = 0; v < kVectors; ++v) {
+        values[r][v] = ptx::load_from_l2(reinterpret_cast<const float4*>(
+            sums + row * kHeadDim + v * kLanes * 4 + merge_column()));
       }
+    }
 #pragma unroll
-      for (int r = 0; r < kRowsInFlight; ++r) {
-        const int row = first + r * kRowsAtOnce;
-        if (row >= all_rows) break;
-        const float inverse = ptx::reciprocal(weights[r]);
+    for (int r = 0; r < kRowsInFlight; ++r) {
+      const float before = m.highest[r];
+      m.highest[r] = fmaxf(before, state[r].x);
+      const float offset = m.highest[r] == -INFINITY ? 0.0f : m.highest[r];
+      const float shrink = ptx::exp2(before - offset);
+      const float weight = ptx::exp2(state[r].x - offset);
+      m.weights[r] = m.weights[r] * shrink + state[r].y * weight;
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-          const float (&t)[4] = total[r][v];
-          *reinterpret_cast<uint2*>(item.output_head<T>(item.row_tile * kRows + row, kHeadDim) +
-                                    v * kLanes * 4 + column) =
-              make_uint2(ptx::pack<T>(t[0] * inverse, t[1] * inverse),
-                         ptx::pack<T>(t[2] * inverse, t[3] * inverse));
-        }
+      for (int v = 0; v < kVectors; ++v) {
+        float (&t)[4] = m.total[r][v];
+        t[0] = t[0] * shrink + values[r][v].x * weight;
+        t[1] = t[1] * shrink + values[r][v].y * weight;
+        t[2] = t[2] * shrink + values[r][v].z * weight;
+        t[3] = t[3] * shrink + values[r][v].w * weight;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void write_merged(const AttentionItem& item, const Merged& m,
+                                                      int first, int all_rows) {
+#pragma unroll
+    for (int r = 0; r < kRowsInFlight; ++r) {
+      const int row = first + r * kRowsAtOnce;
+      if (row >= all_rows) break;
+      const float inverse = ptx::reciprocal(m.weights[r]);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const float (&t)[4] = m.total[r][v];
+        *reinterpret_cast<uint2*>(item.output_head<T>(item.row_tile * kRows + row, kHeadDim) +
+                                  v * kLanes * 4 + merge_column()) =
+            make_uint2(ptx::pack<T>(t[0] * inverse, t[1] * inverse),
+                       ptx::pack<T>(t[2] * inverse, t[3] * inverse));
       }
     }
   }

@@ -117,6 +117,27 @@ struct KvProjectWrite {
     return column ^ (column / 32 % 2 * 4);
   }
 
+  // What this warp multiplies, and where its lanes read it within a stage.
+  struct WarpPlace {
+    int depth_warp, token_base, column_base;
+    uint32_t states_at, weights_at;
+  };
+
+  static __device__ __forceinline__ WarpPlace warp_place() {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = warp / Shape::kDepthWarps;
+    const int depth_warp = warp % Shape::kDepthWarps, first_step = depth_warp * kWarpSteps;
+    const int token_base = tile / Shape::kHeadWarps * kWarpTokens;
+    const int column_base = tile % Shape::kHeadWarps * kWarpColumns;
+    const auto states_at =
+        kWeightBytes + token_base * kRowBytes + FragmentLane<kDepth>::down(lane).at(0, first_step);
+    const auto weights_at =
+        column_base * kRowBytes + FragmentLane<kDepth>::across(lane).at(0, first_step);
+    return {depth_warp, token_base, column_base, static_cast<uint32_t>(states_at),
+            static_cast<uint32_t>(weights_at)};
+  }
+
+  // The main loop stands here: in a function of its own it takes two integer instructions a tile
+  // more on three of four architectures (csrc/gates).
   __device__ __forceinline__ void run(const KvProjectWriteParams& p) {
     DFLARE_DYNAMIC_SHARED_MEMORY(shared_bytes);
     const ptx::SharedAddress stages = ptx::shared_address(shared_bytes);
@@ -152,31 +173,17 @@ struct KvProjectWrite {
 
     copier.fused = static_cast<const T*>(p.fused) +
                    (int64_t{layer} * p.out.num_rows + first_token) * p.hidden + first_piece;
-    for (int tile = 0; tile < kStages - 1; ++tile) {
-      if (tile < depth_tiles) {
-        copier.load_fused(stages + tile * Shape::kStageBytes, tokens,
-                          tile * kDepth + copier.chunk * 8 < p.hidden);
-        copier.fused += kDepth;
-      }
-      ptx::cp_async_commit();
-    }
+    load_first_states(copier, stages, tokens, p.hidden);
     // Where the tokens go, while the first stages arrive; read after the loop's barriers.
     auto* rows = reinterpret_cast<ContextRow*>(shared_bytes + Shape::kRowsAt);
     if (static_cast<int>(threadIdx.x) < tokens) {
       rows[threadIdx.x] = load_context_row(p.out, first_token + threadIdx.x);
     }
 
-    const int warp = threadIdx.x / 32, warp_tile = warp / Shape::kDepthWarps;
-    const int depth_warp = warp % Shape::kDepthWarps;
-    const int token_base = warp_tile / Shape::kHeadWarps * kWarpTokens;
-    const int column_base = warp_tile % Shape::kHeadWarps * kWarpColumns;
-    const int lane = threadIdx.x % 32, first_step = depth_warp * kWarpSteps;
-    const uint32_t states_at = ptx::keep(kWeightBytes + token_base * kRowBytes +
-                                         FragmentLane<kDepth>::down(lane).at(0, first_step));
-    const uint32_t weights_at =
-        ptx::keep(column_base * kRowBytes + FragmentLane<kDepth>::across(lane).at(0, first_step));
+    const WarpPlace place = warp_place();
+    const uint32_t states_at = ptx::keep(place.states_at), weights_at = ptx::keep(place.weights_at);
     // This warp's rows that count; the loop of a warp without any only copies.
-    const int warp_rows = static_cast<int>(ptx::keep(max(tokens - token_base, 0)));
+    const int warp_rows = static_cast<int>(ptx::keep(max(tokens - place.token_base, 0)));
     ptx::SharedAddress read = stages, write = stages + (kStages - 1) * Shape::kStageBytes;
     int columns_left = p.hidden - copier.chunk * 8 - (kStages - 1) * kDepth;
     for (int tile = 0; tile < depth_tiles; ++tile) {
@@ -202,11 +209,35 @@ struct KvProjectWrite {
     ptx::cp_async_wait<0>();
     __syncthreads();  // the stages become the output tile
     float* output = reinterpret_cast<float*>(shared_bytes);
-    store_sums(output + (depth_warp * kTokens + token_base) * Shape::kOutputStride, column_base);
+    store_sums(output + (place.depth_warp * kTokens + place.token_base) * Shape::kOutputStride,
+               place.column_base);
 
-    // A pass's rotations are on their way while the pass before is written.
+    write_heads({p.out, layer, head}, output, rows, tokens);
+  }
+
+  // Requests the states of the first kStages - 1 stages and closes a group a stage; the first group
+  // also holds the weights of all of them.
+  static __device__ __forceinline__ void load_first_states(Copier& copier,
+                                                           ptx::SharedAddress stages, int tokens,
+                                                           int hidden) {
+    const int depth_tiles = ceil_div(hidden, kDepth);
+    for (int tile = 0; tile < kStages - 1; ++tile) {
+      if (tile < depth_tiles) {
+        copier.load_fused(stages + tile * Shape::kStageBytes, tokens,
+                          tile * kDepth + copier.chunk * 8 < hidden);
+        copier.fused += kDepth;
+      }
+      ptx::cp_async_commit();
+    }
+  }
+
+  // Norms, rotates and writes the heads of the output tile; a pass's rotations are on their way
+  // while the pass before is written.
+  static __device__ __forceinline__ void write_heads(const ContextHead<T, kHeadDim>& writer,
+                                                     const float* output, const ContextRow* rows,
+                                                     int tokens) {
     constexpr int kRowsPerPass = kThreads / Row::kLanes;
-    const ContextHead<T, kHeadDim> writer{p.out, layer, head};
+    const int rotary = writer.out.rope.rotary;
     int token = threadIdx.x / Row::kLanes;
     Row rotation{};
     if (token < tokens) writer.load_rotation(rotation, rows[token]);
@@ -215,7 +246,7 @@ struct KvProjectWrite {
       const bool valid = token < tokens;
       const int at = valid ? token : 0;
       Row values;
-      load_sums(values, output + at * Shape::kOutputStride, p.out.rope.rotary);
+      load_sums(values, output + at * Shape::kOutputStride, rotary);
       const Row turn = rotation;
       if (token + kRowsPerPass < tokens) writer.load_rotation(rotation, rows[token + kRowsPerPass]);
       writer.write(values, turn, rows[at], valid);
