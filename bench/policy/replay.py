@@ -1,15 +1,18 @@
-"""Regret of the width policy on what a drafter really accepts, without the noise of a machine.
+"""What arms are worth on what a drafter really accepts, without the noise of a machine.
 
     python -m bench.policy.replay DRAFTER [--target demo] [--tokens 96] [--table steps.json]
 
-The target answers the benchmark's prompts; then the drafter proposes a block at every single
-position of the answers. Greedy verification commits the same text whatever the widths, so these
-lengths say what any sequence of widths would have committed. The policy and every fixed width
-serve the same requests against given step times; the policy starts knowing nothing each time.
+The target answers the benchmark's prompts; then the drafter proposes a block, and the text so far
+a look-up, at every single position of the answers. Greedy verification commits the same text
+however it was drafted, so these lengths say what any sequence of arms would have committed. The
+policy, with all proposers and with chains alone, every fixed arm, and CaDDTree's choice of a budget
+(arXiv 2606.01813) serve the same requests against given step times. The policy starts knowing
+nothing each time; CaDDTree knows the true step times, and of acceptance what the drafter says.
 """
 
 import argparse
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,105 +22,212 @@ from transformers import AutoTokenizer
 
 from bench.policy import scenarios
 from bench.policy.simulate import best_ragged
-from dflare.adaptive import AdaptiveConfig, ArmPolicy, chain
+from dflare.adaptive import (
+    NEVER,
+    PLAIN,
+    AdaptiveConfig,
+    Arm,
+    ArmPolicy,
+    Comparison,
+    Decision,
+    chain,
+)
+from dflare.branch import BranchOdds
 from dflare.training.data.generate import Generator, Sampling
 from dflare.training.data.prompts import encode, read_prompts, stop_tokens
-from dflare.training.data.target import Target, load_target, target_path
+from dflare.training.data.target import load_target, target_path
 from dflare.training.drafter.export import load_drafter
 from dflare.training.drafter.model import Drafter
-from dflare.training.run.step import draft_blocks
+from dflare.training.run.draft_table import draft_table
+from dflare.training.run.look_ups import look_ups
 
 PROMPTS = Path(__file__).parents[1] / "serving" / "prompts"
 _TABLE_ERROR = 0.05  # of a start-up measurement
 _STEP_NOISE = 0.05
-_SEEDS = 6
-_BATCHES = 400
+_RAGGED_BATCHES = 400
 
 
-def accepted_lengths(
-    drafter: Drafter, target: Target, prompt: list[int], answer: list[int]
-) -> list[int]:
-    """How many drafted tokens the target would accept behind each token of its own answer."""
-    size = drafter.config.block_size
-    ids = torch.tensor([prompt + answer])
-    anchors = torch.arange(len(prompt), ids.shape[1] - 1)[None]
-    taps = target.read(ids).taps
-    hidden = draft_blocks(drafter, drafter.config, target, ids, anchors, taps)[0]
-    drafts = (hidden[:, 1:] @ target.head.T).argmax(-1)
-    padded = torch.cat([ids[0], torch.full((size,), -1)])
-    expected = padded[anchors[0, :, None] + torch.arange(1, size)]
-    return (drafts == expected).long().cumprod(-1).sum(-1).tolist()
+@dataclass(frozen=True)
+class Trace:
+    """What proposals are worth behind each token of one answer.
+
+    Attributes:
+        seen: Of the drafter's whole block and of the look-up, int64 [anchors] each.
+        trees: Drafts that are right in trees of so many nodes, [anchors] each.
+        branched: The same with the look-up as one more branch.
+        hoped: What the drafter expects of `trees`.
+    """
+
+    seen: Comparison
+    trees: dict[int, np.ndarray]
+    branched: dict[int, np.ndarray]
+    hoped: dict[int, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.seen.match)
+
+    def accepted(self, at: int, arm: Arm, splice: int) -> int:
+        """Right drafts behind an anchor; look-ups join only where `splice` is one of theirs."""
+        seen = self.seen
+        if arm.proposer == "tree":
+            return int((self.trees if splice == NEVER else self.branched)[arm.nodes][at])
+        if arm.proposer == "chain":
+            found = seen.match[at] > 0 and seen.match[at] + seen.agreed[at] >= splice
+            return int((seen.right if found else seen.drafted)[at])
+        return int(seen.right[at]) if arm.proposer == "lookup" else 0
 
 
 @torch.no_grad()
-def record(drafter: Drafter, target_name: str, tokens: int) -> dict[str, list[list[int]]]:
-    """Accepted lengths by position, for every prompt of each prompt file."""
+def record(
+    drafter: Drafter, target_name: str, tokens: int, trees: Sequence[int], most: int
+) -> dict[str, list[Trace]]:
+    """Traces of the answers to each prompt file.
+
+    Args:
+        tokens: Of an answer.
+        trees: Nodes of trees.
+        most: Prompts of a file.
+    """
     path = target_path(target_name)
     target = load_target(path, drafter.config.target_layer_ids)
     tokenizer = AutoTokenizer.from_pretrained(path)
     stops = stop_tokens(tokenizer, target.model.generation_config)
+    odds = BranchOdds()
     traces = {}
     for file in sorted(PROMPTS.glob("*.jsonl")):
-        prompts = [encode(tokenizer, messages) for messages in read_prompts(file)]
+        prompts = [encode(tokenizer, messages) for messages in read_prompts(file)][:most]
         generator = Generator(target, 48, 1024, Sampling(max_new_tokens=tokens, stop_ids=stops))
-        answers = [(prompts[a.prompt], a.ids) for a in generator.run(prompts)]
-        lengths = [accepted_lengths(drafter, target, *pair) for pair in answers]
-        traces[file.stem] = [trace for trace in lengths if trace]
+        traces[file.stem] = []
+        for answer in generator.run(prompts):
+            if len(answer.ids) < 2:
+                continue
+            table = draft_table(target, drafter, prompts[answer.prompt], answer.ids)
+            found = look_ups(prompts[answer.prompt], answer.ids, max(trees) - 1)
+            traces[file.stem].append(
+                Trace(
+                    table.compare(found),
+                    table.accepted_of_trees(trees),
+                    table.accepted_of_trees(trees, found.branches(odds)),
+                    table.hoped_of_trees(trees),
+                )
+            )
+            found.teach(odds)
     return traces
 
 
 @dataclass
 class _Request:
     rid: int
-    trace: list[int]
+    trace: Trace
     at: int = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.trace) - self.at
+
+
+class Fixed:
+    """One arm for the whole run."""
+
+    def __init__(self, arm: Arm, splice: int = NEVER) -> None:
+        self.arm, self.splice = arm, splice
+
+    def choose(self, _batch: Sequence[_Request]) -> tuple[Arm, int]:
+        return self.arm, self.splice
+
+    def learn(self, batch: Sequence[_Request], commits: list[int], seconds: float) -> None:
+        """Nothing."""
+
+
+class CostAware(Fixed):
+    """CaDDTree: the budget with the most expected tokens a second, by the drafter's own word."""
+
+    def __init__(self, budgets: Sequence[int], seconds: scenarios.Seconds) -> None:
+        super().__init__(PLAIN)
+        self._budgets, self._seconds = budgets, seconds
+
+    def choose(self, batch: Sequence[_Request]) -> tuple[Arm, int]:
+        def rate(nodes: int) -> float:
+            hoped = sum(1 + request.trace.hoped[nodes][request.at] for request in batch)
+            return hoped / self._seconds(len(batch), Arm("tree", nodes))
+
+        return Arm("tree", max(self._budgets, key=rate)), NEVER
+
+
+class Policy:
+    """The policy as a server runs it, from measured step times on."""
+
+    def __init__(
+        self, config: AdaptiveConfig, seconds: scenarios.Seconds, largest: int, seed: int
+    ) -> None:
+        table = scenarios.start_up_table(seconds, config.arms, largest, _TABLE_ERROR, [seed, 1])
+        self._policy, self._seed = ArmPolicy(config, table), seed
+        self._looks_up = "lookup" in config.proposers
+        self._noise = np.random.default_rng(seed)
+        self._decision: Decision | None = None
+
+    def choose(self, batch: Sequence[_Request]) -> tuple[Arm, int]:
+        decision = self._policy.choose([r.rid for r in batch], [r.left for r in batch])
+        self._decision = decision
+        # Trees take look-ups as branches whatever the rule for chains says.
+        branches = self._looks_up and decision.arm.proposer == "tree"
+        return decision.arm, 0 if branches else decision.splice
+
+    def learn(self, batch: Sequence[_Request], commits: list[int], seconds: float) -> None:
+        """Before the batch goes on."""
+        assert self._decision
+        seconds *= self._noise.lognormal(0.0, _STEP_NOISE)
+        seen = _seen(batch, commits, self._decision.arm) if self._looks_up else None
+        self._policy.observe(self._decision, commits, seconds, seen)
+        for request, commit in zip(batch, commits, strict=True):
+            if request.left == commit:
+                self._policy.finish(request.rid)
+
+
+def _seen(batch: Sequence[_Request], commits: list[int], arm: Arm) -> Comparison:
+    """What a step shows of look-ups and of the drafter."""
+    match, right, agreed, drafted = np.array(
+        [[values[r.at] for values in r.trace.seen] for r in batch], dtype=np.int64
+    ).T
+    if arm.proposer != "chain":
+        agreed, drafted = np.full_like(match, -1), np.zeros_like(match)
+    return Comparison(match, np.minimum(right, commits), agreed, np.minimum(drafted, commits))
 
 
 def serve(
-    traces: list[list[int]],
+    traces: Sequence[Trace],
     concurrency: int,
     seconds: scenarios.Seconds,
-    width: int | None = None,
-    policy: ArmPolicy | None = None,
-    seed: int = 0,
+    chooser: Fixed | Policy,
 ) -> float:
-    """Tokens per second of one width or of the policy, with so many requests at a time."""
-    rng = np.random.default_rng(seed)
+    """Tokens per second, with so many requests at a time."""
     waiting = [_Request(rid, trace) for rid, trace in enumerate(traces)][::-1]
     batch: list[_Request] = []
     elapsed, tokens = 0.0, 0
     while waiting or batch:
         while waiting and len(batch) < concurrency:
             batch.append(waiting.pop())
-        left = [len(request.trace) - request.at for request in batch]
-        decision = policy.choose([request.rid for request in batch], left) if policy else None
-        chosen = decision.arm.nodes if decision else width
-        assert chosen
-        took = seconds(len(batch), chain(chosen))
-        commits = []
-        for request, most in zip(batch, left, strict=True):
-            commits.append(min(request.trace[request.at] + 1, chosen, most))
-            request.at += commits[-1]
+        arm, splice = chooser.choose(batch)
+        took = seconds(len(batch), arm)
+        commits = [min(r.trace.accepted(r.at, arm, splice) + 1, arm.nodes, r.left) for r in batch]
+        chooser.learn(batch, commits, took)
+        for request, commit in zip(batch, commits, strict=True):
+            request.at += commit
         elapsed, tokens = elapsed + took, tokens + sum(commits)
-        if policy and decision:
-            policy.observe(decision, commits, took * rng.lognormal(0.0, _STEP_NOISE))
-            for request in batch:
-                if request.at == len(request.trace):
-                    policy.finish(request.rid)
-        batch = [request for request in batch if request.at < len(request.trace)]
+        batch = [request for request in batch if request.left]
     return tokens / elapsed
 
 
 def ragged_gain(
-    traces: list[list[int]], concurrency: int, widths: tuple[int, ...], seconds: scenarios.Seconds
+    traces: Sequence[Trace], concurrency: int, widths: tuple[int, ...], seconds: scenarios.Seconds
 ) -> float:
     """What a width per request would add to the best uniform one, both knowing each acceptance."""
     columns = np.array(widths)
     times = np.array([seconds(concurrency, chain(width)) for width in widths])
-    reach = np.array([[np.mean(np.array(t) >= k) for k in range(widths[-1])] for t in traces])
+    reach = np.array([[np.mean(t.seen.drafted >= k) for k in range(widths[-1])] for t in traces])
     rng = np.random.default_rng(0)
     uniform = ragged = 0.0
-    for _ in range(_BATCHES):
+    for _ in range(_RAGGED_BATCHES):
         survival = reach[rng.choice(len(traces), concurrency, replace=concurrency > len(traces))]
         tokens = np.cumsum(survival.sum(axis=0))[columns - 1]
         uniform += float((tokens / times).max())
@@ -125,12 +235,37 @@ def ragged_gain(
     return ragged / uniform - 1
 
 
-def shuffled(pool: list[list[int]], count: int, seed: int) -> list[list[int]]:
+def shuffled(pool: list[Trace], count: int, seed: int) -> list[Trace]:
     """So many traces, every one as often as the others."""
-    rng, drawn = random.Random(seed), list[list[int]]()
+    rng, drawn = random.Random(seed), list[Trace]()
     while len(drawn) < count:
         drawn += rng.sample(pool, len(pool))
     return drawn[:count]
+
+
+def rates(
+    pool: list[Trace],
+    concurrency: int,
+    seconds: scenarios.Seconds,
+    block_size: int,
+    seeds: int,
+) -> dict[str, float]:
+    """Mean tokens per second of every fixed arm by its name, of CaDDTree and of two policies."""
+    every = AdaptiveConfig.for_block_size(block_size)
+    chains = AdaptiveConfig.for_block_size(block_size, proposers=["chain"])
+    trees = AdaptiveConfig.for_block_size(block_size, proposers=["chain", "tree"])
+    choosers: dict[str, Callable[[int], Fixed | Policy]] = {
+        str(arm): lambda _, arm=arm: Fixed(arm) for arm in every.arms
+    }
+    choosers["CaDDTree"] = lambda _: CostAware(every.trees, seconds)
+    for name, config in (("chains", chains), ("chains, trees", trees), ("all", every)):
+        choosers[name] = lambda seed, config=config: Policy(config, seconds, concurrency, seed)
+    found: dict[str, list[float]] = {name: [] for name in choosers}
+    for seed in range(seeds):
+        requests = shuffled(pool, 9 * max(concurrency, 4), seed)
+        for name, make in choosers.items():
+            found[name].append(serve(requests, concurrency, seconds, make(seed)))
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def main() -> None:
@@ -138,42 +273,40 @@ def main() -> None:
     parser.add_argument("drafter", help="checkpoint folder")
     parser.add_argument("--target", default="demo")
     parser.add_argument("--tokens", type=int, default=96, help="of an answer")
+    parser.add_argument("--prompts", type=int, default=48, help="of each file")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--seeds", type=int, default=3)
     scenarios.add_arguments(parser)
-    parser.add_argument("--max-batch", type=int, default=16)
     args = parser.parse_args()
 
     drafter = load_drafter(args.drafter)
-    traces = record(drafter, args.target, args.tokens)
+    block = drafter.config.block_size
+    every = AdaptiveConfig.for_block_size(block)
+    traces = record(drafter, args.target, args.tokens, every.trees, args.prompts)
     traces["mix"] = [trace for pool in traces.values() for trace in pool]
-    config = AdaptiveConfig.for_block_size(drafter.config.block_size, proposers=["chain"])
-    seconds = scenarios.chosen(args, config.arms)
-    ladder = scenarios.batch_sizes(args.max_batch)
-    worst = float("inf")
+    seconds = scenarios.chosen(args, every.arms)
+    names = ", ".join(map(str, every.arms))
+    print(f"step times: {args.table or args.shape + ' shape'}, arms {names}")
+    print("all, trees: the policy with all proposers, or chains and trees, over chains alone")
     for name, pool in traces.items():
-        for concurrency in ladder:
-            rates: dict[int | str, list[float]] = {w: [] for w in (*config.widths, "policy")}
-            for seed in range(_SEEDS):
-                requests = shuffled(pool, 9 * max(concurrency, 4), seed)
-                for width in config.widths:
-                    rates[width].append(serve(requests, concurrency, seconds, width=width))
-                table = scenarios.start_up_table(
-                    seconds, config.arms, args.max_batch, _TABLE_ERROR, [seed, 1]
-                )
-                policy = ArmPolicy(config, table)
-                rates["policy"].append(
-                    serve(requests, concurrency, seconds, policy=policy, seed=seed)
-                )
-            mean = {arm: float(np.mean(values)) for arm, values in rates.items()}
-            best = max(config.widths, key=lambda width: mean[width])
-            ratio = mean["policy"] / mean[best]
-            worst = min(worst, ratio)
+        for concurrency in args.batches:
+            rate = rates(pool, concurrency, seconds, block, args.seeds)
+
+            def best(who: str, rate: dict[str, float] = rate) -> Arm:
+                arms = [arm for arm in every.arms if arm.proposer in (who, "plain")]
+                return max(arms, key=lambda arm: rate[str(arm)])
+
+            chains, trees = (rate[str(best(who))] for who in ("chain", "tree"))
+            ragged = ragged_gain(pool, concurrency, every.widths, seconds)
             print(
-                f"{name:8} {concurrency:3} at a time: policy / best fixed {ratio:.3f} "
-                f"(width {best}, {mean[best] / mean[1]:.2f} x width 1), a width per request "
-                f"+{ragged_gain(pool, concurrency, config.widths, seconds):.1%}",
+                f"{name:5} {concurrency:3} at a time: all {rate['all'] / rate['chains']:.3f}, "
+                f"trees {rate['chains, trees'] / rate['chains']:.3f}; "
+                f"over the best chain ({best('chain')}): chains {rate['chains'] / chains:.3f}, "
+                f"a width per request {1 + ragged:.3f}; "
+                f"over the best tree ({best('tree')}): CaDDTree {rate['CaDDTree'] / trees:.3f}, "
+                f"trees {rate['chains, trees'] / trees:.3f}",
                 flush=True,
             )
-    print(f"worst policy / best fixed {worst:.3f}")
 
 
 if __name__ == "__main__":

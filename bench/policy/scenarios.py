@@ -8,23 +8,26 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.policy.world import Scenario
+from bench.policy.world import DRAFTED, Scenario
 from dflare.adaptive import PLAIN, Arm, CostTable, StepTime
 
 Seconds = Callable[[int, Arm], float]
 
 
 def cpu(batch: int, arm: Arm) -> float:
-    """The demo pair on 2 cores of an AMD EPYC: weights come from memory, then every token costs."""
+    """The demo pair on 2 cores of an AMD EPYC: weights come from memory, then every token costs.
+
+    A tree's block is taken for as wide as the tree.
+    """
     tokens = batch * arm.nodes
-    draft = 4e-3 + 0.3e-3 * tokens if arm.proposer == "chain" else 0.0
+    draft = 4e-3 + 0.3e-3 * tokens if arm.proposer in DRAFTED else 0.0
     return 28.5e-3 + 0.95e-3 * tokens + draft
 
 
 def gpu(batch: int, arm: Arm) -> float:
     """An 8B model on one GPU: weight-bound up to some 250 tokens a step, compute-bound after."""
     tokens = batch * arm.nodes
-    draft = 0.9e-3 + 1e-6 * tokens if arm.proposer == "chain" else 0.0
+    draft = 0.9e-3 + 1e-6 * tokens if arm.proposer in DRAFTED else 0.0
     return 5.6e-3 + 8e-6 * batch + 21e-6 * max(tokens - 200, 0) + 2e-6 * tokens + draft
 
 

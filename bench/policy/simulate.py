@@ -64,10 +64,10 @@ def run(scenario: Scenario, seed: int, config: AdaptiveConfig) -> Outcome:
         survival = world.survival(progress)
         times = np.array([scenario.step_seconds(bs, arm, progress) for arm in arms])
         best_splice = None if "lookup" in config.proposers else NEVER
-        tokens = expected_tokens(world, survival, arms, best_splice)
+        tokens = expected_tokens(world, survival, progress, arms, best_splice)
         column = arms.index(decision.arm)
         top = float((tokens / times).max())
-        expected += expected_tokens(world, survival, arms, decision.splice)[column]
+        expected += expected_tokens(world, survival, progress, arms, decision.splice)[column]
         best += top * times[column]
         if decision.exploring:
             lost += times[column] - tokens[column] / top
@@ -96,7 +96,11 @@ def run(scenario: Scenario, seed: int, config: AdaptiveConfig) -> Outcome:
 
 
 def expected_tokens(
-    world: World, survival: np.ndarray, arms: Sequence[Arm], splice: int | None
+    world: World,
+    survival: np.ndarray,
+    progress: float,
+    arms: Sequence[Arm],
+    splice: int | None,
 ) -> np.ndarray:
     """True expected tokens of every arm, [arms].
 
@@ -110,6 +114,8 @@ def expected_tokens(
     else:
         chains = np.where((world.matches() >= splice)[:, None], found, drafts)
     by_proposer = {"plain": drafts, "chain": chains, "lookup": found}
+    if trees := [arm.nodes for arm in arms if arm.proposer == "tree"]:
+        by_proposer["tree"] = world.tree(progress, max(trees)).expected_tokens()
     return np.array([by_proposer[arm.proposer][:, arm.nodes - 1].sum() for arm in arms])
 
 

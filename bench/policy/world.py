@@ -5,14 +5,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from dflare.adaptive import PLAIN, Arm, Comparison
+from dflare.ops import build_draft_tree, walk_draft_tree
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _LEAST = 3  # tokens of the shortest match
 _CHANCE_RIGHT = 0.3  # that a token behind a short match by chance is right
+DRAFTED = ("chain", "tree")  # proposers with a draft pass
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Scenario:
     slope: float = -0.1  # logit per further position
     tilts: tuple[tuple[float, float], ...] = ((1.0, 0.0),)  # (share of requests, tilt)
     tilt_noise: float = 0.3
+    second: float = 0.35  # that a token is right if all better ones of its depth are not
     # Passages copied from earlier text: (probability that one begins, a token; mean tokens).
     copying: tuple[float, float] = (0.0, 1.0)
     chance: float = 0.1  # of a short match that means little
@@ -56,6 +60,46 @@ class Request:
     chance: bool = False  # whether there is a short match behind the latest token
 
 
+@dataclass(frozen=True)
+class Tree:
+    """One request a row.
+
+    Attributes:
+        tokens, parents, depths: As `build_draft_tree` gives them; a token is called by its rank.
+        chances: Of each rank of each depth to be right, [bs, depths, ranks].
+        remaining: Tokens that requests may still produce, [bs].
+    """
+
+    tokens: Ints
+    parents: npt.NDArray[np.int32]
+    depths: npt.NDArray[np.int32]
+    chances: Array
+    remaining: Ints
+
+    def expected_tokens(self) -> Array:
+        """Of the first so many nodes of each tree, the anchor included: [bs, nodes]."""
+        slot = np.maximum(self.depths - 1, 0)
+        own = np.take_along_axis(self.chances, slot[..., None], axis=1)
+        own = np.take_along_axis(own, self.tokens[..., None], axis=2)[..., 0]
+        score = np.ones_like(own)
+        for node in range(1, own.shape[1]):
+            above = np.take_along_axis(score, self.parents[:, node, None], axis=1)[:, 0]
+            score[:, node] = above * own[:, node]
+        return np.cumsum(score * (self.depths < self.remaining[:, None]), axis=1)
+
+    def accepted(self, luck: np.random.Generator) -> Ints:
+        """Drawn numbers of right drafts, [bs]."""
+        draw = luck.random(self.chances.shape[:2])[..., None]
+        right = (draw >= np.cumsum(self.chances, axis=2)).sum(axis=2)  # a rank, or none of them
+        said = np.pad(right, ((0, 0), (0, 1)), constant_values=-1)
+        said = np.take_along_axis(said, self.depths.astype(np.int64), axis=1)
+        _, lens, _ = walk_draft_tree(
+            *(torch.from_numpy(x) for x in (self.tokens, self.parents, said)),
+            int(self.depths.max()) + 1,
+        )
+        return np.minimum(lens.numpy(), self.remaining) - 1
+
+
 class World:
     """One run of a scenario. The same seed serves the same requests whatever the widths."""
 
@@ -81,16 +125,37 @@ class World:
             self.batch.append(Request(self._served, float(tilt), length))
             self._served += 1
 
-    def survival(self, progress: float) -> Array:
-        """Probability that token k of a step is committed, [bs, block_size]; k = 0 always is."""
+    def best_right(self, progress: float) -> Array:
+        """Probability that the best token of each depth is right, [bs, block_size - 1]."""
         scenario = self.scenario
         position = np.arange(scenario.block_size - 1)
         tilt = np.array([request.tilt for request in self.batch])
         logit = scenario.level(progress) + scenario.slope * position + tilt[:, None]
-        survival = np.ones((len(self.batch), scenario.block_size))
-        np.cumprod(1 / (1 + np.exp(-logit)), axis=1, out=survival[:, 1:])
-        remaining = np.array([request.remaining for request in self.batch])
-        return survival * (np.arange(scenario.block_size) < remaining[:, None])
+        return 1 / (1 + np.exp(-logit))
+
+    def survival(self, progress: float) -> Array:
+        """Probability that token k of a step is committed, [bs, block_size]; k = 0 always is."""
+        survival = np.ones((len(self.batch), self.scenario.block_size))
+        np.cumprod(self.best_right(progress), axis=1, out=survival[:, 1:])
+        return survival * (np.arange(self.scenario.block_size) < self._remaining()[:, None])
+
+    def tree(self, progress: float, nodes: int) -> "Tree":
+        """The drafter's trees of so many verified tokens; look-ups are no branches here."""
+        right = self.best_right(progress)[..., None]
+        rank = np.arange(max(nodes - 1, 1))
+        # What a drafter calls the best is never less likely than the second.
+        second = np.minimum(self.scenario.second, right / (1 - right))
+        chances = np.where(rank, (1 - right) * second * (1 - second) ** (rank - 1), right)
+        log_probs = torch.from_numpy(np.log(chances)).float()
+        # Tokens are called by their rank.
+        tokens = torch.from_numpy(rank).expand(log_probs.shape).contiguous()
+        grown = build_draft_tree(
+            torch.zeros(len(right), dtype=torch.long), tokens, log_probs, nodes - 1
+        )
+        return Tree(*(x.numpy() for x in grown), chances, self._remaining())
+
+    def _remaining(self) -> Ints:
+        return np.array([request.remaining for request in self.batch])
 
     def matches(self) -> Ints:
         """Tokens that each request's look-up matches, [bs]; 0 where it finds nothing."""
@@ -101,11 +166,10 @@ class World:
     def look_ups(self, block_size: int) -> Array:
         """Probability that token k of a step is what a look-up proposes, [bs, block_size]."""
         k = np.arange(block_size)
-        remaining = np.array([request.remaining for request in self.batch])
         passage = np.array([request.passage for request in self.batch])
         found = np.where(passage[:, None], k <= passage[:, None], _CHANCE_RIGHT**k)
         found[self.matches() == 0, 1:] = 0.0
-        return found * (k < remaining[:, None])
+        return found * (k < self._remaining()[:, None])
 
     def step(
         self, arm: Arm, survival: Array, progress: float, splice: int = 1 << 30
@@ -120,12 +184,14 @@ class World:
         agreed = np.minimum(drafts, found) if arm.proposer == "chain" else np.full_like(match, -1)
         spliced = (match > 0) & (match + agreed >= splice)
         hits = np.where(spliced, found, drafts) if arm.proposer == "chain" else found
+        if arm.proposer == "tree":
+            hits = self.tree(progress, nodes).accepted(self._luck)
         commit = 1 + np.minimum(hits, nodes - 1)
         seen = Comparison(match, np.minimum(found, commit), agreed, np.minimum(drafts, commit))
         seconds = scenario.step_seconds(len(self.batch), arm, progress)
         seconds *= float(np.exp(scenario.time_noise * self._luck.standard_normal()))
-        self._drafted += arm.proposer == "chain"
-        if arm.proposer == "chain" and self._drafted <= scenario.slow_start:
+        self._drafted += arm.proposer in DRAFTED
+        if arm.proposer in DRAFTED and self._drafted <= scenario.slow_start:
             seconds *= 1.5
         probability, lasting, factor = scenario.busy
         if not self._busy and self._luck.random() < probability:

@@ -1,35 +1,64 @@
 """The replay of a drafter's real acceptance: what it serves, and its record against decoding."""
 
+import numpy as np
 import pytest
 from bench.policy import replay
 
-from dflare.adaptive import AdaptiveConfig, ArmPolicy, CostTable, StepTime, chain
+from dflare.adaptive import NEVER, PLAIN, AdaptiveConfig, Arm, Comparison, chain
 
 
 def seconds(batch, arm):
     return 0.01 + 0.001 * batch * arm.nodes
 
 
+def trace(drafted, trees=None, hoped=None, match=None, right=None):
+    """Of the drafter's right tokens behind each anchor, and what else is given."""
+    none = np.zeros(len(drafted), dtype=np.int64)
+    found = none if match is None else np.array(match), none if right is None else np.array(right)
+    trees = {nodes: np.array(values) for nodes, values in (trees or {}).items()}
+    hoped = {nodes: np.array(values) for nodes, values in (hoped or {}).items()}
+    return replay.Trace(Comparison(*found, none, np.array(drafted)), trees, trees, hoped)
+
+
+def rate(traces, arm, concurrency=1, splice=NEVER):
+    return replay.serve(traces, concurrency, seconds, replay.Fixed(arm, splice))
+
+
 def test_a_width_commits_what_was_accepted_and_no_more_than_the_answer():
-    traces = [[7, 6, 5, 4, 3, 2, 1, 0]]
-    assert replay.serve(traces, 1, seconds, width=8) == pytest.approx(8 / seconds(1, chain(8)))
+    traces = [trace([7, 6, 5, 4, 3, 2, 1, 0])]
+    assert rate(traces, chain(8)) == pytest.approx(8 / seconds(1, chain(8)))
     # Of 4 tokens at a time.
-    assert replay.serve(traces, 1, seconds, width=4) == pytest.approx(
-        8 / (2 * seconds(1, chain(4)))
-    )
-    assert replay.serve([[0, 0, 0]], 1, seconds, width=8) == pytest.approx(
-        3 / (3 * seconds(1, chain(8)))
-    )
+    assert rate(traces, chain(4)) == pytest.approx(8 / (2 * seconds(1, chain(4))))
+    assert rate([trace([0, 0, 0])], chain(8)) == pytest.approx(3 / (3 * seconds(1, chain(8))))
 
 
 def test_requests_run_side_by_side():
-    rate = replay.serve([[0] * 4] * 3, 2, seconds, width=1)
-    assert rate == pytest.approx(12 / (4 * seconds(2, chain(1)) + 4 * seconds(1, chain(1))))
+    found = rate([trace([0] * 4)] * 3, PLAIN, concurrency=2)
+    assert found == pytest.approx(12 / (4 * seconds(2, PLAIN) + 4 * seconds(1, PLAIN)))
 
 
-def test_the_policy_comes_near_the_best_width():
-    config = AdaptiveConfig.for_block_size(8, proposers=["chain"])
-    table = CostTable(config.arms, [StepTime(1, a, seconds(1, a)) for a in config.arms])
-    traces = [[min(7, 59 - i) for i in range(60)]] * 30
-    best = replay.serve(traces, 1, seconds, width=8)
-    assert replay.serve(traces, 1, seconds, policy=ArmPolicy(config, table)) > 0.97 * best
+def test_look_ups_and_trees_commit_what_is_right_in_them():
+    traces = [trace([0] * 4, {3: [1, 0, 1, 0]}, match=[5, 0, 0, 0], right=[3, 0, 0, 0])]
+    assert rate(traces, Arm("tree", 3)) == pytest.approx(4 / (2 * seconds(1, Arm("tree", 3))))
+    assert rate(traces, Arm("lookup", 4)) == pytest.approx(4 / seconds(1, Arm("lookup", 4)))
+    assert rate(traces, chain(4), splice=5) == pytest.approx(4 / seconds(1, chain(4)))
+    assert rate(traces, chain(4), splice=6) == pytest.approx(4 / (4 * seconds(1, chain(4))))
+
+
+def test_a_cost_aware_budget_takes_what_the_drafter_hopes_over_what_it_costs():
+    request = replay._Request(0, trace([0, 0], hoped={2: [0.5, 0.1], 8: [1.5, 0.3]}))
+    chooser = replay.CostAware((2, 8), seconds)
+    assert chooser.choose([request]) == (Arm("tree", 8), NEVER)  # 2.5 / 18 ms, 1.5 / 12 ms
+    request.at = 1
+    assert chooser.choose([request]) == (Arm("tree", 2), NEVER)
+
+
+@pytest.mark.parametrize("proposers", [["chain"], ["chain", "lookup", "tree"]])
+def test_the_policy_comes_near_the_best_arm(proposers):
+    config = AdaptiveConfig.for_block_size(8, proposers=proposers)
+    drafted = [min(7, 59 - i) for i in range(60)]
+    trees = {nodes: [min(2, 59 - i) for i in range(60)] for nodes in config.trees}
+    traces = [trace(drafted, trees)] * 30
+    best = rate(traces, chain(8))
+    policy = replay.Policy(config, seconds, 1, seed=0)
+    assert replay.serve(traces, 1, seconds, policy) > (0.97 if len(proposers) == 1 else 0.93) * best

@@ -2,8 +2,10 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import pytest
 from bench.policy import scenarios, simulate
+from bench.policy.world import World
 
 from dflare.adaptive import AdaptiveConfig
 
@@ -62,3 +64,33 @@ def test_look_ups_gain_where_text_repeats_and_lose_next_to_nothing_elsewhere(sce
     without, with_look_ups = rates.values()
     least = next((gain for kind, gain in GAINS.items() if kind in scenario.name), 0.97)
     assert with_look_ups >= least * without
+
+
+@pytest.mark.parametrize(("seconds", "gain"), [(scenarios.cpu, 1.1), (scenarios.gpu, 1.1)])
+def test_trees_gain_for_one_request_and_the_oracle_knows_them(seconds, gain):
+    (scenario,) = (
+        s for s in scenarios.build(seconds, 8, 16, steps=1500) if s.name == "hard, 1 at a time"
+    )
+    rates = {}
+    for proposers in (("chain",), ("chain", "tree")):
+        config = AdaptiveConfig.for_block_size(8, proposers=proposers)
+        outcome = simulate.run(scenario, seed=0, config=config)
+        assert outcome.regret <= 0.05
+        rates[proposers] = outcome.rate
+    without, with_trees = rates.values()
+    assert with_trees >= gain * without
+
+
+def test_what_is_expected_of_a_tree_is_what_it_accepts():
+    scenario = scenarios.build(scenarios.cpu, 6, 4, steps=100)[0]
+    scenario = replace(scenario, concurrency=lambda _: 3, level=lambda _: -0.3)
+    world, luck = World(scenario, 0), np.random.default_rng(0)
+    world.admit(0.0)
+    world.batch[0].remaining = 2
+    tree = world.tree(0.0, 12)
+    drawn = np.mean([1 + tree.accepted(luck) for _ in range(4000)], axis=0)
+    np.testing.assert_allclose(drawn, tree.expected_tokens()[:, -1], rtol=0.03)
+    # The first nodes of a large tree are the small one.
+    np.testing.assert_allclose(
+        world.tree(0.0, 5).expected_tokens(), tree.expected_tokens()[:, :5], rtol=1e-6
+    )

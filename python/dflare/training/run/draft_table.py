@@ -65,11 +65,23 @@ class DraftTable:
     def tree(
         self, budgets: Sequence[int], branches: Branches | None = None
     ) -> dict[int, list[int]]:
-        """The same for trees of so many verified tokens (DDTree, arXiv 2604.12989).
+        """The same for trees of so many verified tokens, as :meth:`accepted_of_trees`."""
+        return {
+            budget: self._walk(accepted)
+            for budget, accepted in self.accepted_of_trees(budgets, branches).items()
+        }
+
+    def accepted_of_trees(
+        self, budgets: Sequence[int], branches: Branches | None = None
+    ) -> dict[int, np.ndarray]:
+        """Drafts that are right behind each anchor, in trees (DDTree, arXiv 2604.12989).
 
         Args:
             budgets: The anchor and the best drafted nodes, at most K + 1.
             branches: What a look-up proposes at each anchor, merged into the trees.
+
+        Returns:
+            ``[L-1]`` of each budget.
         """
         anchors = torch.from_numpy(self.answer[:-1])
         tokens, parents, depths = build_draft_tree(
@@ -88,9 +100,28 @@ class DraftTable:
         path, lens, _ = walk_draft_tree(tokens, parents, said, deepest)
         # Nodes come best first: a smaller tree is the beginning of a larger one.
         drafts = (torch.arange(deepest) > 0) & (torch.arange(deepest) < lens[:, None])
-        return {
-            budget: self._walk(((path < budget) & drafts).sum(1).tolist()) for budget in budgets
-        }
+        return {budget: ((path < budget) & drafts).sum(1).numpy() for budget in budgets}
+
+    def hoped_of_trees(self, budgets: Sequence[int]) -> dict[int, np.ndarray]:
+        """Drafts that the drafter itself expects to be right: the sum of a tree's probabilities.
+
+        Args:
+            budgets: As above.
+
+        Returns:
+            ``[L-1]`` of each budget.
+        """
+        tokens = torch.from_numpy(self.tokens)
+        log_probs = torch.from_numpy(self.log_probs)
+        anchors = torch.from_numpy(self.answer[:-1])
+        nodes, parents, depths = build_draft_tree(anchors, tokens, log_probs, max(budgets) - 1)
+        slot = (depths.long() - 1).clamp(min=0)[:, :, None].expand(-1, -1, tokens.shape[-1])
+        rank = (tokens.gather(1, slot) == nodes[..., None]).int().argmax(-1, keepdim=True)
+        own = log_probs.gather(1, slot).gather(2, rank)[..., 0]
+        score = torch.zeros_like(own)
+        for node in range(1, own.shape[1]):
+            score[:, node] = own[:, node] + score.gather(1, parents[:, node, None].long())[:, 0]
+        return {budget: score[:, 1:budget].exp().sum(1).numpy() for budget in budgets}
 
     def _walk(self, accepted: Sequence[int] | np.ndarray) -> list[int]:
         """Go through the answer; ``accepted[i]`` drafts are right behind anchor i."""
