@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
-from dflare.adaptive import AdaptiveConfig, Arm, ArmPolicy, BranchOdds, CostTable, StepTime
+from dflare.adaptive import AdaptiveConfig, Arm, ArmPolicy, CostTable, StepTime
+from dflare.branch import BranchOdds
 
 BLOCK = 6
 
@@ -66,12 +68,13 @@ def test_trees_that_no_slots_are_reserved_for_are_refused(trees):
 def test_odds_of_a_look_up_follow_what_was_right():
     """By the length of the match, and of what was right behind it."""
     rng, odds = np.random.default_rng(0), BranchOdds()
-    before = np.exp(odds.log_probs([3, 12], 4))
+    match = torch.tensor([3, 12]).int()
+    before = odds.log_probs(match, 4).exp().numpy()
     assert (np.diff(before) > 0).all() and (before[1] > before[0]).all()
     for _ in range(600):
         right = [int(rng.random() < 0.2), int(np.cumprod(rng.random(4) < 0.95).sum())]
-        odds.observe([3, 12], [1, 4], right)
-    after = np.exp(odds.log_probs([3, 12], 4))
+        odds.observe(match, torch.tensor([1, 4]), torch.tensor(right), 4)
+    after = odds.log_probs(match, 4).exp().numpy()
     assert after[0, 0] == pytest.approx(0.2, abs=0.06)
     assert after[1] == pytest.approx(0.95, abs=0.05)
     assert after[0, 1] == pytest.approx(before[0, 1], abs=0.01)  # a match of 4: never seen
@@ -79,9 +82,10 @@ def test_odds_of_a_look_up_follow_what_was_right():
 
 def test_tokens_that_were_not_reached_teach_nothing():
     odds = BranchOdds()
-    before = odds.log_probs([5], 6)
-    odds.observe([5], [0], [0])
-    assert (odds.log_probs([5], 6) == before).all()
-    odds.observe([5], [6], [1])  # the second was wrong
-    changed = odds.log_probs([5], 6) != before
+    five, none = torch.tensor([5]).int(), torch.tensor([0])
+    before = odds.log_probs(five, 6)
+    odds.observe(five, none, none, 6)
+    assert (odds.log_probs(five, 6) == before).all()
+    odds.observe(five, torch.tensor([6]), torch.tensor([1]), 6)  # the second was wrong
+    changed = odds.log_probs(five, 6) != before
     assert changed[0, :2].all() and not changed[0, 2:].any()

@@ -11,14 +11,12 @@ _HERE = Path(__file__).parent
 sys.path[:0] = [str(_HERE), str(_HERE.parent / "engine")]
 
 import scheduler_process  # noqa: E402
-from models import write_pair  # noqa: E402
+from models import GRAMMAR, write_pair  # noqa: E402
 from reference_drafter import ReferencePair  # noqa: E402
 from scheduler_process import Scheduler, running_scheduler  # noqa: E402
 
 # Every change of width in the middle of requests, the block (4) the most often.
 TURNS = [3, 1, 4, 2, 1, 1, 4, 4]
-# Without it a random model answers with white space alone.
-GRAMMAR = {"grammar_backend": "xgrammar", "constrained_json_disable_any_whitespace": True}
 
 
 @pytest.fixture(scope="session")

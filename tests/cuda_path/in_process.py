@@ -46,6 +46,7 @@ class InProcessScheduler:
         target: Folder of the target.
         draft: Folder of a drafter, for DFLARE.
         widths: Verify widths of successive decode steps, cyclic; or a value of DFLARE_ADAPTIVE.
+        from_text: Whether trees are drafted from the request's own text (see `observers`).
         plant: Name of a bug to put in (see `plants`).
         order: Seed of a random legal order of the device's work, None to run work at once.
         memory_gb: Size of the device, for a model whose memory is counted and never touched: no
@@ -59,6 +60,7 @@ class InProcessScheduler:
         target: str,
         draft: str | None = None,
         widths: list[int] | str = "off",
+        from_text: bool = False,
         plant: str | None = None,
         order: int | None = None,
         memory_gb: float | None = None,
@@ -74,6 +76,8 @@ class InProcessScheduler:
         load_plugins()
         self._proposals = observers.Proposals()
         self._widths = observers.script_widths(None if isinstance(widths, str) else widths)
+        if from_text:
+            observers.draft_from_text()
         if plant:
             plants.plant(plant)
         if draft:

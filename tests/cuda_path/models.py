@@ -14,6 +14,8 @@ _SIZES = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": "bfloat16"
 TIE = 0.2
 CAPTURED = 4  # requests of the largest graph, unless a test says otherwise
 GREEDY = {"temperature": 0, "ignore_eos": True}
+# Without it a random model answers with white space alone.
+GRAMMAR = {"grammar_backend": "xgrammar", "constrained_json_disable_any_whitespace": True}
 
 
 def write_pair(folder: Path, **draft: Any) -> tuple[Path, Path]:

@@ -11,6 +11,8 @@ from device import DEVICE
 from scripted_arms import ScriptedPolicy, Turn, configuration
 
 from dflare.adaptive import AdaptiveConfig, ArmPolicy
+from dflare.engine import tree_step
+from dflare.engine.verify_step import step_slots
 from dflare.engine.worker import DFlareWorker
 
 # Frames of these are not the cause of a wait.
@@ -66,6 +68,28 @@ def script_widths(script: list[Turn] | None) -> list[tuple[int, int]]:
     DFlareWorker.configure = staticmethod(configure)
     DFlareWorker.make_policy = staticmethod(make_policy)
     return ran
+
+
+def draft_from_text() -> None:
+    """Let trees be drafted from the request's own text, with a wrong token before each of its own.
+
+    A random drafter is hardly ever right; and where all the first nodes are, a tree's path lies
+    where a chain's would, and nothing is moved. Here its nodes are the second, the fourth, ...
+    """
+    drafter = tree_step.draft_marginals
+
+    def draft_marginals(worker, batch, count):
+        tokens, _ = drafter(worker, batch, count)  # its graphs run all the same
+        slots = step_slots(worker.model_runner, batch, int(worker.block_size))
+        found = worker.texts.look_up(batch, slots).found[:, : tokens.shape[1], None]
+        rank = torch.arange(count, device=found.device)
+        log_probs = torch.where(rank == 1, -0.05, -0.1) - 5.0 * (rank > 1)
+        shifted = (
+            found + (rank == 0) + 2 * (rank > 1) * rank
+        ) % worker.draft_model.config.vocab_size
+        return shifted, log_probs.float().expand(shifted.shape).contiguous()
+
+    tree_step.draft_marginals = draft_marginals
 
 
 @contextmanager

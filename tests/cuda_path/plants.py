@@ -111,10 +111,10 @@ def buffer_shared_between_widths() -> None:
     at = WidthStates.at
 
     @contextmanager
-    def keep(states: WidthStates, width: int) -> Iterator[None]:
+    def keep(states: WidthStates, width: int, *, tree: bool = False) -> Iterator[None]:
         worker = states._worker
         of_block = worker._draft_block_tokens_buf
-        with at(states, width):
+        with at(states, width, tree=tree):
             own = worker._draft_block_tokens_buf
             if of_block is not None:
                 worker._draft_block_tokens_buf = of_block
@@ -133,9 +133,9 @@ def _leave_in_place(name: str, owner: str, attribute: str) -> None:
         at = WidthStates.at
 
         @contextmanager
-        def leave(states: WidthStates, width: int) -> Iterator[None]:
+        def leave(states: WidthStates, width: int, *, tree: bool = False) -> Iterator[None]:
             holder = getattr(states._worker, owner) if owner else states._worker
-            with at(states, width):
+            with at(states, width, tree=tree):
                 yield
                 left = getattr(holder, attribute)
             setattr(holder, attribute, left)

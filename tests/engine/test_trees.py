@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from engines import running_engine
 from prompts import chat_prompts
 from test_lossless import generate, tokens
@@ -82,30 +83,36 @@ def test_distribution_of_three_tokens_with_trees(constant_pair):  # noqa: F811
     assert SAMPLES * 0.05 < accepted < SAMPLES * 1.9, "both accepting and rejecting must happen"
 
 
-def test_targets_that_cannot_are_served_chains(monkeypatch):
-    from dflare.engine import tree_step
+def test_targets_that_cannot_are_served_chains():
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
     from dflare.engine.tree_step import why_no_trees
 
-    parallel = SimpleNamespace(tp_size=1)
-    monkeypatch.setattr(tree_step, "get_parallel", lambda: parallel)
+    class TritonAttnBackend(SimpleNamespace):
+        """By this name SGLang's own rules for masks go, too."""
 
-    def worker(**changes):
-        runner = SimpleNamespace(token_to_kv_pool=None, attn_backend=None, model=None)
-        return SimpleNamespace(
-            **{"device": "cpu", "_need_mamba_verify_commit": False, "model_runner": runner}
-            | changes
+    def reason(recurrent=False, **changes):
+        head = SimpleNamespace(weight=torch.ones(4, 2), shard_indices=None)
+        runner = {
+            "token_to_kv_pool": object.__new__(MHATokenToKVPool),
+            "attn_backend": TritonAttnBackend(sliding_window_size=None),
+            "model": SimpleNamespace(lm_head=head),
+        }
+        runner = SimpleNamespace(**runner | changes)
+        return why_no_trees(
+            SimpleNamespace(_need_mamba_verify_commit=recurrent, model_runner=runner)
         )
 
-    assert "on a CPU only" in why_no_trees(worker(device="cuda"))
-    assert "recurrent states" in why_no_trees(worker(_need_mamba_verify_commit=True))
-    assert "slots of a NoneType" in why_no_trees(worker())
-    parallel.tp_size = 2
-    assert "tensor-parallel" in why_no_trees(worker())
+    assert "recurrent states" in reason(recurrent=True)
+    assert "slots of a NoneType" in reason(token_to_kv_pool=None)
+    assert "SimpleNamespace would take a tree" in reason(attn_backend=SimpleNamespace())
+    window = TritonAttnBackend(sliding_window_size=128)
+    assert "sliding window" in reason(attn_backend=window)
+    assert "gives no logits" in reason(model=SimpleNamespace())
+    assert "gives no logits" in reason()  # nobody knows which rows are tokens
 
 
 def test_a_grammar_walks_each_nodes_children_in_their_order():
-    import torch
-
     from dflare.engine.tree_step import DraftTree
 
     parents = torch.tensor([[-1, 0, 0, 1, 1, 2, 0], [-1, 0, 1, 2, 3, 4, 5]]).int()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import random_drafter, tiny_causal_lm, tiny_draft_config
 
-from dflare.adaptive import BranchOdds
+from dflare.branch import BranchOdds
 from dflare.errors import DFlareError
 from dflare.training.data.slot_cache import ATTENTION
 from dflare.training.data.target import Target

@@ -1,13 +1,13 @@
 """Who proposes, and how much is verified, by load and acceptance; knows no SGLang, no torch."""
 
 from dflare.adaptive.arms import PLAIN, Arm, chain
-from dflare.adaptive.branch import BranchOdds
 from dflare.adaptive.config import AdaptiveConfig
 from dflare.adaptive.controller import ArmController, measure_steps
 from dflare.adaptive.cost import CostTable, StepTime, save_step_times
 from dflare.adaptive.lookup import LEAST_MATCH, NEVER, Comparison
 from dflare.adaptive.metrics import SpecMetrics
 from dflare.adaptive.policy import ArmPolicy, Decision
+from dflare.adaptive.standing import Standing
 
 __all__ = [
     "LEAST_MATCH",
@@ -17,11 +17,11 @@ __all__ = [
     "Arm",
     "ArmController",
     "ArmPolicy",
-    "BranchOdds",
     "Comparison",
     "CostTable",
     "Decision",
     "SpecMetrics",
+    "Standing",
     "StepTime",
     "chain",
     "measure_steps",

@@ -31,7 +31,7 @@ class AdaptiveConfig(BaseModel):
         min_length=1,
         description="Who may propose: the drafter (`chain`), the request's own text (`lookup`), "
         "alone and, with the others, beside drafted tokens, and the drafter's several best "
-        "continuations (`tree`, on a CPU).",
+        "continuations (`tree`; on CUDA with `--attention-backend triton`).",
     )
     trees: tuple[int, ...] = Field(
         default=(),

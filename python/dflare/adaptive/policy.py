@@ -17,6 +17,7 @@ from dflare.adaptive.arms import PLAIN, Arm
 from dflare.adaptive.config import AdaptiveConfig
 from dflare.adaptive.cost import CostTable
 from dflare.adaptive.lookup import NEVER, Comparison, SpliceRule
+from dflare.adaptive.standing import Standing
 
 _CREDIT_STEPS = 5.0  # exploration saved up at most, in step times
 _TRIALS = 2  # decisions for each arm that a new server takes: start-up measures some times wrong
@@ -88,7 +89,7 @@ class ArmPolicy:
         self._drafts = np.array([arm.proposer in _DRAFTED for arm in self.arms])
         self._undrafted = 0
         self._held: Decision | None = None
-        self._hold = 0  # steps for which the held decision still stands
+        self._standing = Standing()  # of the held decision
         # Results of the held decision from which nothing was learned yet.
         self._results = _Results([], [], [])
 
@@ -104,8 +105,7 @@ class ArmPolicy:
         """
         ids = tuple(request_ids)
         held = self._held
-        if held and self._hold and held.request_ids == ids and held.arm.nodes <= max(remaining):
-            self._hold -= 1
+        if held and self._standing.goes_on(ids, remaining):
             self._count(held)
             return held
         self._learn()
@@ -152,7 +152,8 @@ class ArmPolicy:
             predicted_seconds=float(seconds[chosen]),
         )
         self._count(decision)
-        self._held, self._hold = decision, _HOLD - 1 if chosen == best else 0
+        self._held = decision
+        self._standing.begin(ids, decision.arm.nodes, _HOLD if chosen == best else 1)
         return decision
 
     @property
@@ -161,7 +162,7 @@ class ArmPolicy:
 
         Other requests, or fewer tokens left than its nodes, end it earlier.
         """
-        return self._hold + 1
+        return self._standing.left + 1
 
     def observe(
         self,

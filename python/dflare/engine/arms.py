@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from sglang.srt.disaggregation.utils import DisaggregationMode
-from sglang.srt.managers.scheduler import GenerationBatchResult
 from sglang.srt.runtime_context import (
     get_disagg,
     get_exec,
@@ -29,6 +28,7 @@ from dflare.adaptive import (
     ArmPolicy,
     CostTable,
     SpecMetrics,
+    Standing,
     chain,
     measure_steps,
 )
@@ -67,9 +67,8 @@ class Agreement:
         """
         self._group = group
         self._arms = list(arms)
-        self._requests: tuple[str, ...] = ()
         self._choice: tuple[Arm, int] | None = None
-        self._left = 0
+        self._standing = Standing()
 
     @property
     def is_leader(self) -> bool:
@@ -93,14 +92,13 @@ class Agreement:
         if self._group.world_size == 1:
             assert choice
             return choice[:2]
-        ids, held = tuple(requests), self._choice
-        if not (held and self._left and ids == self._requests and held[0].nodes <= max(remaining)):
+        ids = tuple(requests)
+        if self._choice is None or not self._standing.goes_on(ids, remaining):
             words = (self._arms.index(choice[0]), *choice[1:]) if choice else (0, 0, 0)
-            index, splice, self._left = self.from_leader(*words)
-            held = self._choice = self._arms[index], splice
-            self._requests = ids
-        self._left -= 1
-        return held
+            index, splice, steps = self.from_leader(*words)
+            self._choice = self._arms[index], splice
+            self._standing.begin(ids, self._arms[index].nodes, steps)
+        return self._choice
 
     def from_leader(self, *values: int) -> list[int]:
         """What rank 0 says, over the CPU group."""
@@ -140,11 +138,13 @@ class Arms:
         if reason:
             logger.warning("every step verifies the whole block: adaptive arms and %s", reason)
             config = None
-        self._states = WidthStates(worker, config.widths if config else ())
+        trees = config.trees if config and "tree" in config.proposers else ()
+        self._states = WidthStates(worker, config.widths if config else (), trees)
         if config and len(self._states.widths) < 2:
             config = None
         if config:
-            config = config.model_copy(update={"widths": self._states.widths})
+            built = {"widths": self._states.widths, "trees": self._states.trees}
+            config = config.model_copy(update=built)
         arms = config.arms if config else (chain(self._block),)
         self._agreement = Agreement(group, arms)
         policy = make_policy(config, lambda: self._measure(arms)) if config else None
@@ -177,19 +177,22 @@ class Arms:
         return self._agreement.settle(ids, left, choice)
 
     def at(self, arm: Arm) -> AbstractContextManager[None]:
-        """Run the worker at the width of an arm; trees are drafted by whole blocks."""
-        return self._states.at(self._block if arm.proposer == "tree" else arm.nodes)
+        """Run the worker as an arm needs it."""
+        return self._states.at(arm.nodes, tree=arm.proposer == "tree")
 
     def interrupt(self) -> None:
         """A prefill runs, or nothing."""
         if self._controller:
             self._controller.interrupt()
 
-    def compare(self, proposal: Proposal, result: GenerationBatchResult) -> None:
-        """Let the policy learn what a look-up was worth in the step just launched."""
+    def compare(self, proposal: Proposal, right: torch.Tensor) -> None:
+        """Let the policy learn what a look-up was worth in the step just launched.
+
+        Args:
+            right: from `Proposal.right`.
+        """
         if self._controller:  # of the rank that learns
-            tokens = result.next_token_ids.view(len(proposal.match), -1)
-            self._controller.compare(proposal.compare(tokens, result.accept_lens))
+            self._controller.compare(proposal.compare(right))
 
     def complete(self, commit_lens: Sequence[int]) -> None:
         """The result of the oldest step in flight is on the host: committed tokens a request."""

@@ -47,16 +47,23 @@ class Texts:
         """Note the tokens whose keys and values a prefill has just written."""
         self._tokens[batch.out_cache_loc] = batch.input_ids.int()
 
-    def look_up(self, batch: Any, count: int) -> "Proposal":
-        """Propose `count` tokens behind the anchors of a decode batch."""
-        rows, lens = batch.req_pool_indices, batch.seq_lens
+    def look_up(self, batch: Any, slots: torch.Tensor) -> "Proposal":
+        """Propose tokens behind the anchors of a decode batch.
+
+        Args:
+            slots: [bs, w] int64, of the anchors and what follows them: as many are proposed.
+        """
         anchors = batch.spec_info.bonus_tokens.view(-1)
         found, match = ops.lookup_continuations(
-            self._tokens, self._table, rows, lens, anchors, count, least_match=LEAST_MATCH
+            self._tokens,
+            self._table,
+            batch.req_pool_indices,
+            batch.seq_lens,
+            anchors,
+            slots.shape[1],
+            least_match=LEAST_MATCH,
         )
-        # Read now: once the target has run, the scheduler may write to the table.
-        positions = lens[:, None] + torch.arange(count, device=lens.device)
-        return Proposal(found, match, anchors, self._table[rows[:, None], positions].long())
+        return Proposal(found, match, anchors, slots)
 
     def write_committed(self, proposal: "Proposal", tokens: torch.Tensor) -> None:
         """Note what a verification has committed; what lies behind it is written again later.
@@ -103,31 +110,32 @@ class Proposal:
             drafts.copy_(torch.where(taken[:, None], found, drafts))
 
     def right(self, tokens: torch.Tensor, commit_lens: torch.Tensor) -> torch.Tensor:
-        """How many of the look-up's tokens were committed before the first other one, [bs] int32.
-
-        Args:
-            tokens: [bs, w] int64, of which the first `commit_lens` [bs] of each row are committed.
-        """
-        width = tokens.shape[1]
-        committed = torch.arange(width, device=tokens.device) < commit_lens[:, None]
-        return _leading((self.found[:, :width] == tokens) & committed) * (self.match > 0)
-
-    def compare(self, tokens: torch.Tensor, commit_lens: torch.Tensor) -> Callable[[], Comparison]:
-        """Hold the proposals against what was committed.
+        """How many of the tokens proposed were committed before the first other one.
 
         Args:
             tokens: [bs, w] int64, of which the first `commit_lens` [bs] of each row are committed.
 
         Returns:
-            Gives the comparison, once the step's own result is on the host.
+            [1, bs] int32, of the look-ups; if the drafter proposed too, [2, bs], its own below.
         """
         width = tokens.shape[1]
         committed = torch.arange(width, device=tokens.device) < commit_lens[:, None]
-        proposals, known = self.found[None, :, :width], [self.match[None]]
-        if self.drafts is not None and self.agreed is not None:
+        proposals = self.found[None, :, :width]
+        if self.drafts is not None:
             proposals = torch.stack((proposals[0], pad(self.drafts, (0, 1), value=-1)))
-            known.append(self.agreed[None])
-        on_host = _to_host(torch.cat((*known, _leading((proposals == tokens) & committed))))
+        return _leading((proposals == tokens) & committed)
+
+    def compare(self, right: torch.Tensor) -> Callable[[], Comparison]:
+        """Hold the proposals against what was committed.
+
+        Args:
+            right: from the method of this name.
+
+        Returns:
+            Gives the comparison, once the step's own result is on the host.
+        """
+        known = [self.match[None]] if self.agreed is None else [self.match[None], self.agreed[None]]
+        on_host = _to_host(torch.cat((*known, right)))
         return lambda: _comparison(on_host.numpy().astype(np.int64))
 
 

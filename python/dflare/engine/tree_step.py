@@ -1,4 +1,4 @@
-"""The decode step that verifies a tree of drafts, on the CPU.
+"""The decode step that verifies a tree of drafts.
 
 The drafter's block gives each depth a distribution; the best prefixes of their product are verified
 in one forward of the target, each node behind its own ancestors (DDTree, arXiv 2604.12989). What
@@ -12,25 +12,26 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
+from sglang.srt.lora.layers import unwrap_lora_layer
 from sglang.srt.managers.scheduler import GenerationBatchResult
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.dflash_utils import is_dense_head_weight
-from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2, _is_all_greedy
+from sglang.srt.speculative.dflash_worker_v2 import _is_all_greedy
 from sglang.srt.speculative.spec_sampling_mask import SpeculativeSamplingMaskCapture
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 from sglang.srt.speculative.spec_utils import GrammarTree
 
 from dflare import ops
-from dflare.adaptive import BranchOdds
-from dflare.engine.attention import CpuAttentionBackend
-from dflare.engine.cpu_layers import head_logits
+from dflare.branch import BranchOdds
 from dflare.engine.cpu_memory import CpuKVPool
-from dflare.engine.draft_head import DraftHead
 from dflare.engine.lookups import Proposal
 from dflare.engine.sampling import sample_verify_positions
-from dflare.engine.swapping import swapped
+from dflare.engine.tree_draft import draft_marginals
 from dflare.engine.verify_step import adjust_logits, run_target, step_result
+
+# Those of the target that mask a tree.
+_BACKENDS = {"CpuAttentionBackend", "TritonAttnBackend"}
 
 
 @dataclass
@@ -38,7 +39,8 @@ class TreeVerifyInput(DFlashVerifyInput):
     """A verification whose tokens form one tree a request.
 
     Attributes:
-        parents: [bs * (n + 1)] int32, as `ops.paged_attention` takes them.
+        parents: [bs * (n + 1)] int32, as `ops.paged_attention` takes them; `custom_mask` says the
+            same to SGLang's attention.
     """
 
     parents: torch.Tensor | None = None
@@ -60,13 +62,14 @@ class DraftTree:
 
     def for_grammar(self) -> GrammarTree:
         """As SGLang walks it: first child and next sibling of each node, -1 for none."""
-        child = torch.full_like(self.tokens, -1)
-        sibling = torch.full_like(self.tokens, -1)
-        rows = torch.arange(len(self.tokens))
-        for node in range(self.tokens.shape[1] - 1, 0, -1):
-            above = self.parents[:, node].long()
-            sibling[:, node] = child[rows, above]
-            child[rows, above] = node
+        width = self.tokens.shape[1]
+        row = torch.arange(width, device=self.tokens.device)
+        is_child = self.parents[:, None] == row[:, None]  # [bs, parent, node]
+        behind = (self.parents[:, None] == self.parents[:, :, None]) & (row > row[:, None])
+        child, sibling = (
+            first.where(first < width, -1)
+            for first in (row.where(found, width).amin(-1) for found in (is_child, behind))
+        )
         return GrammarTree.from_device(child, sibling, self.tokens)
 
 
@@ -77,17 +80,16 @@ def why_no_trees(worker: Any) -> str | None:
         worker: a `DFlareWorker` with its pools and attention backends.
     """
     runner = worker.model_runner
-    if torch.device(worker.device).type != "cpu":
-        return "they are verified on a CPU only so far"
-    if get_parallel().tp_size > 1:
-        return "tensor-parallel ranks hold the head in parts"
+    backend, pool = runner.attn_backend, runner.token_to_kv_pool
     if worker._need_mamba_verify_commit:
         return "the target's recurrent states know one path only"
-    if type(runner.token_to_kv_pool) is not CpuKVPool:
-        return f"nothing moves slots of a {type(runner.token_to_kv_pool).__name__}"
-    if not isinstance(runner.attn_backend, CpuAttentionBackend):
-        return f"{type(runner.attn_backend).__name__} would take a tree for a chain"
-    head = getattr(runner.model, "lm_head", None)
+    if type(pool) not in (CpuKVPool, MHATokenToKVPool):
+        return f"nothing moves slots of a {type(pool).__name__}"
+    if type(backend).__name__ not in _BACKENDS:
+        return f"{type(backend).__name__} would take a tree for a chain"
+    if getattr(backend, "sliding_window_size", None):
+        return "a sliding window would count all nodes before a node, not its ancestors alone"
+    head = unwrap_lora_layer(getattr(runner.model, "lm_head", None))
     shard = getattr(head, "shard_indices", None)
     if not is_dense_head_weight(getattr(head, "weight", None)) or shard is None:
         return "the target's head gives no logits of a drafter's states"
@@ -111,12 +113,12 @@ class TreeStep:
             worker: for which `why_no_trees` gives no reason.
         """
         self._worker = worker
-        self._odds = BranchOdds()
+        self._odds = BranchOdds(worker.device)
 
     def run(
         self,
         batch: Any,
-        width: int,
+        slots: torch.Tensor,
         look_up: Proposal | None,
         on_publish: Callable[[torch.Tensor], None] | None = None,
         grammar_barrier: Any = None,
@@ -125,13 +127,13 @@ class TreeStep:
 
         Args:
             batch: SGLang's `ScheduleBatch` in decode mode, with the anchors in its `spec_info`.
-            width: tokens of a request that are verified, n + 1; at most twice the block, for which
-                slots are reserved.
+            slots: [bs, n + 1] int64, behind each request's tokens.
             look_up: what may be one more branch of each tree.
             on_publish: told the new lengths as soon as they are known.
             grammar_barrier: waits until the grammars have seen the previous step.
         """
         worker, draft_input, lens = self._worker, batch.spec_info, batch.seq_lens
+        width = slots.shape[1]
         tree = self.tree = self._propose(batch, width - 1, look_up)
         grammar_tree = tree.for_grammar() if batch.has_grammar else None
         positions = lens.long()[:, None] + tree.depths
@@ -140,8 +142,9 @@ class TreeStep:
             positions=positions.flatten(),
             draft_token_num=width,
             parents=tree.parents.flatten(),
+            custom_mask=None if lens.is_cpu else self._mask(batch, tree.parents),
         )
-        target, plan = run_target(worker, batch, verify)
+        target, plan = run_target(worker, batch, verify, slots)
         output = target.logits_output
         chosen = adjust_logits(worker, batch, output, grammar_tree, grammar_barrier)
         if chosen is None:
@@ -152,35 +155,54 @@ class TreeStep:
         path, commit_lens, tokens = ops.walk_draft_tree(
             tree.tokens, tree.parents, chosen.view(positions.shape), stride
         )
-        rows = (path + torch.arange(len(lens))[:, None] * width).flatten().long()
+        first = torch.arange(0, len(lens) * width, width, device=lens.device)
+        rows = (path + first[:, None]).flatten()
         _add_outputs(batch, output, draft_input, chosen, tokens, commit_lens, rows)
         new_lens = lens + commit_lens
         if on_publish is not None:
             on_publish(new_lens)
         self._commit(batch, plan, output.hidden_states[rows], path, commit_lens)
-        if look_up and batch.reqs:  # none of them sent what start-up measures
-            right, match = look_up.right(tokens, commit_lens), look_up.match
-            known = commit_lens.where(match > 0, 0)
-            self._odds.observe(match.tolist(), known.tolist(), right.tolist())
         bonus = tokens.gather(1, commit_lens.long()[:, None] - 1)[:, 0]
         return step_result(worker, target, tokens, commit_lens, bonus, new_lens)
 
+    def learn(self, look_up: Proposal, right: torch.Tensor, commit_lens: torch.Tensor) -> None:
+        """Learn what look-ups are worth as branches.
+
+        Args:
+            look_up: of the step that has run.
+            right: [bs] tokens of it that were committed before the first other one.
+            commit_lens: [bs].
+        """
+        known = commit_lens.where(look_up.match > 0, 0)
+        self._odds.observe(look_up.match, known, right, look_up.found.shape[1])
+
     def _propose(self, batch: Any, nodes: int, look_up: Proposal | None) -> DraftTree:
         """The best prefixes of the drafter's block and the look-up."""
-        worker = self._worker
-        hidden, head = _block_states(worker, batch)
-        tokens, log_probs = _best_tokens(worker.draft_head, hidden, head, nodes)
-        shape = len(batch.seq_lens), int(worker.block_size) - 1, -1
+        tokens, log_probs = draft_marginals(self._worker, batch, nodes)
         anchors = batch.spec_info.bonus_tokens.view(-1).long().contiguous()
         branch: tuple[torch.Tensor, ...] = ()
         if look_up:
             found, match = look_up.found[:, :nodes].contiguous(), look_up.match
-            odds = torch.from_numpy(self._odds.log_probs(match.numpy(), found.shape[1]))
+            odds = self._odds.log_probs(match, found.shape[1])
             branch = found, odds, torch.full_like(match, found.shape[1]).where(match > 0, 0)
-        grown = ops.build_draft_tree(
-            anchors, tokens.view(shape), log_probs.view(shape), nodes, *branch
-        )
-        return DraftTree(*grown)
+        return DraftTree(*ops.build_draft_tree(anchors, tokens, log_probs, nodes, *branch))
+
+    def _mask(self, batch: Any, parents: torch.Tensor) -> torch.Tensor:
+        """Where the target's attention reads which nodes each node sees: uint8, see the operator.
+
+        Args:
+            parents: [bs, n + 1] int32.
+        """
+        requests, width = parents.shape
+        shared = self._worker.model_runner.attn_backend.verify_mask
+        if shared is not None and shared.fits(requests):
+            mask = shared.buffer  # the one that graphs read
+        else:
+            bound = batch.spec_info.nxt_kv_lens_sum
+            longest = batch.seq_lens_sum if bound is None else int(bound)
+            mask = parents.new_empty(width * (longest + requests * width), dtype=torch.uint8)
+        ops.write_tree_mask(parents, batch.seq_lens, mask)
+        return mask
 
     def _commit(
         self,
@@ -199,11 +221,16 @@ class TreeStep:
         worker, stride = self._worker, path.shape[1]
         pool = worker.model_runner.token_to_kv_pool
         slots = worker._draft_write_ids(plan).view(len(path), -1)
-        ops.move_tree_path(path, commit_lens, slots, [*pool.k_buffer, *pool.v_buffer])
+        front = slots[:, :stride].flatten()
+        if slots.is_cpu:
+            ops.move_tree_path(path, commit_lens, slots, [*pool.k_buffer, *pool.v_buffer])
+        else:  # what lies behind the path is written again later
+            pool.move_kv_cache(front, slots.gather(1, path.long()).flatten())
+        depth = torch.arange(stride, device=slots.device)
         worker.context.append(
             states,
-            slots[:, :stride].flatten(),
-            (batch.seq_lens.long()[:, None] + torch.arange(stride)).flatten(),
+            front,
+            (batch.seq_lens.long()[:, None] + depth).flatten(),
             block_size=stride,
             commit_lens=commit_lens,
         )
@@ -221,57 +248,6 @@ def _target_tokens(
         return logits.argmax(-1)
     width = positions.shape[1]
     return sample_verify_positions(logits, sampling_info, positions.flatten(), width)
-
-
-class _Drafted(Exception):
-    """Carries what the drafter gave out of DFLASH's step."""
-
-    def __init__(self, hidden: torch.Tensor, head: Any) -> None:
-        super().__init__()
-        self.hidden, self.head = hidden, head
-
-
-def _block_states(worker: Any, batch: Any) -> tuple[torch.Tensor, Any]:
-    """Run the drafter over a block.
-
-    DFLASH prepares the block, its embeddings, its window and its batch in the middle of one long
-    method, and calls the head as the last thing before it verifies: there it is left.
-
-    Returns:
-        The final states [bs * (B - 1), H] of the masked tokens, and the target's head.
-    """
-
-    def leave(*, hidden_states: torch.Tensor, lm_head: Any, **_: Any) -> None:
-        raise _Drafted(hidden_states, lm_head)
-
-    with swapped(worker, _greedy_sample_from_vocab_parallel_head=leave):
-        try:
-            DFlashWorkerV2.forward_batch_generation(worker, batch)
-        except _Drafted as drafted:
-            return drafted.hidden, drafted.head
-    raise AssertionError("DFLASH's step did not call the target's head for its draft")
-
-
-def _best_tokens(
-    draft_head: DraftHead | None, hidden: torch.Tensor, head: Any, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The most probable tokens of each row over all that may be drafted, best first.
-
-    Args:
-        draft_head: rows of the target's head for the tokens that are drafted; None for all.
-        hidden: [rows, H].
-        head: the target's.
-        count: K.
-
-    Returns:
-        tokens [rows, K] int64 and log-probabilities [rows, K] float32.
-    """
-    weight = head.weight[: head.shard_indices.num_org_elements]
-    logits = head_logits(hidden, draft_head.weight if draft_head else weight).float()
-    values, tokens = logits.topk(count, -1)
-    if draft_head:
-        tokens = draft_head.ids[tokens]
-    return tokens, values - logits.logsumexp(-1, keepdim=True)
 
 
 def _add_outputs(

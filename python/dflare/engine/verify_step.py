@@ -15,6 +15,7 @@ def verify_candidates(
     worker: Any,
     batch: Any,
     candidates: torch.Tensor,
+    slots: torch.Tensor,
     on_publish: Any = None,
     grammar_barrier: Any = None,
 ) -> GenerationBatchResult:
@@ -27,6 +28,7 @@ def verify_candidates(
         worker: a `DFlareWorker` that is at width w.
         batch: SGLang's `ScheduleBatch` in decode mode.
         candidates: [bs, w] int64, each request's anchor and what may follow it.
+        slots: [bs, w] int64, theirs.
         on_publish: told the new lengths as soon as they are known (overlap scheduling).
         grammar_barrier: waits until the grammars have seen the previous step.
     """
@@ -37,7 +39,7 @@ def verify_candidates(
     verify = DFlashVerifyInput(
         draft_token=candidates.flatten(), positions=positions.flatten(), draft_token_num=width
     )
-    target, plan = run_target(worker, batch, verify)
+    target, plan = run_target(worker, batch, verify, slots)
     output = target.logits_output
     predicted = adjust_logits(worker, batch, output, grammar_tree, grammar_barrier)
     _, commit_lens, bonus, tokens, new_lens = worker._accept_block(
@@ -69,19 +71,33 @@ def verify_candidates(
     return step_result(worker, target, tokens, commit_lens, bonus, new_lens)
 
 
-def run_target(worker: Any, batch: Any, verify: DFlashVerifyInput) -> tuple[Any, Any]:
+def step_slots(runner: Any, batch: Any, width: int) -> torch.Tensor:
+    """The slots behind each request's tokens, [bs, width] int64.
+
+    Read before the target runs: after that the scheduler may write to the table.
+
+    Args:
+        runner: the target's `ModelRunner`.
+        batch: in decode mode.
+        width: tokens of a request.
+    """
+    columns = batch.seq_lens[:, None] + torch.arange(width, device=batch.seq_lens.device)
+    return runner.req_to_token_pool.req_to_token[batch.req_pool_indices[:, None], columns].long()
+
+
+def run_target(
+    worker: Any, batch: Any, verify: DFlashVerifyInput, slots: torch.Tensor
+) -> tuple[Any, Any]:
     """The target's forward over what is verified, and the plan of the slots that it writes.
 
     Args:
         worker: a `DFlareWorker`.
-        batch: in decode mode; its `out_cache_loc` is set to the slots behind each request's tokens.
+        batch: in decode mode; its `out_cache_loc` is set.
         verify: `draft_token_num` tokens a request and their positions.
+        slots: [bs, draft_token_num] int64, from `step_slots`.
     """
     runner, draft_input, width = worker.model_runner, batch.spec_info, verify.draft_token_num
-    table = runner.req_to_token_pool.req_to_token
-    columns = batch.seq_lens[:, None] + torch.arange(width, device=batch.seq_lens.device)
-    slots = table[batch.req_pool_indices[:, None], columns]
-    batch.out_cache_loc = slots.flatten().long()
+    batch.out_cache_loc = slots.flatten()
     known, known_sum = batch.seq_lens_cpu, batch.seq_lens_sum
     plan = verify.kv_loc_plan = runner.kv_index_translator.plan(
         req_pool_indices=batch.req_pool_indices,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
+from sglang.srt.speculative import dflash_utils
 from sglang.srt.speculative.draft_worker_common import (
     build_block_pos_offsets,
     make_draft_block_spec_info,
@@ -23,6 +24,7 @@ from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 from sglang.srt.speculative.spec_utils import draft_pp_context, draft_tp_context
 
 from dflare.engine.swapping import swapped
+from dflare.engine.tree_draft import MarginalsSampler
 from dflare.errors import UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -80,55 +82,76 @@ def batches_to_capture(sizes: Sequence[int], width: int) -> list[int]:
 class WidthStates:
     """One set of sized attributes a width, of the worker and its two model runners."""
 
-    def __init__(self, worker: Any, widths: Sequence[int]) -> None:
+    def __init__(self, worker: Any, widths: Sequence[int], trees: Sequence[int] = ()) -> None:
         """Build what every width but the block needs; on CUDA this captures graphs.
 
-        Widths for which memory is short are left out, the widest first: half of what is free now is
-        for their graphs, the other half for whatever serving needs.
+        Where memory is short trees and widths are left out, the widest first: half of what is free
+        now is for their graphs, the other half for whatever serving needs.
 
         Args:
             worker: a `DFlareWorker` whose own attention backends and graphs are ready.
             widths: verify widths, ascending, at most the worker's block size.
+            trees: nodes of a tree that the target verifies, ascending. It is drafted by a whole
+                block, so that the target alone runs otherwise than at the block's width.
         """
         self._worker = worker
         self._block = int(worker.block_size)
-        self._states: dict[int, State] = {}
+        # By width, and whether it is a tree's.
+        self._states: dict[tuple[int, bool], State] = {(self._block, False): []}
         on_cpu = torch.device(worker.device).type == "cpu"
         budget = _Budget(None if on_cpu else self._free_memory_gb)
-        for width in widths:
-            if width == self._block:
-                continue
+        drafting: State | None = None
+        wanted = [(width, False) for width in widths if width != self._block]
+        wanted += [(nodes, True) for nodes in trees]
+        for width, tree in wanted:
             if not budget.has_room():
                 break
-            state: State = [(worker, _sized_attributes(worker, width))]
+            state: State = [] if tree else [(worker, _sized_attributes(worker, width))]
             if not on_cpu:  # the CPU backend takes the width from the batch
                 with budget.spending():
-                    state += self._runner_attributes(width)
-            self._states[width] = state
-        self.widths = tuple(w for w in widths if w in self._states or w == self._block)
-        dropped = sorted(set(widths) - set(self.widths))
+                    state += self._tree_attributes(width) if tree else self._attributes(width)
+                    if tree and drafting is None:  # the same for all trees
+                        drafting = self._tree_draft_attributes(max(trees))
+                state += drafting or []
+            self._states[width, tree] = state
+        self.widths = tuple(w for w in widths if (w, False) in self._states)
+        self.trees = tuple(n for n in trees if (n, True) in self._states)
+        dropped = [str(w) for w in widths if w not in self.widths]
+        dropped += [f"{n} (trees)" for n in trees if n not in self.trees]
         if dropped:
             logger.warning(
                 "DFLARE: no CUDA graphs for verify widths %s, which are left out: %s. Lower "
                 "--mem-fraction-static or --cuda-graph-max-bs to have them",
-                ", ".join(map(str, dropped)),
+                ", ".join(dropped),
                 budget.describe(),
             )
         self.graph_gb = budget.spent
 
     @contextmanager
-    def at(self, width: int) -> Iterator[None]:
+    def at(self, width: int, *, tree: bool = False) -> Iterator[None]:
         """Run the worker at a width; outside it has the block's set, as prefills expect."""
-        if width == self._block:
-            yield
-            return
-        block = _swap(self._states[width])
+        block = _swap(self._states[width, tree])
         try:
             yield
         finally:
-            self._states[width] = _swap(block)
+            self._states[width, tree] = _swap(block)
 
-    def _runner_attributes(self, width: int) -> State:
+    def _tree_attributes(self, nodes: int) -> State:
+        """The target's attention backend and graphs, which read a mask.
+
+        For chains SGLang captures graphs without one where the backend does without.
+        """
+        target = self._worker.model_runner
+        masked = {
+            "resolve_dflash_verify_mask_policy": lambda backend: (type(backend).__name__, True)
+        }
+        with (
+            get_spec().override(speculative_num_draft_tokens=nodes),
+            swapped(dflash_utils, **masked),
+        ):
+            return [(target, self._build(target, nodes))]
+
+    def _attributes(self, width: int) -> State:
         """Attention backends and graphs of target and draft, where they depend on the width."""
         worker = self._worker
         target, draft = worker.model_runner, worker.draft_model_runner
@@ -143,11 +166,24 @@ class WidthStates:
                     state += self._draft_attributes(draft, width)
         return state
 
-    def _draft_attributes(self, draft: Any, width: int) -> State:
+    def _tree_draft_attributes(self, nodes: int) -> State:
+        """The drafter's graphs of a block that end with the best tokens of each depth."""
         worker = self._worker
-        if worker._draft_sampler is None:
+        if worker._draft_sampler is None:  # they end with states, or there are none
+            return []
+        largest = max(get_exec().graph.cuda_graph_config.decode.bs)
+        sampler = MarginalsSampler(worker, nodes - 1, largest)
+        with draft_pp_context(), draft_tp_context(worker.draft_parallel_layout):
+            return self._sampling_attributes(worker.draft_model_runner, self._block, sampler)
+
+    def _draft_attributes(self, draft: Any, width: int) -> State:
+        if self._worker._draft_sampler is None:
             return [(draft, self._build(draft, width))]
-        sampler = worker._maybe_build_draft_sampler()
+        return self._sampling_attributes(draft, width, self._worker._maybe_build_draft_sampler())
+
+    def _sampling_attributes(self, draft: Any, width: int, sampler: Any) -> State:
+        """The drafter's backend and graphs, at whose end a sampler takes the tokens."""
+        worker = self._worker
         # The block's sampler is captured into the block's graphs by a hook of its own.
         others = [hook for hook in draft.capture_tail_hooks if hook is not worker.sampler_hook]
         hooks = [*others, make_draft_sampler_capture_hook(sampler)]

@@ -16,7 +16,7 @@ from dflare.engine.lookups import Proposal
 from dflare.engine.penalties import Penalised
 from dflare.engine.sampling import sample_verify_positions, seeds_of
 from dflare.engine.swapping import swapped
-from dflare.engine.verify_step import verify_candidates
+from dflare.engine.verify_step import step_slots, verify_candidates
 from dflare.engine.worker_start import WorkerStart
 
 
@@ -30,6 +30,10 @@ class DFlareWorker(WorkerStart):
     """
 
     _splice: Callable[[torch.Tensor], None] | None = None  # of the step that runs
+
+    def init_cuda_graphs(self) -> None:
+        """SGLang's name for the last part of a start."""
+        self.init_steps(self._decode)
 
     def forward_batch_generation(
         self,
@@ -84,7 +88,8 @@ class DFlareWorker(WorkerStart):
         grammar_barrier: Any = None,
     ) -> GenerationBatchResult:
         """One step of an arm: a block's of DFLASH, or one that verifies without a draft pass."""
-        proposal = self.texts.look_up(batch, arm.nodes) if self.texts else None
+        slots = step_slots(self.model_runner, batch, arm.nodes)
+        proposal = self.texts.look_up(batch, slots) if self.texts else None
         candidates = _candidates(batch, arm, proposal)
         with ExitStack() as stack:
             if penalised:
@@ -94,19 +99,24 @@ class DFlareWorker(WorkerStart):
                 )
             if arm.proposer == "tree":
                 assert self.trees
-                result = self.trees.run(batch, arm.nodes, proposal, on_publish, grammar_barrier)
+                result = self.trees.run(batch, slots, proposal, on_publish, grammar_barrier)
             elif candidates is None:
                 stack.enter_context(self._splicing(proposal, splice))
                 result = super().forward_batch_generation(batch, on_publish, grammar_barrier)
             else:
-                result = verify_candidates(self, batch, candidates, on_publish, grammar_barrier)
+                result = verify_candidates(
+                    self, batch, candidates, slots, on_publish, grammar_barrier
+                )
         tokens = result.next_token_ids.view(-1, result.speculative_num_draft_tokens)
         if penalised:
             self.penalties.commit(penalised, tokens, result.accept_lens)
         if self.texts and proposal:
             self.texts.write_committed(proposal, tokens)
             if batch.reqs:  # none of them sent what start-up measures
-                self.arms.compare(proposal, result)
+                right = proposal.right(tokens, result.accept_lens)
+                if arm.proposer == "tree" and self.trees:
+                    self.trees.learn(proposal, right[0], result.accept_lens)
+                self.arms.compare(proposal, right)
         return result
 
     def _verified(

@@ -1,13 +1,20 @@
 """How the speculative worker starts: pools, checks, graphs, and what steps of each arm cost."""
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from sglang.srt.layers.dp_attention import get_dp_tp_group
 from sglang.srt.lora.layers import unwrap_lora_layer
-from sglang.srt.managers.scheduler import GenerationBatchResult
-from sglang.srt.runtime_context import get_disagg, get_exec, get_parallel, get_spec
+from sglang.srt.runtime_context import (
+    get_disagg,
+    get_exec,
+    get_parallel,
+    get_schedule,
+    get_spec,
+)
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 
 from dflare.adaptive import AdaptiveConfig, Arm
@@ -81,10 +88,14 @@ class WorkerStart(DFlashWorkerV2):
         if get_parallel().tp_rank == 0:
             self._log_once()
 
-    def init_cuda_graphs(self) -> None:
-        """Capture the block's graphs, then those of the other widths, and measure all steps."""
+    def init_steps(self, decode: Callable[[Any, Arm], Any]) -> None:
+        """Capture the block's graphs, then those of the other widths, and measure all steps.
+
+        Args:
+            decode: runs a decode step of an arm, which the worker is in.
+        """
         others = list(self.draft_model_runner.capture_tail_hooks)
-        super().init_cuda_graphs()
+        DFlashWorkerV2.init_cuda_graphs(self)
         added = [h for h in self.draft_model_runner.capture_tail_hooks if h not in others]
         self.sampler_hook = added[0] if self._draft_sampler is not None else None
         config = self._configured()
@@ -99,7 +110,7 @@ class WorkerStart(DFlashWorkerV2):
             group=get_dp_tp_group(),
             config=config,
             make_policy=self.make_policy,
-            run=self._dummy_step,
+            run=functools.partial(self._dummy_step, decode),
         )
         if not self.arms.adaptive:
             self.texts = None
@@ -119,9 +130,17 @@ class WorkerStart(DFlashWorkerV2):
 
     def _configured(self) -> AdaptiveConfig | None:
         """The settings, without trees where they cannot be verified."""
-        config = self.configure(int(self.block_size))
-        reason = why_no_trees(self) if config and "tree" in config.proposers else None
-        if config is None or reason is None:
+        block = int(self.block_size)
+        config = self.configure(block)
+        if config is None or "tree" not in config.proposers:
+            return config
+        if not get_schedule().disable_overlap_schedule:
+            # Two blocks of slots are reserved behind what the host knows of, and a step in flight
+            # may commit one of them.
+            trees = tuple(nodes for nodes in config.trees if nodes <= block)
+            config = config.model_copy(update={"trees": trees})
+        reason = why_no_trees(self)
+        if reason is None:
             return config
         if get_parallel().tp_rank == 0:
             logger.info("DFLARE: drafts are chains, not trees: %s", reason)
@@ -143,13 +162,9 @@ class WorkerStart(DFlashWorkerV2):
         plan = self.hicache_draft_plan
         return bool(plan.device_pools) or get_disagg().disaggregation_mode != "null"
 
-    def _decode(self, batch: Any, arm: Arm) -> GenerationBatchResult:
-        """Run a decode step at its width, which the worker is in."""
-        raise NotImplementedError
-
-    def _dummy_step(self, requests: int, arm: Arm) -> None:
+    def _dummy_step(self, decode: Callable[[Any, Arm], Any], requests: int, arm: Arm) -> None:
         """Run a step that serves nobody, append what it left, and wait for the device."""
-        self._decode(dummy_batch(requests, self.model_runner), arm)
+        decode(dummy_batch(requests, self.model_runner), arm)
         self.context.flush()
         if torch.device(self.device).type != "cpu":
             torch.get_device_module(self.device).synchronize()

@@ -77,17 +77,32 @@ def _launch_extend(
     **more,
 ) -> None:
     assert sinks is None and lse_extend is None and more.get("score_mod") is None
-    assert custom_mask is None, "the stand-in of Triton's extend attention has no custom mask"
+    assert custom_mask is None or (skip_prefix_custom_mask and sliding_window_size <= 0)
     launch(
         *("triton::extend_attention_fwd", o_extend, q_extend, k_extend, v_extend),
         *(k_buffer, v_buffer, qo_indptr, kv_indptr, kv_indices, is_causal),
         *(sm_scale or q_extend.shape[-1] ** -0.5, logit_cap, sliding_window_size),
+        *(custom_mask, mask_indptr),
     )
 
 
 @stand_in("triton::extend_attention_fwd", writes="o")
 def _extend(
-    o, q, k_new, v_new, k_buffer, v_buffer, qo, indptr, indices, causal, scale, cap, window
+    o,
+    q,
+    k_new,
+    v_new,
+    k_buffer,
+    v_buffer,
+    qo,
+    indptr,
+    indices,
+    causal,
+    scale,
+    cap,
+    window,
+    mask,
+    mask_indptr,
 ) -> None:
     starts, ends = qo.tolist(), indptr.tolist()
     for b in range(len(starts) - 1):
@@ -102,4 +117,8 @@ def _extend(
         visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
         if window > 0:
             visible = visible & (distance <= window)
+        if mask is not None:  # a matrix [m, len(k)] a request, of which the prefix is not read
+            first = int(mask_indptr[b])
+            own = mask[first : first + m * len(k)].view(m, len(k))[:, len(rows) :]
+            visible = torch.cat((torch.ones(m, len(rows), dtype=torch.bool), own.bool()), 1)
         o[new] = attend(q[new], k, v, visible, scale, cap)[0].to(o.dtype)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dflare.adaptive import BranchOdds
 from dflare.adaptive.lookup import SpliceRule
+from dflare.branch import BranchOdds
 from dflare.checkpoint import check_pair
 from dflare.errors import DFlareError
 from dflare.training.data.conversation import Conversation, converse

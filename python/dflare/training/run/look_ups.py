@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dflare.adaptive import LEAST_MATCH, BranchOdds
+from dflare.adaptive import LEAST_MATCH
+from dflare.branch import BranchOdds
 from dflare.ops import lookup_continuations
 
 
@@ -25,14 +26,14 @@ class LookUps(NamedTuple):
     def branches(self, odds: BranchOdds) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As branches of trees: tokens, log-probabilities and lengths."""
         count = self.found.shape[1]
-        chances = torch.from_numpy(odds.log_probs(self.match.numpy(), count))
+        chances = odds.log_probs(self.match, count)
         return self.found, chances, torch.full_like(self.match, count).where(self.match > 0, 0)
 
     def teach(self, odds: BranchOdds) -> None:
         """Let all anchors of the answer be seen."""
-        left = np.arange(len(self.match), 0, -1)
-        known = np.where(self.match.numpy() > 0, np.minimum(left, self.found.shape[1]), 0)
-        odds.observe(self.match.tolist(), known.tolist(), self.right.tolist())
+        count = self.found.shape[1]
+        left = torch.arange(len(self.match), 0, -1).clamp(max=count)
+        odds.observe(self.match, left.where(self.match > 0, 0), torch.from_numpy(self.right), count)
 
 
 def look_ups(prompt: list[int], answer: list[int], count: int) -> LookUps:
