@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.runtime_context import get_parallel
-from torch import nn
 
+from dflare.checkpoint import expected_tensors
 from dflare.errors import CheckpointError
 
 # (our parameter, checkpoint name, shard of the stacked parameter)
@@ -25,55 +25,35 @@ _CONTEXT = re.compile(r"layers\.(\d+)\.self_attn\.([kv])_proj_target\.(weight|bi
 def load_strictly(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Fill every parameter of a `QwenDFlareDraftModel` from named tensors.
 
+    That they are finite was seen before, by `checkpoint.check_finite`.
+
     Args:
         model: the drafter, built for this tensor-parallel rank.
         weights: (checkpoint name, full unsharded tensor) pairs, in any order.
 
     Raises:
-        CheckpointError: one message with every unknown, missing, misshapen or non-finite tensor.
+        CheckpointError: one message with every unknown, missing or misshapen tensor.
     """
     params = dict(model.named_parameters())
-    wanted = _checkpoint_names(params)
+    missing = set(expected_tensors(model.draft_config))
     problems: list[str] = []
-    seen: set[str] = set()
     for name, tensor in weights:
         name = name.removeprefix("model.")
-        if name not in wanted:
+        if name not in missing:
             problems.append(f"unknown tensor {name} {list(tensor.shape)}")
             continue
-        seen.add(name)
-        if not torch.isfinite(tensor).all():
-            problems.append(f"{name} holds NaN or infinity")
-            continue
+        missing.remove(name)
         try:
             _load_one(model, params, name, tensor)
         except (AssertionError, RuntimeError, ValueError) as error:
             problems.append(f"{name} {list(tensor.shape)} does not fit: {error}")
-    problems += [f"missing tensor {name}" for name in sorted(wanted - seen)]
+    problems += [f"missing tensor {name}" for name in sorted(missing)]
     if problems:
         raise CheckpointError(
             "the drafter's weights do not fit its config.json: "
             + "; ".join(problems)
             + ". Check the checkpoint with `dflare inspect`"
         )
-
-
-def _checkpoint_names(params: dict[str, nn.Parameter]) -> set[str]:
-    names: set[str] = set()
-    for name, param in params.items():
-        stacked = [(ours, theirs) for ours, theirs, _ in _STACKED if f".{ours}." in name]
-        if stacked:
-            names.update(name.replace(ours, theirs) for ours, theirs in stacked)
-        elif name.startswith("context_kv_"):
-            kind = "weight" if name == "context_kv_proj" else "bias"
-            names.update(
-                f"layers.{layer}.self_attn.{which}_proj_target.{kind}"
-                for layer in range(param.shape[0])
-                for which in "kv"
-            )
-        else:
-            names.add(name)
-    return names
 
 
 def _load_one(model: Any, params: dict[str, Any], name: str, tensor: torch.Tensor) -> None:

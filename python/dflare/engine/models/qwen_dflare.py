@@ -249,7 +249,7 @@ class QwenDFlareDraftModel(nn.Module):
         """Load an AngelSlim checkpoint; every tensor must be taken and every parameter filled.
 
         Raises:
-            CheckpointError: naming each tensor that is unknown, missing, misshapen or not finite.
+            CheckpointError: naming each tensor that is unknown, missing or misshapen.
         """
         load_strictly(self, weights)
         self.fusion_probs.copy_(torch.softmax(self.layer_fusion_weights.float(), dim=-1))
