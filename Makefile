@@ -54,11 +54,14 @@ wheel: $(STAMP)  ## a wheel with CUDA kernels, for every Python and torch (dist/
 demo: $(STAMP)  ## serve the demo pair with and without DFLARE, chat, print a table
 	$(VENV)/bin/dflare demo
 
+# Two processes, each with whole folders: most tests keep one core busy.
+IN_TWO := -n 2 --dist loadgroup
+
 test: $(STAMP)  ## run the tests, but for the few that take long (15 minutes on two cores)
-	$(PY) -m pytest --durations=25 -m "not long"
+	$(PY) -m pytest $(IN_TWO) --durations=25 -m "not long"
 
 test-all: $(STAMP)  ## run every test
-	$(PY) -m pytest --durations=25
+	$(PY) -m pytest $(IN_TWO) --durations=25
 
 test-fast: $(STAMP)  ## run the tests that start no engine and train no model (3 minutes)
 	$(PY) -m pytest -m "not slow and not long"

@@ -49,7 +49,7 @@ class InnerSession:
     def run(self, item: pytest.Item, following: str | None) -> None:
         """Runs one test and passes its reports on."""
         try:
-            print(json.dumps([item.nodeid, following]), file=self._output, flush=True)
+            print(json.dumps([_inner_id(item), following]), file=self._output, flush=True)
             while line := self._input.readline():
                 data = json.loads(line)
                 if data is None:
@@ -57,6 +57,7 @@ class InnerSession:
                 report = self._config.hook.pytest_report_from_serializable(
                     config=self._config, data=data
                 )
+                report.nodeid = item.nodeid
                 item.ihook.pytest_runtest_logreport(report=report)
         except BrokenPipeError:
             pass
@@ -80,6 +81,12 @@ class InnerSession:
         self._log.close()
 
 
+def _inner_id(item: pytest.Item) -> str:
+    """The test's id without the group that xdist adds."""
+    group = item.get_closest_marker("xdist_group")
+    return item.nodeid.removesuffix(f"@{group.args[0]}") if group else item.nodeid
+
+
 _sessions: dict[Path, InnerSession] = {}
 
 
@@ -94,7 +101,7 @@ def run_elsewhere(item: pytest.Item, nextitem: pytest.Item | None, folder: Path)
     if folder not in _sessions:
         _sessions[folder] = InnerSession(item.config, folder)
     here = nextitem is not None and nextitem.path.is_relative_to(folder)
-    _sessions[folder].run(item, nextitem.nodeid if here and nextitem else None)
+    _sessions[folder].run(item, _inner_id(nextitem) if here and nextitem else None)
     if not here and folder in _sessions:
         _sessions.pop(folder).close()
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)

@@ -21,10 +21,12 @@ class Served(ServerProcess):
 
     COMMAND = (sys.executable, "-m", "dflare.cli", "serve")
 
-    def __init__(self, target: Path, draft: Path, log: Path, **environment: str) -> None:
+    def __init__(
+        self, target: Path, draft: Path, log: Path, more: str = "", **environment: str
+    ) -> None:
         keys = ["--api-key", CLIENT, "--admin-api-key", ADMIN]
         pair = ["--model-path", str(target), "--draft", str(draft)]
-        super().__init__([*pair, *_FLAGS.split(), *keys], log, environment)
+        super().__init__([*pair, *_FLAGS.split(), *keys, *more.split()], log, environment)
 
     def __enter__(self) -> "Served":
         try:

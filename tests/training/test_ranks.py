@@ -13,6 +13,9 @@ from checkpoints import write_random_target
 from tiny_models import train_config, write_data
 
 from dflare.engine.server_process import free_port
+from dflare.training.run.config import load_config
+from dflare.training.run.loop import train
+from dflare.training.run.trainer import Trainer
 
 _COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 _DFLARE = [sys.executable, "-c", "from dflare.cli import main; main()", "train"]
@@ -34,14 +37,25 @@ def write_config(folder, output, **changes):
     return file
 
 
-def train(folder, ranks, **changes):
-    """Run `dflare train` under torchrun; the weights of its snapshot."""
-    output = folder / f"run{ranks}-{len(list(folder.iterdir()))}"
+def train_here(folder, **changes):
+    """Train without other ranks; the weights of the snapshot, and the log."""
+    output = folder / "run"
+    train(Trainer(load_config(write_config(folder, output, run__steps=2, **changes))))
+    return result_of(output)
+
+
+def train_two(folder, **changes):
+    """Run `dflare train` under torchrun."""
+    output = folder / f"run{len(list(folder.iterdir()))}"
     file = write_config(folder, output, run__steps=2, **changes)
-    command = [*_COMMAND, str(ranks), "--no-python", *_DFLARE, str(file)]
+    command = [*_COMMAND, "2", "--no-python", *_DFLARE, str(file)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
+    return result_of(output)
+
+
+def result_of(output):
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     return torch.load(output / "snapshot.pt", weights_only=True)["model"], log
 
@@ -58,9 +72,9 @@ def train(folder, ranks, **changes):
 def test_two_ranks_give_the_weights_of_one(tmp_path, changes):
     write_random_target(tmp_path / "target", num_layers=4, vocab_size=512)
     write_data(tmp_path / "data.xz", 14, vocab_size=512)
-    one, log = train(tmp_path, 1, **changes)
+    one, log = train_here(tmp_path, **changes)
     for shard in (False, True):
-        two, log_of_two = train(tmp_path, 2, run__shard=shard, **changes)
+        two, log_of_two = train_two(tmp_path, run__shard=shard, **changes)
         for name, tensor in one.items():
             torch.testing.assert_close(two[name], tensor, atol=1e-6, rtol=0)
         for a, b in zip(log, log_of_two, strict=True):
