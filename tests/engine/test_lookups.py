@@ -4,11 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engines import ALL_ARMS, proposals, running_engine
-from prompts import chat
-from test_lossless import generate, tokens
+from demo_answers import COPY, generate, tokens
+from engines import proposals, running_engine
 from test_same_drafts import random_prompts
-from transformers import AutoTokenizer
 
 from dflare.adaptive import NEVER
 from dflare.engine.lookups import Proposal, Texts
@@ -187,57 +185,18 @@ def test_without_drafts_there_is_nothing_to_agree_with():
     assert [x.tolist() for x in seen] == [[4, 0], [1, 0], [-1, -1], [0, 0]]
 
 
-COPY = (
-    "Repeat this text word for word: The kettle stood on the stove, the stove stood in the "
-    "kitchen, and the kitchen stood in a small house at the end of the long road by the sea."
-)
-QUESTIONS = (
-    COPY,
-    "Count from 1 to 30, separated by commas.",
-    "Why is the sky blue?",
-    COPY + " Go.",
-)
-
-
-@pytest.fixture(scope="module")
-def questions(demo_pair):
-    tokenizer = AutoTokenizer.from_pretrained(demo_pair[0])
-    return [chat(tokenizer, question) for question in QUESTIONS]
-
-
-@pytest.fixture(scope="module")
-def expected(demo_pair, questions):
-    with running_engine(demo_pair[0]) as engine:
-        return tokens(generate(engine, questions, concurrency=4, max_new_tokens=64))
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [{}, {"page_size": 16, "chunked_prefill_size": 64, "enable_mixed_chunk": True}],
-    ids=str,
-)
-def test_greedy_answers_are_the_targets_with_every_arm(demo_pair, questions, expected, flags):
-    with running_engine(*demo_pair, ALL_ARMS, **flags) as engine:
-        for concurrency in (1, 4):
-            answers = generate(engine, questions, concurrency=concurrency, max_new_tokens=64)
-            assert tokens(answers) == expected
-    accepted = sum(answer["meta_info"]["spec_num_correct_drafts"] for answer in answers)
-    assert accepted > 40, "too little was accepted to prove anything"
-
-
-def test_the_policy_finds_out_where_the_text_repeats(demo_pair):
-    """With nothing set, copying takes far fewer steps than with the drafter alone."""
-    text = AutoTokenizer.from_pretrained(demo_pair[0]).encode(COPY + "\n")
+def test_the_policy_finds_out_where_the_text_repeats(demo_pair, demo_tokenizer):
+    """With nothing set, copying takes far fewer steps than with the drafter's whole block."""
+    text = demo_tokenizer.encode(COPY + "\n")
     prompts = [text * 3 + text[:cut] for cut in (5, 20, 35)]
-    steps, outputs = {}, {}
-    for settings in ('{"proposers": ["chain"]}', "on"):
-        with running_engine(*demo_pair, widths=settings) as engine:
-            for _ in range(3):
+    steps, outputs = [], []
+    for widths, rounds in (((64,), 1), ("on", 3)):
+        with running_engine(*demo_pair, widths=widths) as engine:
+            for _ in range(rounds):
                 answers = generate(
                     engine, prompts, concurrency=1, max_new_tokens=80, ignore_eos=True
                 )
-            outputs[settings] = tokens(answers)
-        steps[settings] = sum(answer["meta_info"]["spec_verify_ct"] for answer in answers)
-    drafter, everything = steps.values()
-    assert everything < 0.6 * drafter, steps
-    assert outputs["on"] == outputs['{"proposers": ["chain"]}']
+        outputs.append(tokens(answers))
+        steps.append(sum(answer["meta_info"]["spec_verify_ct"] for answer in answers))
+    assert steps[1] < 0.6 * steps[0], steps
+    assert outputs[0] == outputs[1]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from checkpoints import write_random_draft, write_random_target
 from engines import MOSTLY_PLAIN, TURNS, proposals, running_engine
+from prompts import chat
 from reference_drafter import ReferencePair
 from same_drafts import assert_same_drafts
 
@@ -69,9 +70,7 @@ def combinations(short: set[tuple], *options) -> list:
         {
             (1, True, "all-widths"),
             (16, True, "mostly-plain"),
-            (64, True, "all-widths"),
-            (16, False, "all-widths"),
-            (64, False, "mostly-plain"),
+            (64, False, "all-widths"),
         },
         (1, 16, 64),
         (True, False),
@@ -89,6 +88,9 @@ def test_pages_and_radix_hits(random_pair, random_reference, page_size, radix, w
         # The same prompts again, and others that begin alike: from the cache if there is one.
         check(engine, random_reference, prompts[:3], 20, name + "-again")
         check(engine, random_reference, shared, 20, name + "-shared")
+    for i in range(len(prompts)):
+        met = {len(step["block"]) for step in proposals(f"{name}-{i}")}
+        assert met == {min(width, random_reference.block_size) for width in WIDTHS[widths]}
 
 
 @pytest.mark.parametrize("page_size", [pytest.param(1, marks=pytest.mark.long), 16])
@@ -164,7 +166,8 @@ def test_sliding_window_layers(tmp_path):
 
 
 def test_draft_window(random_pair, random_reference):
-    with running_engine(*random_pair, speculative_draft_window_size=32) as engine:
+    turns = (1, 1, 1, 4)  # behind plain steps too
+    with running_engine(*random_pair, turns, speculative_draft_window_size=32) as engine:
         check(engine, random_reference, random_prompts(4, 10, 120), 40, "window", window=32)
 
 
@@ -178,24 +181,14 @@ def test_attention_bias_and_wide_heads(tmp_path):
         check(engine, ReferencePair(target, draft), random_prompts(4, 10, 90), 40, "bias")
 
 
-def test_demo_pair_accepts(demo_pair, demo_reference):
+def test_demo_pair_accepts(demo_pair, demo_reference, demo_tokenizer):
     """A trained drafter: verified blocks of several tokens, a radix hit, chunks, small pages."""
-    question = "Count from 1 to 30, separated by commas."
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(demo_pair[0])
-    chat = [
-        [{"role": "user", "content": question}],
-        [{"role": "user", "content": "Write the alphabet, one letter a line."}],
-        [{"role": "user", "content": "Say the word 'repeat' twenty times."}],
-    ]
-    prompts = [
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-        for messages in chat
-    ]
+    questions = (
+        "Count from 1 to 30, separated by commas.",
+        "Say the word 'repeat' twenty times.",
+    )
+    prompts = [chat(demo_tokenizer, question) for question in questions]
     with running_engine(*demo_pair, page_size=16, chunked_prefill_size=64) as engine:
-        accepted = check(engine, demo_reference, prompts, 60, "demo")
-        accepted += check(engine, demo_reference, prompts, 60, "demo-again")
-    assert accepted > 30, f"only {accepted} draft tokens were accepted"
+        accepted = check(engine, demo_reference, prompts, 40, "demo")
+        accepted += check(engine, demo_reference, prompts, 40, "demo-again")
+    assert accepted > 20, f"only {accepted} draft tokens were accepted"

@@ -29,7 +29,7 @@ NEW_TOKENS = 40
 def test_engine_and_training_code_draft_and_accept_alike():
     folder, draft = demo_target(), demo_draft()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = chat_prompts(tokenizer, 10)
+    prompts = chat_prompts(tokenizer, 5)
     drafter = load_drafter(draft)
     target = load_target(str(folder), drafter.config.target_layer_ids)
     stop = (tokenizer.eos_token_id,)

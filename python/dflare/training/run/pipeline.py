@@ -214,6 +214,23 @@ def _check_size(training: TrainConfig) -> None:
         )
 
 
+def _training_config(
+    config: PipelineConfig, config_file: Path, work: Path, overrides: list[str]
+) -> TrainConfig:
+    """The training configuration on all data that there is or will be, in the work folder."""
+    folder = config_file.parent
+    files = [file for pattern in config.corpus for file in sorted(folder.glob(pattern))]
+    files += [work / "data.xz"] if config.synth is not None else []
+    if not files:
+        raise ConfigError(f"{config_file}: no file fits corpus {list(config.corpus)}")
+    places = [f"data.files=[{', '.join(map(str, files))}]", f"run.output={work / 'train'}"]
+    training = load_config(folder / config.train, [*places, *overrides])
+    if training.data.tap_cache is None:
+        return training
+    places.append(f"data.tap_cache={work / 'taps'}")
+    return load_config(folder / config.train, [*places, *overrides])
+
+
 def run_pipeline(config_file: Path, work: Path, output: Path, overrides: list[str]) -> Path:
     """Run all stages that are not done yet.
 
@@ -232,16 +249,7 @@ def run_pipeline(config_file: Path, work: Path, output: Path, overrides: list[st
     config, folder = load_pipeline(config_file), config_file.parent
     work.mkdir(parents=True, exist_ok=True)
     data, trained = work / "data.xz", work / "train"
-    files = [file for pattern in config.corpus for file in sorted(folder.glob(pattern))]
-    files += [data] if config.synth is not None else []
-    if not files:
-        raise ConfigError(f"{config_file}: no file fits corpus {list(config.corpus)}")
-    places = [f"data.files=[{', '.join(map(str, files))}]", f"run.output={trained}"]
-    training = load_config(folder / config.train, [*places, *overrides])
-    if training.data.tap_cache is not None:
-        training = load_config(
-            folder / config.train, [*places, f"data.tap_cache={work / 'taps'}", *overrides]
-        )
+    training = _training_config(config, config_file, work, overrides)
     if not (trained / "drafter" / "config.json").exists():
         _check_size(training)
     stages = Stages(work / "stages.json")
