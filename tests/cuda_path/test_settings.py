@@ -1,12 +1,15 @@
 """DFLARE on the CUDA device at other settings: page sizes, windows, measured widths, a backend."""
 
 import pytest
-from models import greedy, prompts, write_pair
+from models import assert_greedy, greedy, prompts, write_pair
 from reference_drafter import ReferencePair
+from same_drafts import assert_same_drafts
 from scheduler_process import running_scheduler
 from test_same_tokens import check
 
 pytestmark = pytest.mark.slow
+
+FP8_TIE = 1.0  # of logits with a spread of about 4
 
 
 @pytest.mark.parametrize("page", [16, pytest.param(64, marks=pytest.mark.long)])
@@ -52,12 +55,40 @@ def test_a_draft_vocabulary(tmp_path):
         assert scheduler.call("report")["graph_launches"] > 0
 
 
+def test_a_drafter_in_fp8(pair, reference):
+    """Of a checkpoint in bfloat16, by SGLang's own layers; the target and its answers stay."""
+    settings = {"widths": [4, 2], "speculative_draft_model_quantization": "fp8"}
+    with running_scheduler(*pair, **settings) as scheduler:
+        requests = greedy("fp8", prompts(2, 10, 60, seed=95), 16)
+        result = scheduler.generate(requests)
+        for request in requests:
+            answer = result["answers"][request["rid"]]
+            assert_greedy(reference, request["ids"], answer["ids"])
+            # Drafts are the reference's up to the rounding of eight bits.
+            assert_same_drafts(
+                reference, request["ids"], answer["ids"], answer["proposals"], None, FP8_TIE
+            )
+        launches = scheduler.call("launches")
+        assert launches["sgl_kernel::fp8_scaled_mm"]
+        assert launches["jit::per_token_quant_fp8.per_token_quant_fp8"]
+
+
 @pytest.mark.long
 def test_measured_widths(pair, reference):
     """The policy chooses: step times are measured at start, on the device."""
     with running_scheduler(*pair, widths='{"proposers": ["chain"]}') as scheduler:
         requests = greedy("policy", prompts(3, 10, 60, seed=70), 40)
         check(scheduler.generate(requests), requests, reference)
+
+
+@pytest.mark.parametrize("page", [1, pytest.param(16, marks=pytest.mark.long)])
+def test_flashinfer_drafts_the_same(pair, reference, page):
+    """Captured, with SGLang's plan for graphs, at every width; and eagerly in a larger batch."""
+    settings = {"speculative_draft_attention_backend": "flashinfer", "page_size": page}
+    with running_scheduler(*pair, widths=[3, 1, 4, 2], **settings) as scheduler:
+        requests = greedy("flashinfer", prompts(5, 10, 60, seed=85), 20)
+        check(scheduler.generate(requests), requests, reference)
+        assert scheduler.call("launches")["flashinfer::batch_prefill_paged"]
 
 
 @pytest.mark.long

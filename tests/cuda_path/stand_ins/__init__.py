@@ -5,6 +5,7 @@
 
 from . import (
     collectives,
+    flashinfer_attention,
     flashinfer_sampling,
     jit,
     sgl_kernel_ops,
@@ -20,6 +21,7 @@ def install() -> None:
         jit,
         triton_interpreter,
         triton_attention,
+        flashinfer_attention,
         flashinfer_sampling,
         collectives,
     ):

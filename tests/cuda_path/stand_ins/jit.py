@@ -102,6 +102,13 @@ def _fused_add_rms_norm(x, residual, weight, eps) -> None:
     x.copy_(rms_norm(total, weight, eps))
 
 
+@stand_in("jit::per_token_quant_fp8.per_token_quant_fp8", writes="quantised scales")
+def _per_token_quant_fp8(x, quantised, scales) -> None:
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448
+    scales.copy_(scale)
+    quantised.copy_((x.float() / scale).to(quantised.dtype))
+
+
 @stand_in("jit::clamp_position.clamp_position", writes="out")
 def _clamp_position(out, seq_lens) -> None:
     out.copy_((seq_lens - 1).clamp(min=0))

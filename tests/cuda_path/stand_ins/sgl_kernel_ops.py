@@ -37,6 +37,19 @@ def _rotary_embedding(positions, query, key, head_size, cos_sin, neox) -> None:
             rotate(x.view(len(x), -1, head_size), cos_sin, positions, neox)
 
 
+def _fp8_scaled_mm(a, b, scales_a, scales_b, out_dtype, bias=None):
+    """[M, K] x [K, N] in FP8, a scale a row of `a` and a column of `b`."""
+    out = torch.empty(len(a), b.shape[1], dtype=out_dtype, device=a.device)
+    launch("sgl_kernel::fp8_scaled_mm", out, a, b, scales_a, scales_b, bias)
+    return out
+
+
+@stand_in("sgl_kernel::fp8_scaled_mm", writes="out")
+def _scaled_product(out, a, b, scales_a, scales_b, bias) -> None:
+    product = (a.float() * scales_a.view(-1, 1)) @ (b.float() * scales_b.view(1, -1))
+    out.copy_(product if bias is None else product + bias.float())
+
+
 def install() -> None:
     """Give every CUDA operator of `sgl_kernel` a stand-in or a refusal."""
     import sgl_kernel
@@ -47,6 +60,7 @@ def install() -> None:
     sgl_kernel.elementwise._has_flashinfer = False
     special = {
         "sgl_kernel::fwd": flash_attention_3.forward,
+        "sgl_kernel::fp8_scaled_mm": _fp8_scaled_mm,
         "sgl_kernel::get_scheduler_metadata": flash_attention_3.scheduler_metadata,
     }
     for name in torch._C._dispatch_get_all_op_names():
