@@ -4,12 +4,14 @@
 #include "build_info.h"
 #include "contract/append_context_kv.h"
 #include "contract/block_attention.h"
+#include "contract/head_argmax.h"
 #include "stable_torch.h"
 
 STABLE_TORCH_LIBRARY(dflare, m) {
   m.def(dflare::kAppendContextKv);
   m.def(dflare::kBlockAttention);
   m.def(dflare::kBlockAttentionSchedule);  // CUDA only: a CPU has nothing to schedule
+  m.def(dflare::kHeadArgmax);
   m.def(
       "paged_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor req_to_token,"
       " Tensor req_pool_indices, Tensor seq_lens, Tensor query_start, int window, bool causal,"

@@ -20,6 +20,8 @@ using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Device;
 using torch::stable::get_num_threads;
+using torch::stable::matmul;
+using torch::stable::narrow;
 using torch::stable::pad;
 using torch::stable::Tensor;
 using torch::stable::transpose;

@@ -105,11 +105,13 @@ def _compile(tree: Path, source: Path, flags: list[str]) -> Path:
 
 
 KERNELS = ["cuda/fuse_norm.cu", "cuda/norm_rope_write.cu", "cuda/block_attention_schedule.cu"]
-KERNELS += ["cuda/lookup_continuations.cu", "cuda/draft_tree.cu", "cuda/dispatch.cpp"]
+KERNELS += ["cuda/head_argmax.cu", "cuda/lookup_continuations.cu", "cuda/draft_tree.cu"]
+KERNELS += ["cuda/dispatch.cpp"]
 KERNELS += [
     f"emulation/{name}.cpp" for name in ("emulator", "scheduler", "fiber", "guarded_memory")
 ]
-OPERATORS = ("append_context_kv", "block_attention", "draft_tree", "lookup_continuations")
+OPERATORS = ("append_context_kv", "block_attention", "draft_tree", "head_argmax")
+OPERATORS += ("lookup_continuations",)
 LAUNCHERS = [*(f"cuda/launch_{name}.cpp" for name in OPERATORS), "emulation/entry.cpp"]
 Shape = tuple[torch.dtype, int]  # element type and head size
 SHAPES: list[Shape] = list(itertools.product(ELEMENTS, (64, 128, 256)))

@@ -3,6 +3,14 @@
 
 #include <cstdint>
 
+// Always inlined by the host's compiler: the one copy that a linker keeps of an inline function
+// could be that of another instruction set's kernels (csrc/cpu).
+#if defined(__CUDACC__)
+#define DFLARE_HOST_DEVICE __host__ __device__
+#else
+#define DFLARE_HOST_DEVICE [[gnu::always_inline]]
+#endif
+
 namespace dflare {
 
 constexpr int64_t kAny = -1;  // a dimension of any size

@@ -19,6 +19,7 @@ struct KernelsFor {
                 int64_t count);
   // Tasks in [begin, end); see kernels/linear.h.
   void (*linear)(const LinearParams<T>&, int64_t begin, int64_t end);
+  void (*head_argmax)(const HeadParams<T>&, int64_t begin, int64_t end);
   // Rows in [begin, end); see kernels/pointwise.h.
   void (*add_rms_norm)(const NormParams<T>&, int64_t begin, int64_t end);
   void (*silu_and_mul)(const GateParams<T>&, int64_t begin, int64_t end);

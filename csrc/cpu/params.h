@@ -6,6 +6,7 @@
 
 #include "contract/append_context_kv.h"
 #include "contract/block_attention.h"
+#include "contract/head_argmax.h"
 
 namespace dflare::cpu {
 
@@ -102,6 +103,13 @@ struct LinearParams {
   const T* bias;    // [outputs] or null
   T* out;           // [rows, outputs]
   int64_t rows, inputs, outputs;
+};
+
+// The best logit of every kLinearOutputs rows of a head; T(x . weight^T) are the logits.
+template <typename T>
+struct HeadParams : LinearParams<T> {
+  HeadTokens head_tokens;
+  int64_t* best;  // argmax_key, [rows, blocks of outputs]
 };
 
 // out = norm(x + residual) * weight; the sum replaces the residual.

@@ -2,13 +2,7 @@
 // are byte and operation counts; docs/kernels.md says which of them have been measured.
 #pragma once
 
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define DFLARE_HOST_DEVICE __host__ __device__
-#else
-#define DFLARE_HOST_DEVICE
-#endif
+#include "../contract/arguments.h"
 
 namespace dflare {
 
@@ -228,6 +222,23 @@ constexpr int64_t attention_schedule_size(const AttentionPlan& plan) {
 constexpr int64_t attention_partials_size(const AttentionPlan& plan, int head_dim) {
   return int64_t{plan.max_partials} * plan.units * 16 * plan.warps * (head_dim + 2);
 }
+
+// ------------------------------------------------------------ head_argmax
+
+// Rows of the head whose logits exist at a time, whole GEMM tiles: 32 MiB of logits stay in the
+// second-level cache (40 MiB on an A100, 50 on an H100) until they are reduced. One part holds all
+// of a vocabulary of 152K for up to 110 rows, seven requests in blocks of 16.
+constexpr int64_t head_argmax_columns(int64_t rows, int64_t vocabulary) {
+  constexpr int64_t kMostLogits = 16 << 20, kTile = 256;
+  const int64_t parts = ceil_div(rows * vocabulary, kMostLogits);
+  const int64_t columns = ceil_div(ceil_div(vocabulary, parts), kTile) * kTile;
+  return columns < vocabulary ? columns : vocabulary;
+}
+
+// A block reduces a row with eight 16-byte loads a thread in flight, 64 KiB a block.
+constexpr int kHeadThreads = 512;
+constexpr int kHeadLoads = 8;
+constexpr int kHeadSharedBytes = kHeadThreads / 32 * int{sizeof(int64_t)};  // the best of each warp
 
 // ------------------------------------------------------------ lookup_continuations
 

@@ -3,6 +3,7 @@
 #include "launch.cuh"
 #include "params.h"
 #include "seq_len.cuh"
+#include "warp_max.cuh"
 
 namespace dflare {
 namespace {
@@ -10,15 +11,6 @@ namespace {
 // A match as a number that is larger for a better one.
 __device__ __forceinline__ int64_t rank(int length, int end) {
   return static_cast<int64_t>(length) << 32 | end;
-}
-
-__device__ __forceinline__ int64_t warp_best(int64_t x) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    const int64_t other = __shfl_xor_sync(0xffffffffu, x, lanes);
-    x = other > x ? other : x;
-  }
-  return x;
 }
 
 __global__ void __launch_bounds__(kLookupThreads)
@@ -50,7 +42,7 @@ __global__ void __launch_bounds__(kLookupThreads)
     }
   }
 
-  const int64_t of_warp = warp_best(best_end ? rank(best, best_end) : 0);
+  const int64_t of_warp = warp_max(best_end ? rank(best, best_end) : 0);
   if (thread % 32 == 0) best_of_warp[thread / 32] = of_warp;
   __syncthreads();
   int64_t winner = 0;

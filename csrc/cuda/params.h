@@ -8,6 +8,7 @@
 
 #include "../contract/append_context_kv.h"
 #include "../contract/block_attention.h"
+#include "../contract/head_argmax.h"
 #include "elements.h"
 #include "heuristics.h"
 
@@ -104,6 +105,22 @@ struct BlockAttentionParams : BlockAttentionInputs<void> {
   bool overlap_launch;  // start while the kernel before is still running
 };
 cudaError_t run_block_attention(const BlockAttentionParams& params, cudaStream_t stream);
+
+// ------------------------------------------------------------ head_argmax
+
+// keys[d] becomes the highest argmax_key of row drafting_row(d) of the logits and of the columns
+// before these; tokens[d] its token.
+struct HeadArgmaxParams {
+  ElementType element;
+  const void* logits;  // [rows, columns], contiguous
+  int columns;
+  int64_t first_column;  // how many columns of the vocabulary came before; at 0 keys are not read
+  int drafted, block_size;
+  HeadTokens head_tokens;
+  int64_t* keys;    // [drafted]
+  int64_t* tokens;  // [drafted]
+};
+cudaError_t run_head_argmax(const HeadArgmaxParams& params, cudaStream_t stream);
 
 // ------------------------------------------------------------ lookup_continuations
 

@@ -178,7 +178,8 @@ __device__ __forceinline__ int atomic_add_acq_rel(int* global, int value) {
   return old;
 }
 
-// Reads past L1: for data that other thread blocks of the same grid wrote.
+// Reads past L1: for data that other thread blocks of the same grid wrote, or that is read once. The
+// compiler keeps the order of such loads, so that all that stand in a row are in flight together.
 __device__ __forceinline__ float2 load_from_l2(const float2* global) {
   float2 v;
   asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];\n" : "=f"(v.x), "=f"(v.y) : "l"(global));
@@ -189,6 +190,14 @@ __device__ __forceinline__ float4 load_from_l2(const float4* global) {
   float4 v;
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(global));
+  return v;
+}
+
+__device__ __forceinline__ uint4 load_from_l2(const uint4* global) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(global));
   return v;
 }

@@ -16,6 +16,7 @@ namespace dflare::cuda {
 
 using at::bmm;
 using at::empty;  // until the kernels that are queued have used it, whoever lets go of it before
+using at::matmul;
 
 // Makes a device the current one for as long as it lives.
 using DeviceGuard = torch::stable::accelerator::DeviceGuard;

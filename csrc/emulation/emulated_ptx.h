@@ -80,6 +80,7 @@ inline int atomic_add_acq_rel(int* global, int value) {
 }
 inline float2 load_from_l2(const float2* global) { return *global; }
 inline float4 load_from_l2(const float4* global) { return *global; }
+inline uint4 load_from_l2(const uint4* global) { return *global; }
 
 // ------------------------------------------------------------ tensor cores
 

@@ -40,6 +40,7 @@ REQUIRED = {
     "block_attention_kernel": ("HMMA.16816.F32", "LDGSTS.E.BYPASS", "LDSM.16.M88", "LDSM.16.MT88"),
     "kv_project_write_kernel": ("HMMA.16816.F32", "LDGSTS.E.BYPASS", "LDSM.16.M88"),
     "fuse_norm_kernel": ("LDGSTS.E.BYPASS", "STG.E.128"),
+    "head_argmax_kernel": ("LDG.E.128",),
 }
 FORBIDDEN = ("LDL", "STL")
 

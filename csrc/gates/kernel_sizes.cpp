@@ -54,6 +54,10 @@ int main() {
   print_attention(128, 8);
   print_attention(256, 4);
   std::printf("block_attention_schedule_kernel 32 0 1\n");
+  for (const char* element : {"Bf16", "Fp16"}) {
+    std::printf("head_argmax_kernel<%s> %d %d 1\n", element, dflare::kHeadThreads,
+                dflare::kHeadSharedBytes);
+  }
   std::printf("lookup_continuations_kernel %d %d 1\n", dflare::kLookupThreads,
               dflare::lookup_shared_bytes(dflare::kLookupMatch));
   std::printf("build_draft_tree_kernel %d %d 1\n", dflare::kTreeThreads,

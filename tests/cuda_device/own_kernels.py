@@ -18,6 +18,7 @@ _OPS = (
     "block_attention",
     "block_attention_schedule",
     "build_draft_tree",
+    "head_argmax",
     "lookup_continuations",
     "walk_draft_tree",
     "write_tree_mask",

@@ -178,6 +178,14 @@ class InProcessScheduler:
         free = torch.cuda.mem_get_info()[0]
         return {"graphs": len(outputs), "tap_bytes": sum(kept.values()), "free_bytes": free}
 
+    def count_step_launches(self) -> None:
+        """Keep what the host launches in decode steps from now on, for `step_launches`."""
+        self._step_launches = observers.StepLaunches(self._scheduler.draft_worker)
+
+    def step_launches(self) -> list[dict[str, int]]:
+        """Of every decode step since `count_step_launches`; see `observers.StepLaunches`."""
+        return self._step_launches.steps
+
     def widths(self) -> list[int]:
         """Verify widths that steps may have."""
         return list(self._scheduler.draft_worker.arms._states.widths)

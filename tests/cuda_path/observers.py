@@ -53,6 +53,53 @@ class Proposals:
         return found
 
 
+class StepLaunches:
+    """What the host launches in each decode step: for the draft, up to the target, and the append.
+
+    Attributes:
+        steps: of each step `draft`, kernels and copies and graphs that the host launches; `nodes`,
+            kernels and copies in those graphs; `append`, as `draft`.
+    """
+
+    def __init__(self, worker: Any) -> None:
+        self.steps: list[dict[str, int]] = []
+        step, target = worker.forward_batch_generation, worker.target_worker
+        verify = target.forward_batch_generation
+        append = worker._append_target_hidden_to_draft_kv_by_loc
+        begun: dict[str, int] = {}
+
+        def forward_batch_generation(batch, *args, **kwargs):
+            prefill = batch.forward_mode.is_extend() or batch.is_extend_in_batch
+            begun.clear()
+            begun.update({} if prefill else DEVICE.stats())
+            return step(batch, *args, **kwargs)
+
+        def verified(*args, **kwargs):
+            if begun:
+                launched, nodes = _launched_since(begun)
+                self.steps.append({"draft": launched, "nodes": nodes})
+            return verify(*args, **kwargs)
+
+        def appended(**kwargs):
+            before = DEVICE.stats()
+            append(**kwargs)
+            if begun:
+                self.steps[-1]["append"] = sum(_launched_since(before))
+
+        worker.forward_batch_generation = forward_batch_generation
+        target.forward_batch_generation = verified
+        worker._append_target_hidden_to_draft_kv_by_loc = appended
+
+
+def _launched_since(before: dict[str, int]) -> tuple[int, int]:
+    """Launches of the host, and nodes of the graphs among them."""
+    now = DEVICE.stats()
+    return tuple(
+        sum(now[name] - before[name] for name in names)
+        for names in (("tasks", "graph_launches"), ("graph_nodes",))
+    )
+
+
 def script_widths(script: list[Turn] | None) -> list[tuple[int, int]]:
     """Let decode steps be these in turn, unmeasured; returns those that ran: width, requests."""
     ran: list[tuple[int, int]] = []

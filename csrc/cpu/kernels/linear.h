@@ -21,8 +21,9 @@ inline void store_outputs(T* out, const float* sums, const T* bias, int64_t coun
 
 // Tasks are numbered block of outputs, chunk of rows: neighbours share weights. An output is summed
 // in one order, whatever the number of rows: a row gives the same bits alone and beside others.
-template <typename T>
-void linear(const LinearParams<T>& p, int64_t begin, int64_t end) {
+// finish(row, output, sums, outputs) takes the sums of a row.
+template <typename T, typename Finish>
+inline void multiply(const LinearParams<T>& p, int64_t begin, int64_t end, Finish finish) {
   const int64_t chunks = (p.rows + kLinearRows - 1) / kLinearRows;
   float* tile = thread_scratch(kLinearRows * kLinearOutputs);
   for (int64_t task = begin; task < end; ++task) {
@@ -39,10 +40,42 @@ void linear(const LinearParams<T>& p, int64_t begin, int64_t end) {
       dot_rows<true>(x, p.x_stride, rows, four, p.inputs, tile + o, kLinearOutputs, 4 * p.inputs);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      store_outputs(p.out + (row + r) * p.outputs + output, tile + r * kLinearOutputs,
-                    p.bias ? p.bias + output : nullptr, outputs);
+      finish(row + r, output, tile + r * kLinearOutputs, outputs);
     }
   }
+}
+
+template <typename T>
+void linear(const LinearParams<T>& p, int64_t begin, int64_t end) {
+  multiply(p, begin, end, [&](int64_t row, int64_t output, const float* sums, int64_t outputs) {
+    store_outputs(p.out + row * p.outputs + output, sums, p.bias ? p.bias + output : nullptr,
+                  outputs);
+  });
+}
+
+inline float widened(float x) { return x; }
+inline float widened(BFloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float wide;
+  memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+
+// Logits are compared as they would be stored. NaN is never the best.
+template <typename T>
+void head_argmax(const HeadParams<T>& p, int64_t begin, int64_t end) {
+  const int64_t blocks = (p.outputs + kLinearOutputs - 1) / kLinearOutputs;
+  multiply(p, begin, end, [&](int64_t row, int64_t output, const float* sums, int64_t outputs) {
+    T logits[kLinearOutputs];
+    store_outputs<T>(logits, sums, nullptr, outputs);
+    int64_t best = 0;
+    float highest = -__builtin_inff();
+    for (int64_t i = 0; i < outputs; ++i) {
+      if (const float logit = widened(logits[i]); logit > highest) highest = logit, best = i;
+    }
+    p.best[row * blocks + output / kLinearOutputs] =
+        argmax_key(highest, p.head_tokens[output + best]);
+  });
 }
 
 }  // namespace dflare::cpu::DFLARE_ISA

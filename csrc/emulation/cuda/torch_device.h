@@ -54,11 +54,16 @@ inline at::Tensor empty(const std::vector<int64_t>& sizes, const at::Tensor& lik
   return empty(sizes, like.scalar_type(), like);
 }
 
-inline at::Tensor bmm(const at::Tensor& a, const at::Tensor& b) {
+template <class Product>
+at::Tensor product(Product multiply, const at::Tensor& a, const at::Tensor& b) {
   const std::string error = run_queue();
   TORCH_CHECK(error.empty(), "emulator: ", error);
-  queue.products.push_back(at::bmm(a, b));
+  queue.products.push_back(multiply(a, b));
   return queue.products.back();
+}
+inline at::Tensor bmm(const at::Tensor& a, const at::Tensor& b) { return product(at::bmm, a, b); }
+inline at::Tensor matmul(const at::Tensor& a, const at::Tensor& b) {
+  return product(at::matmul, a, b);
 }
 
 // Implementations register themselves when a test asks for them (entry.cpp), not at load.

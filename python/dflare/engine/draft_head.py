@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.dflash_utils import is_dense_head_weight
-from sglang.srt.speculative.dflash_worker_v2 import _DflashDraftSampler
 
+from dflare import ops
 from dflare.checkpoint import draft_vocabulary
 from dflare.engine.cpu_layers import greedy_tokens
 
@@ -60,33 +60,60 @@ class DraftHead:
         """Most probable token of each row of final hidden states [rows, H]: [rows] int64."""
         if hidden.is_cpu:
             return self.ids[greedy_tokens(hidden, self.weight)]
-        return self.ids[(hidden.to(self.weight.dtype) @ self.weight.T).argmax(-1)]
+        tokens = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+        ops.head_argmax(hidden.to(self.weight.dtype), self.weight, tokens, ids=self.ids)
+        return tokens
 
 
-class DraftHeadSampler(_DflashDraftSampler):
-    """What a captured draft ends with: as DFLASH's, over a `DraftHead`."""
+class DraftHeadSampler:
+    """What a captured draft ends with: the tokens of its blocks, by `head_argmax`.
 
-    def __init__(self, head: DraftHead, block_size: int, max_batch: int) -> None:
+    It takes the place of DFLASH's, which computes the logits of all tokens, then their argmax.
+
+    Attributes:
+        out: [max_batch * (B - 1)] int64; SGLang reads a step's tokens at its front.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        *,
+        block_size: int,
+        max_batch: int,
+        ids: torch.Tensor | None = None,
+        first_id: int = 0,
+        group: Any = None,
+    ) -> None:
         """
         Args:
-            head: gives the rows and their tokens.
+            weight: [V, H], a head or this rank's part of it.
             block_size: B.
             max_batch: largest batch that is captured.
+            ids: [V] int64 tokens of the rows, ascending; by default they follow `first_id`.
+            first_id: token of the first row.
+            group: SGLang's group of the ranks that hold the other parts; None if this is all.
         """
-        super().__init__(
-            weight=head.weight,
-            block_size=block_size,
-            num_org=len(head.ids),
-            org_vocab_start=0,
-            max_bs=max_batch,
+        self.block_size = block_size
+        self.out = torch.empty(
+            max_batch * (block_size - 1), dtype=torch.int64, device=weight.device
         )
-        self._ids = head.ids
+        self._weight, self._ids, self._first_id, self._group = weight, ids, first_id, group
 
     def __call__(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> None:
         """Leave the tokens of final hidden states [bs * B, H] at the front of `out`."""
-        super().__call__(hidden_states, input_ids)
-        drafted = len(hidden_states) // self.block_size * (self.block_size - 1)
-        self.out[:drafted] = self._ids[self.out[:drafted]]
+        tokens = self.out[: len(hidden_states) // self.block_size * (self.block_size - 1)]
+        keys = ops.head_argmax(
+            hidden_states.to(self._weight.dtype),
+            self._weight,
+            tokens,
+            block_size=self.block_size,
+            ids=self._ids,
+            first_id=self._first_id,
+        )
+        if self._group is not None:
+            parts = keys.new_empty(self._group.world_size * len(keys))
+            self._group.all_gather_into_tensor(parts, keys)
+            tokens.copy_(ops.token_of(parts.view(-1, len(keys)).amax(0)))
 
 
 def make_draft_head(draft_model: Any, lm_head: Any) -> DraftHead | None:

@@ -122,11 +122,21 @@ class WorkerStart(DFlashWorkerV2):
 
     def _maybe_build_draft_sampler(self) -> Any:
         """As DFLASH's, which knows when a draft's tokens are not taken in its graph."""
-        sampler = super()._maybe_build_draft_sampler()
-        if sampler is None or self.draft_head is None:
-            return sampler
-        largest = max(get_exec().graph.cuda_graph_config.decode.bs)
-        return DraftHeadSampler(self.draft_head, int(self.block_size), largest)
+        theirs, head = super()._maybe_build_draft_sampler(), self.draft_head
+        if theirs is None:
+            return None
+        sizes = {
+            "block_size": int(self.block_size),
+            "max_batch": max(get_exec().graph.cuda_graph_config.decode.bs),
+        }
+        if head is not None:
+            return DraftHeadSampler(head.weight, ids=head.ids, **sizes)
+        return DraftHeadSampler(
+            theirs.weight[: theirs.num_org],
+            first_id=theirs.org_vocab_start,
+            group=theirs.tp_group,
+            **sizes,
+        )
 
     def _configured(self) -> AdaptiveConfig | None:
         """The settings, without trees where they cannot be verified."""

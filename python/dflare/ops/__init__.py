@@ -35,6 +35,7 @@ from dflare.ops.draft_tree import (  # noqa: E402
     walk_draft_tree,
     write_tree_mask,
 )
+from dflare.ops.head_argmax import head_argmax, head_argmax_reference, token_of  # noqa: E402
 from dflare.ops.linear import linear  # noqa: E402
 from dflare.ops.lookup_continuations import (  # noqa: E402
     lookup_continuations,
@@ -62,6 +63,8 @@ __all__ = [
     "check_kernels_for",
     "check_sizes",
     "check_support",
+    "head_argmax",
+    "head_argmax_reference",
     "linear",
     "lookup_continuations",
     "lookup_continuations_reference",
@@ -70,6 +73,7 @@ __all__ = [
     "paged_attention_reference",
     "rotate_heads",
     "silu_and_mul",
+    "token_of",
     "tree_ancestors",
     "walk_draft_tree",
     "write_tree_mask",

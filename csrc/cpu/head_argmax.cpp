@@ -1,0 +1,66 @@
+// torch.ops.dflare.head_argmax on the CPU.
+
+#include "contract/head_argmax.h"
+
+#include <algorithm>
+
+#include "cpu/checks.h"
+#include "cpu/isa.h"
+#include "cpu/team.h"
+#include "stable_torch.h"
+
+namespace dflare::cpu {
+namespace {
+
+constexpr int64_t kVector = 32;  // elements of the longest vector of any level
+// Weight bytes that are worth waking a thread for, as for a linear layer.
+constexpr int64_t kThreadBytes = 1 << 17;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The best of each block of outputs; [rows, blocks].
+template <typename T>
+at::Tensor best_of_blocks(const HeadArgmax<at::Tensor>& x, int64_t blocks) {
+  const int64_t rest = x.inputs % kVector;
+  const at::Tensor padded = rest == 0 ? x.hidden : at::pad(x.hidden, {0, kVector - rest});
+  at::Tensor best = at::empty({x.rows, blocks}, at::kLong, x.hidden);
+  HeadParams<T> p{};
+  p.x = static_cast<const T*>(padded.const_data_ptr());
+  p.x_stride = padded.stride(0);
+  p.weight = static_cast<const T*>(x.weight.const_data_ptr());
+  p.rows = x.rows;
+  p.inputs = x.inputs;
+  p.outputs = x.vocabulary;
+  p.head_tokens = x.head_tokens();
+  p.best = best.mutable_data_ptr<int64_t>();
+  const auto run = kernels().get<T>().head_argmax;
+  const int64_t task_bytes = kLinearOutputs * std::max<int64_t>(x.inputs, 1) * sizeof(T);
+  parallel_for(at::get_num_threads(), blocks * ceil_div(x.rows, kLinearRows),
+               std::max<int64_t>(1, kThreadBytes / task_bytes),
+               [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  return best;
+}
+
+at::Tensor argmax(HeadArgmax<at::Tensor> x) {
+  x.check(Checker("head_argmax", kLimits, x.hidden));
+  const at::Tensor keys = at::empty({x.drafted}, at::kLong, x.hidden);
+  const int64_t blocks = ceil_div(x.vocabulary, kLinearOutputs);
+  const at::Tensor best = with_element_type(
+      x.hidden, [&](auto element) { return best_of_blocks<decltype(element)>(x, blocks); });
+  const int64_t* all = best.const_data_ptr<int64_t>();
+  const int block_size = static_cast<int>(x.block_size);
+  for (int drafted = 0; drafted < x.drafted; ++drafted) {
+    const int64_t* row = all + drafting_row(drafted, block_size) * blocks;
+    const int64_t key = *std::max_element(row, row + blocks);
+    keys.mutable_data_ptr<int64_t>()[drafted] = key;
+    x.tokens.mutable_data_ptr<int64_t>()[drafted] = argmax_token(key);
+  }
+  return keys;
+}
+
+}  // namespace
+}  // namespace dflare::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(dflare, CPU, m) {
+  m.impl("head_argmax", TORCH_BOX((&dflare::head_argmax<dflare::at::Tensor, dflare::cpu::argmax>)));
+}
