@@ -227,7 +227,7 @@ constexpr int64_t attention_partials_size(const AttentionPlan& plan, int head_di
 
 // Rows of the head whose logits exist at a time, whole GEMM tiles: 32 MiB of logits stay in the
 // second-level cache (40 MiB on an A100, 50 on an H100) until they are reduced. One part holds all
-// of a vocabulary of 152K for up to 110 rows, seven requests in blocks of 16.
+// of a vocabulary of 152K for up to 110 rows, six requests in blocks of 16.
 constexpr int64_t head_argmax_columns(int64_t rows, int64_t vocabulary) {
   constexpr int64_t kMostLogits = 16 << 20, kTile = 256;
   const int64_t parts = ceil_div(rows * vocabulary, kMostLogits);

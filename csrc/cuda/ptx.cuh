@@ -178,8 +178,9 @@ __device__ __forceinline__ int atomic_add_acq_rel(int* global, int value) {
   return old;
 }
 
-// Reads past L1: for data that other thread blocks of the same grid wrote, or that is read once. The
-// compiler keeps the order of such loads, so that all that stand in a row are in flight together.
+// Reads past L1: for data that other thread blocks of the same grid wrote, or that is read once.
+// The compiler keeps the order of such loads, so that all that stand in a row are in flight
+// together.
 __device__ __forceinline__ float2 load_from_l2(const float2* global) {
   float2 v;
   asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];\n" : "=f"(v.x), "=f"(v.y) : "l"(global));

@@ -94,10 +94,8 @@ class StepLaunches:
 def _launched_since(before: dict[str, int]) -> tuple[int, int]:
     """Launches of the host, and nodes of the graphs among them."""
     now = DEVICE.stats()
-    return tuple(
-        sum(now[name] - before[name] for name in names)
-        for names in (("tasks", "graph_launches"), ("graph_nodes",))
-    )
+    made = {name: now[name] - before[name] for name in now}
+    return made["tasks"] + made["graph_launches"], made["graph_nodes"]
 
 
 def script_widths(script: list[Turn] | None) -> list[tuple[int, int]]:

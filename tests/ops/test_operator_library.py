@@ -26,6 +26,14 @@ from dflare.ops.library import (
 OPS = torch.ops.dflare
 LIMITS = {"count": 3, "least_match": 3, "longest_match": 64}
 LOOKUP = lookup_case(0, [5, 9], vocabulary=2) | LIMITS
+HEAD = {
+    "hidden": torch.ones(4, 8),
+    "weight": torch.ones(5, 8),
+    "block_size": 2,
+    "ids": None,
+    "first_id": 0,
+    "tokens": torch.zeros(2).long(),
+}
 NORM = {"x": torch.ones(3, 8), "residual": torch.ones(3, 8), "weight": torch.ones(8), "eps": 0.1}
 ROTARY = {
     "x": torch.ones(3, 8),
@@ -40,6 +48,7 @@ ACCURACY_TESTS = [
         ("test_pointwise.py", "test_silu_and_mul"),
         ("test_pointwise.py", "test_rotate_heads"),
         ("test_linear.py", "test_equals_the_product_in_float64"),
+        ("test_head_argmax.py", "test_equals_the_argmax_of_the_logits[whole-cpu]"),
         ("test_linear.py", "test_a_row_has_the_same_bits_alone_and_beside_others"),
         ("test_append_context_kv.py", "test_a_cpu_takes_any_hidden_size"),
         ("test_block_attention.py", "test_a_cpu_takes_every_head_and_group"),
@@ -128,6 +137,7 @@ PAGED = PagedCase((2, 3), (4, 0), padding=2)
         ("block_attention", flat(ATTENTION)),
         ("paged_attention", flat(PAGED)),
         ("lookup_continuations", tuple(LOOKUP.values())),
+        ("head_argmax", tuple(HEAD.values())),
         ("linear", (torch.ones(3, 8), torch.ones(5, 8), torch.ones(5))),
         ("add_rms_norm", tuple(NORM.values())),
         ("silu_and_mul", (torch.ones(3, 8),)),
@@ -143,6 +153,7 @@ def test_fake_results_have_the_real_ones_shapes():
     for operator, arguments in (
         (OPS.block_attention, flat(ATTENTION)),
         (OPS.paged_attention, flat(PAGED)),
+        (OPS.head_argmax, tuple(HEAD.values())),
         (OPS.linear, (torch.ones(3, 8), torch.ones(5, 8), None)),
         (OPS.add_rms_norm, tuple(NORM.values())),
         (OPS.silu_and_mul, (torch.ones(3, 8),)),

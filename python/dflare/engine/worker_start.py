@@ -121,21 +121,19 @@ class WorkerStart(DFlashWorkerV2):
         trace_steps(self)
 
     def _maybe_build_draft_sampler(self) -> Any:
-        """As DFLASH's, which knows when a draft's tokens are not taken in its graph."""
+        """What takes a draft's tokens in its graph; DFLASH knows when nothing can."""
         theirs, head = super()._maybe_build_draft_sampler(), self.draft_head
         if theirs is None:
             return None
-        sizes = {
-            "block_size": int(self.block_size),
-            "max_batch": max(get_exec().graph.cuda_graph_config.decode.bs),
-        }
+        block, largest = int(self.block_size), max(get_exec().graph.cuda_graph_config.decode.bs)
         if head is not None:
-            return DraftHeadSampler(head.weight, ids=head.ids, **sizes)
+            return DraftHeadSampler(head.weight, block_size=block, max_batch=largest, ids=head.ids)
         return DraftHeadSampler(
             theirs.weight[: theirs.num_org],
+            block_size=block,
+            max_batch=largest,
             first_id=theirs.org_vocab_start,
             group=theirs.tp_group,
-            **sizes,
         )
 
     def _configured(self) -> AdaptiveConfig | None:

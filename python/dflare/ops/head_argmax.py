@@ -45,16 +45,18 @@ def token_of(keys: Tensor) -> Tensor:
     return keys.bitwise_not().bitwise_and_(0xFFFFFFFF)
 
 
-@torch.library.register_fake("dflare::head_argmax")
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    block_size: int,
-    ids: Tensor | None,
-    first_id: int,
-    tokens: Tensor,
-) -> Tensor:
-    return torch.empty_like(tokens)
+if hasattr(torch.ops.dflare, "head_argmax"):  # a library that was built before has none
+
+    @torch.library.register_fake("dflare::head_argmax")
+    def _fake(
+        hidden: Tensor,
+        weight: Tensor,
+        block_size: int,
+        ids: Tensor | None,
+        first_id: int,
+        tokens: Tensor,
+    ) -> Tensor:
+        return torch.empty_like(tokens)
 
 
 def head_argmax_reference(
