@@ -119,7 +119,7 @@ def test_a_prefix_that_came_from_elsewhere_is_noted_too(prefixes):
     )
     texts.write_prefixes(batch)
     texts.write_prefill(batch)
-    proposal = texts.look_up(batch, 2)
+    proposal = texts.look_up(batch, table[1:, 7:9].long())
     assert (proposal.found[0].tolist(), int(proposal.match)) == (
         ([4, 5], 3) if prefixes else ([0, 0], 0)
     )
