@@ -136,12 +136,13 @@ def test_a_text_goes_on_with_what_was_committed():
     texts, text = Texts(runner, prefixes=False), [4]
 
     def look_up():
+        length = len(text) - 1
         batch = SimpleNamespace(
             req_pool_indices=torch.tensor([1]),
-            seq_lens=torch.tensor([len(text) - 1]),
+            seq_lens=torch.tensor([length]),
             spec_info=SimpleNamespace(bonus_tokens=torch.tensor(text[-1:])),
         )
-        return texts.look_up(batch, 3)
+        return texts.look_up(batch, table[1:, length : length + 3].long())
 
     for committed, rejected in (([5, 6, 7], []), ([4, 5], [9]), ([6, 7, 4], []), ([5], [9, 9])):
         texts.write_committed(look_up(), torch.tensor([committed + rejected]))
