@@ -158,13 +158,17 @@ def proposal_of(found: list[list[int]], match: list[int]) -> Proposal:
     return Proposal(torch.tensor(found), lengths, anchors=nothing, slots=nothing[:, None])
 
 
+def compare(proposal: Proposal, committed: torch.Tensor, lens: list[int]):
+    return proposal.compare(proposal.right(committed, torch.tensor(lens)))()
+
+
 def test_a_proposal_replaces_drafts_and_is_held_against_what_was_committed():
     proposal = proposal_of([[5, 6, 7], [5, 6, 7], [0, 0, 0]], [9, 3, 0])
     drafts = torch.tensor([[5, 9], [1, 2], [0, 4]])
     proposal.splice(drafts, least_strength=4)
     assert drafts.tolist() == [[5, 6], [1, 2], [0, 4]]
     committed = torch.tensor([[5, 6, 8], [1, 3, 0], [0, 4, 2]])
-    seen = proposal.compare(committed, torch.tensor([3, 2, 3]))()
+    seen = compare(proposal, committed, [3, 2, 3])
     assert seen.match.tolist() == [9, 3, 0]
     assert seen.right.tolist() == [2, 0, 0]
     assert seen.agreed.tolist() == [1, 0, 1]
@@ -176,13 +180,13 @@ def test_drafts_that_nothing_replaces_are_compared_too():
     drafts = torch.tensor([[5, 9]])
     proposal.splice(drafts, NEVER)
     assert drafts.tolist() == [[5, 9]]
-    seen = proposal.compare(torch.tensor([[5, 6, 0]]), torch.tensor([2]))()
+    seen = compare(proposal, torch.tensor([[5, 6, 0]]), [2])
     assert [int(x[0]) for x in seen] == [40, 2, 1, 1]
 
 
 def test_without_drafts_there_is_nothing_to_agree_with():
     proposal = proposal_of([[5, 6], [0, 0]], [4, 0])
-    seen = proposal.compare(torch.tensor([[5, 8], [0, 0]]), torch.tensor([2, 1]))()
+    seen = compare(proposal, torch.tensor([[5, 8], [0, 0]]), [2, 1])
     assert [x.tolist() for x in seen] == [[4, 0], [1, 0], [-1, -1], [0, 0]]
 
 
