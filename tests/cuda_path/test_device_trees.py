@@ -90,6 +90,7 @@ def test_every_arm_gives_the_targets_tokens_and_adds_no_wait(pair, reference):
         assert not races, "\n".join(races[:5])
 
 
+@pytest.mark.long
 def test_parameters_are_the_targets(pair, trees):
     """Penalties, grammars, bias, logprobs and stops, as the target alone has them."""
     ids = prompts(1, 10, 11, seed=5)[0] * 2
