@@ -55,8 +55,8 @@ def draft_marginals(worker: Any, batch: Any, count: int) -> tuple[torch.Tensor, 
     output = _block_output(worker, batch)
     sampler = worker._draft_sampler
     if output.can_run_graph and isinstance(sampler, MarginalsSampler):
-        rows = slice(0, len(batch.seq_lens) * (block - 1))
-        found = sampler.tokens[rows], sampler.log_probs[rows]
+        drafted = len(batch.seq_lens) * (block - 1)
+        found = sampler.tokens[:drafted], sampler.log_probs[:drafted]
     else:
         rows = _masked_rows(output.logits_output.hidden_states, block)
         found = best_tokens(worker, rows, count, get_parallel().tp_group)
