@@ -88,8 +88,10 @@ class DFlareWorker(WorkerStart):
         grammar_barrier: Any = None,
     ) -> GenerationBatchResult:
         """One step of an arm: a block's of DFLASH, or one that verifies without a draft pass."""
-        slots = step_slots(self.model_runner, batch, arm.nodes)
-        proposal = self.texts.look_up(batch, slots) if self.texts else None
+        slots: torch.Tensor | None = None
+        if self.texts or arm.proposer != "chain":  # a block's step alone finds its own
+            slots = step_slots(self.model_runner, batch, arm.nodes)
+        proposal = self.texts.look_up(batch, slots) if self.texts and slots is not None else None
         candidates = _candidates(batch, arm, proposal)
         with ExitStack() as stack:
             if penalised:
@@ -98,12 +100,13 @@ class DFlareWorker(WorkerStart):
                     self.penalties.in_verification(penalised, batch.sampling_info, verified)
                 )
             if arm.proposer == "tree":
-                assert self.trees
+                assert self.trees and slots is not None
                 result = self.trees.run(batch, slots, proposal, on_publish, grammar_barrier)
             elif candidates is None:
                 stack.enter_context(self._splicing(proposal, splice))
                 result = super().forward_batch_generation(batch, on_publish, grammar_barrier)
             else:
+                assert slots is not None
                 result = verify_candidates(
                     self, batch, candidates, slots, on_publish, grammar_barrier
                 )
