@@ -253,8 +253,8 @@ constexpr int lookup_shared_bytes(int longest_match) {
 
 // ------------------------------------------------------------ draft trees
 
-constexpr int kTreeThreads = 32;    // a request
-constexpr int kMaxTreeWidth = 256;  // nodes of a tree, the anchor included
+constexpr int kTreeThreads = 32;              // a request
+constexpr int kMaxTreeWidth = 8 * kMaxBlock;  // nodes of a tree, the anchor included
 
 // A node of a tree that grows, and the best of its children that are not in the tree yet.
 struct TreeNode {
