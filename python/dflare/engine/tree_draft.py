@@ -58,8 +58,8 @@ def draft_marginals(worker: Any, batch: Any, count: int) -> tuple[torch.Tensor, 
         drafted = len(batch.seq_lens) * (block - 1)
         found = sampler.tokens[:drafted], sampler.log_probs[:drafted]
     else:
-        rows = _masked_rows(output.logits_output.hidden_states, block)
-        found = best_tokens(worker, rows, count, get_parallel().tp_group)
+        hidden = _masked_rows(output.logits_output.hidden_states, block)
+        found = best_tokens(worker, hidden, count, get_parallel().tp_group)
     tokens, log_probs = (x.unflatten(0, (-1, block - 1)) for x in found)
     return tokens, log_probs
 
