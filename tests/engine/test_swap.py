@@ -10,7 +10,8 @@ from checkpoints import write_random_draft, write_tensors
 from counting_pair import counting_drafter, rings, write_counting_target
 from served import ADMIN, CLIENT, KEY, Served
 
-from dflare.errors import DFlareError
+from dflare.engine import online_update
+from dflare.errors import DFlareError, UnsupportedError
 from dflare.training.data.files import Record, read_records, write_records
 from dflare.training.run import swap as module
 from dflare.training.run.swap import Server, swap
@@ -122,3 +123,12 @@ def test_nothing_is_swapped_where_nothing_was_held_back(tmp_path):
     with pytest.raises(DFlareError, match=r"0 conversations held back.*DFLARE_TRAFFIC"):
         swap(server, tmp_path / "new", tmp_path, watch_minutes=0)
     assert not server.loaded
+
+
+def test_a_quantised_drafter_stays(tmp_path):
+    served = torch.nn.Linear(2, 2)
+    served.weight = torch.nn.Parameter(
+        served.weight.data.to(torch.float8_e4m3fn), requires_grad=False
+    )
+    with pytest.raises(UnsupportedError, match=r"quantised its drafter.*restart"):
+        online_update._read(served, str(tmp_path))

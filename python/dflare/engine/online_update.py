@@ -14,7 +14,7 @@ from torch import distributed
 
 from dflare.checkpoint import check_finite, is_drafter, load_tensors, read_config
 from dflare.engine.names import ALGORITHM
-from dflare.errors import CheckpointError, DFlareError
+from dflare.errors import CheckpointError, DFlareError, UnsupportedError
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def swap_drafter(worker: Any, path: str, group: Any) -> tuple[bool, str]:
     """
     problem, tensors = None, {}
     try:
-        tensors = _read(worker.draft_model.draft_config, path)
+        tensors = _read(worker.draft_model, path)
     except DFlareError as error:
         problem = str(error)
     problems: list[str | None] = [None] * distributed.get_world_size(group)
@@ -125,14 +125,20 @@ def swap_drafter(worker: Any, path: str, group: Any) -> tuple[bool, str]:
     return True, f"the drafter is {path} now"
 
 
-def _read(served: Any, path: str) -> dict[str, torch.Tensor]:
+def _read(model: Any, path: str) -> dict[str, torch.Tensor]:
     """The tensors of a drafter that computes what the served one does.
 
     Raises:
         CheckpointError: it is another kind of drafter, or damaged.
+        UnsupportedError: the served one is quantised.
     """
+    if any(parameter.dtype.itemsize == 1 for parameter in model.parameters()):
+        raise UnsupportedError(
+            "the server quantised its drafter when it loaded it, and does so at its start only; "
+            "restart it for another drafter"
+        )
     config = read_config(path)
-    given, expected = (c.model_dump(exclude={"dtype"}) for c in (config, served))
+    given, expected = (c.model_dump(exclude={"dtype"}) for c in (config, model.draft_config))
     differing = [
         f"{name} is {given[name]!r}, served is {value!r}"
         for name, value in expected.items()

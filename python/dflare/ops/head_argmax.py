@@ -45,18 +45,16 @@ def token_of(keys: Tensor) -> Tensor:
     return keys.bitwise_not().bitwise_and_(0xFFFFFFFF)
 
 
-if hasattr(torch.ops.dflare, "head_argmax"):  # a library that was built before has none
-
-    @torch.library.register_fake("dflare::head_argmax")
-    def _fake(
-        hidden: Tensor,
-        weight: Tensor,
-        block_size: int,
-        ids: Tensor | None,
-        first_id: int,
-        tokens: Tensor,
-    ) -> Tensor:
-        return torch.empty_like(tokens)
+@torch.library.register_fake("dflare::head_argmax")
+def _fake(
+    hidden: Tensor,
+    weight: Tensor,
+    block_size: int,
+    ids: Tensor | None,
+    first_id: int,
+    tokens: Tensor,
+) -> Tensor:
+    return torch.empty_like(tokens)
 
 
 def head_argmax_reference(
