@@ -15,6 +15,7 @@ _TOGETHER = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With `-n 2 --dist loadgroup`, as `make test` has it, one process runs a group whole."""
     if config.pluginmanager.hasplugin("xdist"):
