@@ -86,7 +86,7 @@ class Builder(WidthStates):
     def _free_memory_gb(self):
         return self.memory
 
-    def _runner_attributes(self, width):
+    def _attributes(self, width):
         self.memory -= self.sizes
         return []
 
