@@ -9,20 +9,17 @@ from pathlib import Path
 
 import inflect
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from dflare.text_file import read_text
 from dflare.training.data.prompts import Message
 from dflare.training.errors import ConfigError
+from dflare.training.section import Section
 
 _GAP = re.compile(r"\{(an? )?(\w+)(\.\w+)?\}")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Words(_Section):
+class Words(Section):
     """A word list that a package carries, one word a line.
 
     Args:
@@ -46,7 +43,7 @@ class Words(_Section):
         return [word.strip() for word in text.splitlines() if word.strip()]
 
 
-class Numbers(_Section):
+class Numbers(Section):
     """Whole numbers from ``from`` to ``to``, both included."""
 
     start: int = Field(alias="from")
@@ -58,7 +55,7 @@ class Numbers(_Section):
         return [str(number) for number in range(self.start, self.end + 1)]
 
 
-class Templates(_Section):
+class Templates(Section):
     """Templates of conversations.
 
     ``{noun}`` is an item of the list ``noun``, ``{a noun}`` one behind its article; ``{noun.x}`` is
@@ -71,9 +68,9 @@ class Templates(_Section):
         turns: Shares of conversations with one, two, ... user turns.
     """
 
-    lists: dict[str, list[str] | Words | Numbers] = {}
+    lists: dict[str, list[str] | Words | Numbers] = Field(default={})
     templates: list[str] = Field(min_length=1)
-    follow_ups: list[str] = []
+    follow_ups: list[str] = Field(default=[])
     turns: list[float] = Field(default=[1.0], min_length=1)
 
     @field_validator("turns")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from dflare.text_file import read_text
 from dflare.training.data.prompts import read_openers, read_prompts
@@ -34,14 +34,11 @@ from dflare.training.run.loop import train
 from dflare.training.run.model_card import model_card
 from dflare.training.run.snapshot import FILE
 from dflare.training.run.trainer import Trainer
+from dflare.training.section import Section
 
 MAX_BYTES = 16 * 2**20  # of the shipped weights
 _PROMPT_SHARE = 0.2  # of the generation time that self-written prompts may take
 _BEAT_SECONDS = 5.0
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class SynthStage(GenerationSettings):
@@ -74,7 +71,7 @@ class SynthStage(GenerationSettings):
         return self
 
 
-class EvaluateStage(_Section):
+class EvaluateStage(Section):
     """Evaluation.
 
     Args:
@@ -88,7 +85,7 @@ class EvaluateStage(_Section):
     rows: int = Field(gt=0)
 
 
-class PipelineConfig(_Section):
+class PipelineConfig(Section):
     """The stages; file names are relative to the configuration's folder.
 
     Args:
