@@ -6,7 +6,6 @@ prompts go to ``traffic-*.xz``, to train on, the tenth to ``held-back-*.xz``, to
 is told by the prompt alone, so that no prompt is in both.
 """
 
-import hashlib
 import logging
 import os
 import queue
@@ -15,12 +14,11 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 
 from dflare.errors import UnsupportedError
-from dflare.training.data.files import DataFile, Record
+from dflare.training.data.files import DataFile, Record, prompt_key
 from dflare.training.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -69,15 +67,14 @@ class TrafficLog:
         """
         self._folder = folder
         self._header = {"target": target, "vocab_size": vocab_size, "served": True}
-        self._running: WeakValueDictionary[str, Any] = WeakValueDictionary()
+        self._running: dict[str, Any] = {}
         self._finished: queue.Queue[Record] = queue.Queue(_WAITING)
         self._dropped = self._failed = False
         threading.Thread(target=self._write, name="dflare-traffic", daemon=True).start()
 
     def note(self, requests: Iterable[Any]) -> None:
         """Know the requests (SGLang's `Req`) of a decode step by their ids."""
-        for request in requests:
-            self._running[request.rid] = request
+        self._running = {request.rid: request for request in requests}
 
     def finish(self, rid: str) -> None:
         """Keep a request that ended."""
@@ -85,11 +82,11 @@ class TrafficLog:
         if request is None or self._failed:
             return
         prompt, answer = np.array(request.origin_input_ids), np.array(request.output_ids)
-        key = int.from_bytes(hashlib.sha256(prompt.tobytes()).digest()[:8], "big")
         ids = np.concatenate((prompt, answer))
         if ids.max() >= self._header["vocab_size"]:
             return  # an image's place holders are no tokens
-        record = Record(ids, [(len(prompt), len(ids))], key, steps=request.spec_verify_ct)
+        steps = request.spec_verify_ct
+        record = Record(ids, [(len(prompt), len(ids))], prompt_key(prompt.tobytes()), steps=steps)
         try:
             self._finished.put_nowait(record)
         except queue.Full:

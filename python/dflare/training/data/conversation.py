@@ -44,7 +44,7 @@ class Conversation:
     @property
     def key(self) -> int:
         """Identifies the prompt."""
-        return prompt_key(key(self.prompt))
+        return prompt_key(key(self.prompt).encode())
 
     def ask(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> bool:
         """Go on to the next user turn without an answer; whether there is one, with room for it."""

@@ -54,9 +54,9 @@ class Record:
     steps: int = 0
 
 
-def prompt_key(text: str) -> int:
+def prompt_key(content: bytes) -> int:
     """Identify a prompt by 64 bits."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
 
 
 def _pack(records: Sequence[Record], wide: bool) -> bytes:
