@@ -8,6 +8,7 @@ run wait meanwhile and go on. What is served afterwards then has the last word.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from dflare.errors import DFlareError
 from dflare.training.data.files import read_records
 from dflare.training.data.target import Target, load_target, target_path
 from dflare.training.drafter.export import load_drafter
-from dflare.training.run.evaluate import compare, evaluate
+from dflare.training.run.draft_table import draft_table
+from dflare.training.run.evaluate import compare
 
 _JUDGED = 64  # conversations held back that both drafters draft, the latest
 _MOST_TOKENS = 2048  # of a conversation
@@ -136,20 +138,27 @@ def _gain(
     for name in (draft, old):
         drafter = load_drafter(name).to(device)
         taps = Target(model.model, drafter.config.target_layer_ids)
-        results.append(evaluate(taps, drafter, answers)["by_prompt"])
+        steps = [
+            draft_table(taps, drafter, *pair).chain(drafter.config.block_size) for pair in answers
+        ]
+        results.append([[sum(tokens), len(tokens)] for tokens in steps])
     compared = compare(*results)
     return compared["gain"], compared["interval"]
 
 
 def _held_back(traffic: Path) -> list[tuple[list[int], list[int]]]:
     """Prompts and answers held back, the latest."""
-    pairs = []
-    for file in _files(traffic, HELD_BACK):
+    pairs: list[tuple[list[int], list[int]]] = []
+    for file in reversed(_files(traffic, HELD_BACK)):
+        of_file = []
         for record in read_records(file):
             start, end = record.answers[-1]
             ids = [int(i) for i in record.ids[: min(end, _MOST_TOKENS)]]
             if len(ids) - start > 1:
-                pairs.append((ids[:start], ids[start:]))
+                of_file.append((ids[:start], ids[start:]))
+        pairs = of_file + pairs
+        if len(pairs) >= _JUDGED:
+            break
     if len(pairs) < 2:
         raise DFlareError(
             f"{traffic} has {len(pairs)} conversations held back, and two are needed to compare "
@@ -165,14 +174,17 @@ def _files(traffic: Path, kind: str) -> list[Path]:
 
 def _served(traffic: Path) -> dict[Path, list[tuple[int, int]]]:
     """Tokens and verify steps of the conversations of each file that were drafted."""
-    return {
-        file: [
-            (len(record.ids) - record.answers[-1][0], record.steps)
-            for record in read_records(file)
-            if record.steps
-        ]
-        for file in _files(traffic, LEARNED)
-    }
+    return {file: _drafted(file, file.stat().st_size) for file in _files(traffic, LEARNED)}
+
+
+@cache
+def _drafted(file: Path, _size: int) -> list[tuple[int, int]]:
+    """Those of one file; one that has not grown is read once."""
+    return [
+        (len(record.ids) - record.answers[-1][0], record.steps)
+        for record in read_records(file)
+        if record.steps
+    ]
 
 
 def _wait_for(
