@@ -41,6 +41,20 @@ class BranchOdds:
         right, seen = self._counts
         return (right / seen).log()[_classes(match, count)]
 
+    def branches(self, found: Tensor, match: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Look-ups as `ops.build_draft_tree` takes branches.
+
+        Args:
+            found: [bs, L] int64, their tokens.
+            match: [bs] int32, tokens of each match; 0: there is no proposal.
+
+        Returns:
+            Tokens and log-probabilities [bs, L], and lengths [bs] int32.
+        """
+        count = found.shape[1]
+        lens = torch.full_like(match, count).where(match > 0, 0)
+        return found, self.log_probs(match, count), lens
+
     def observe(self, match: Tensor, proposed: Tensor, right: Tensor, count: int) -> None:
         """Learn from a step.
 

@@ -182,9 +182,7 @@ class TreeStep:
         anchors = batch.spec_info.bonus_tokens.view(-1).long().contiguous()
         branch: tuple[torch.Tensor, ...] = ()
         if look_up:
-            found, match = look_up.found[:, :nodes].contiguous(), look_up.match
-            odds = self._odds.log_probs(match, found.shape[1])
-            branch = found, odds, torch.full_like(match, found.shape[1]).where(match > 0, 0)
+            branch = self._odds.branches(look_up.found[:, :nodes].contiguous(), look_up.match)
         return DraftTree(*ops.build_draft_tree(anchors, tokens, log_probs, nodes, *branch))
 
     def _mask(self, batch: Any, parents: torch.Tensor) -> torch.Tensor:

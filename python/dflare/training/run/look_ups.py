@@ -25,9 +25,7 @@ class LookUps(NamedTuple):
 
     def branches(self, odds: BranchOdds) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As branches of trees: tokens, log-probabilities and lengths."""
-        count = self.found.shape[1]
-        chances = odds.log_probs(self.match, count)
-        return self.found, chances, torch.full_like(self.match, count).where(self.match > 0, 0)
+        return odds.branches(self.found, self.match)
 
     def teach(self, odds: BranchOdds) -> None:
         """Let all anchors of the answer be seen."""
