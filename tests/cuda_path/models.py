@@ -40,6 +40,15 @@ def greedy(name: str, ids: list[list[int]], new_tokens: int, **more: Any) -> lis
     ]
 
 
+def repeating(name: str, count: int, new_tokens: int = 24) -> list[dict[str, Any]]:
+    """Texts that repeat themselves; some come later, beside steps of the others."""
+    ids = [x + x[: len(x) // 2] for x in prompts(count, 20, 90, seed=50)]
+    return [
+        request | {"after": 4 * max(0, i - 2)}
+        for i, request in enumerate(greedy(name, ids, new_tokens))
+    ]
+
+
 def expected_replays(result: dict[str, Any]) -> int:
     """Graphs of a run: the target's, and the drafter's, of each step that fits a captured size."""
     steps = zip(result["widths"], result["batches"], strict=True)
@@ -56,3 +65,28 @@ def assert_greedy(pair: ReferencePair, prompt: list[int], output: list[int]) -> 
         f"token {worst} is {output[worst]}, the target's own {int(logits[worst].argmax())} "
         f"(logits {gaps[worst]:.3f} apart)"
     )
+
+
+def check_answers(
+    result: dict[str, Any], requests: list[dict[str, Any]], reference: ReferencePair
+) -> None:
+    """Every answer is whole, and the target's."""
+    for request in requests:
+        ids = result["answers"][request["rid"]]["ids"]
+        assert len(ids) == request["sampling"]["max_new_tokens"]
+        assert_greedy(reference, request["ids"], ids)
+
+
+def check_waits_and_races(
+    scheduler: Any, requests: list[dict[str, Any]], reference: ReferencePair
+) -> None:
+    """Decode steps give the target's tokens, add no host wait to SGLang's own, and race nowhere."""
+    scheduler.generate(requests)
+    scheduler.call("flush_cache")
+    result = scheduler.generate(requests, count_waits=True)
+    check_answers(result, requests, reference)
+    waits = [site for site in result["waits"] if any("forward_batch_generation" in c for c in site)]
+    assert not waits, waits[:3]
+    scheduler.call("flush_cache")
+    races = scheduler.generate(requests, watch_races=True)["races"]
+    assert not races, "\n".join(races[:5])

@@ -1,7 +1,7 @@
 """Look-ups on the CUDA device: exact under overlap, in any legal order, without a wait."""
 
 import pytest
-from models import assert_greedy, greedy, prompts
+from models import check_waits_and_races, repeating
 from scheduler_process import running_scheduler
 from test_lookups import check_proposals
 
@@ -14,11 +14,7 @@ FLAGS = {"chunked_prefill_size": 64, "enable_mixed_chunk": True}
 
 @pytest.fixture(scope="module")
 def requests():
-    """Texts that repeat themselves; some come later, beside steps of the others."""
-    ids = [x + x[: len(x) // 2] for x in prompts(5, 20, 90, seed=50)]
-    return [
-        request | {"after": 4 * max(0, i - 2)} for i, request in enumerate(greedy("look", ids, 24))
-    ]
+    return repeating("look", 5)
 
 
 def found(result, requests) -> int:
@@ -48,15 +44,4 @@ def test_proposals_are_what_the_text_says(pair, requests):
 
 def test_every_arm_gives_the_targets_tokens_and_adds_no_wait(pair, reference, requests):
     with running_scheduler(*pair, widths=ALL_ARMS, **FLAGS) as scheduler:
-        scheduler.generate(requests)
-        scheduler.call("flush_cache")
-        result = scheduler.generate(requests, count_waits=True)
-        for request in requests:
-            assert_greedy(reference, request["ids"], result["answers"][request["rid"]]["ids"])
-        waits = [
-            site for site in result["waits"] if any("forward_batch_generation" in c for c in site)
-        ]
-        assert not waits, waits[:3]
-        scheduler.call("flush_cache")
-        races = scheduler.generate(requests, watch_races=True)["races"]
-        assert not races, "\n".join(races[:5])
+        check_waits_and_races(scheduler, requests, reference)

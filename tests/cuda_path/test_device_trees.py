@@ -5,7 +5,17 @@ text, behind a wrong token at each depth: so paths leave the front of their tree
 """
 
 import pytest
-from models import CAPTURED, GRAMMAR, GREEDY, assert_greedy, greedy, prompts, write_pair
+from models import (
+    CAPTURED,
+    GRAMMAR,
+    GREEDY,
+    assert_greedy,
+    check_answers,
+    check_waits_and_races,
+    prompts,
+    repeating,
+    write_pair,
+)
 from reference_drafter import ReferencePair
 from scheduler_process import running_scheduler
 from test_device_features import CASES
@@ -33,22 +43,6 @@ def reference(pair):
     return ReferencePair(*pair)
 
 
-def repeating(name: str, count: int, new_tokens: int = 24) -> list[dict]:
-    """Texts that repeat themselves; some come later, beside steps of the others."""
-    ids = [x + x[: len(x) // 2] for x in prompts(count, 20, 90, seed=50)]
-    return [
-        request | {"after": 4 * max(0, i - 2)}
-        for i, request in enumerate(greedy(name, ids, new_tokens))
-    ]
-
-
-def check(result, requests, reference) -> None:
-    for request in requests:
-        ids = result["answers"][request["rid"]]["ids"]
-        assert len(ids) == request["sampling"]["max_new_tokens"]
-        assert_greedy(reference, request["ids"], ids)
-
-
 @pytest.fixture(scope="module")
 def trees(pair):
     script = [*TREES, ["lookup", 2]]
@@ -59,7 +53,7 @@ def trees(pair):
 def test_trees_give_the_targets_tokens_in_fewer_steps(trees, reference):
     alone = repeating("alone", 1, new_tokens=160)
     result = trees.generate(alone)
-    check(result, alone, reference)
+    check_answers(result, alone, reference)
     assert len(result["widths"]) < 150, "hardly a node was accepted"
     # The target's graph and the drafter's of each tree, the target's of a look-up.
     assert result["replays"] == sum(1 + (width > 2) for width in result["widths"])
@@ -67,27 +61,16 @@ def test_trees_give_the_targets_tokens_in_fewer_steps(trees, reference):
 
 def test_batches_within_and_above_the_captured_sizes(trees, reference):
     requests = repeating("many", CAPTURED + 3)
-    check(trees.generate(requests), requests, reference)
+    check_answers(trees.generate(requests), requests, reference)
     trees.call("flush_cache")
     trees.call("set_order", seed=3)
-    check(trees.generate(requests), requests, reference)
+    check_answers(trees.generate(requests), requests, reference)
     trees.call("set_order", seed=None)
 
 
 def test_every_arm_gives_the_targets_tokens_and_adds_no_wait(pair, reference):
-    requests = repeating("arms", 4)
     with running_scheduler(*pair, widths=ALL_ARMS, **FLAGS) as scheduler:
-        scheduler.generate(requests)
-        scheduler.call("flush_cache")
-        result = scheduler.generate(requests, count_waits=True)
-        check(result, requests, reference)
-        waits = [
-            site for site in result["waits"] if any("forward_batch_generation" in c for c in site)
-        ]
-        assert not waits, waits[:3]
-        scheduler.call("flush_cache")
-        races = scheduler.generate(requests, watch_races=True)["races"]
-        assert not races, "\n".join(races[:5])
+        check_waits_and_races(scheduler, repeating("arms", 4), reference)
 
 
 @pytest.mark.long

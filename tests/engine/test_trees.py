@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from demo_answers import generate, tokens
 from engines import running_engine
 from prompts import chat_prompts
-from test_lossless import generate, tokens
 from test_sampling import (
     LENGTH,
     SAMPLES,
@@ -16,7 +16,6 @@ from test_sampling import (
     find_repeating_prompt,
     three_tokens,
 )
-from transformers import AutoTokenizer
 
 from dflare.training.data.target import load_target
 from dflare.training.drafter.export import load_drafter
@@ -26,14 +25,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def questions(demo_pair):
-    return chat_prompts(AutoTokenizer.from_pretrained(demo_pair[0]), 6)
+def questions(demo_tokenizer):
+    return chat_prompts(demo_tokenizer, 6)
 
 
 @pytest.fixture(scope="module")
-def expected(demo_pair, questions):
-    with running_engine(demo_pair[0]) as engine:
-        return tokens(generate(engine, questions, concurrency=3, max_new_tokens=64))
+def expected(alone, questions):
+    """What the target alone says to them, in 64 tokens."""
+    return tokens(alone["chats"])[: len(questions)]
 
 
 def test_a_served_tree_accepts_what_the_table_of_drafts_says(demo_pair, questions):
