@@ -4,6 +4,7 @@
 #include "build_info.h"
 #include "contract/append_context_kv.h"
 #include "contract/block_attention.h"
+#include "contract/draft_tree.h"
 #include "contract/head_argmax.h"
 #include "stable_torch.h"
 
@@ -27,13 +28,8 @@ STABLE_TORCH_LIBRARY(dflare, m) {
   m.def("rotate_heads(Tensor(a!) x, Tensor cos_sin_cache, Tensor positions, int head_dim) -> ()");
   // Draft trees, from marginals to committed rows of the cache. On CUDA SGLang has what moves
   // slots, and its attention takes masks; on a CPU ours takes parents.
-  m.def(
-      "build_draft_tree(Tensor anchors, Tensor tokens, Tensor log_probs, int nodes,"
-      " Tensor? branch=None, Tensor? branch_log_probs=None, Tensor? branch_lens=None)"
-      " -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "walk_draft_tree(Tensor tokens, Tensor parents, Tensor target_tokens, int stride)"
-      " -> (Tensor, Tensor, Tensor)");
+  m.def(dflare::kBuildDraftTree);
+  m.def(dflare::kWalkDraftTree);
   m.def("write_tree_mask(Tensor parents, Tensor seq_lens, Tensor(a!) mask) -> ()");
   m.def("move_tree_path(Tensor path, Tensor commit_lens, Tensor slots, Tensor(a!)[] pools) -> ()");
   // Instruction set that the CPU kernels run with: "baseline", "avx2", "avx512" or "avx512bf16".

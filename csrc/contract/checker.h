@@ -21,6 +21,7 @@ struct Limits {
   int64_t row_multiple;                             // elements between rows, under 2^31 if over 1
   int64_t alignment;                                // bytes of a tensor's start
   int64_t layers, taps, hidden, block, query_rows;  // at most
+  int64_t tree, stride;                             // rows of a tree and of its path, at most
 };
 
 class Checker {
@@ -142,6 +143,13 @@ class Checker {
   void block(int64_t given) const {
     require(given >= 1, "block_size is ", given, ", expected at least 1");
     require(given <= limits.block, "block_size is ", given, ", expected at most ", limits.block);
+  }
+
+  // Rows of a draft tree, its anchor's included.
+  void tree(int64_t given) const {
+    require(given >= 1, "a tree has no rows, expected at least its anchor's");
+    require(given <= limits.tree, "a tree has ", given, " rows with its anchor, expected at most ",
+            limits.tree);
   }
 
   void query_rows(int64_t group, int64_t block_size) const {

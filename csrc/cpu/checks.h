@@ -19,6 +19,8 @@ inline constexpr Limits kLimits{
     .hidden = kUnlimited,
     .block = kUnlimited,
     .query_rows = kUnlimited,
+    .tree = kUnlimited,
+    .stride = kUnlimited,
 };
 
 // Elements of a contiguous 1-d int32 or int64 tensor.

@@ -1,8 +1,9 @@
 // torch.ops.dflare.{build_draft_tree, walk_draft_tree, move_tree_path} on the CPU.
 
+#include "contract/draft_tree.h"
+
 #include <algorithm>
 #include <cstring>
-#include <tuple>
 
 #include "cpu/checks.h"
 
@@ -76,79 +77,51 @@ void grow(const Growth& g, int64_t width, int64_t* tokens, int32_t* parents, int
   }
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> build_draft_tree(
-    const at::Tensor& anchors, const at::Tensor& tokens, const at::Tensor& log_probs, int64_t nodes,
-    const std::optional<at::Tensor>& branch, const std::optional<at::Tensor>& branch_log_probs,
-    const std::optional<at::Tensor>& branch_lens) {
-  const Checker check("build_draft_tree", kLimits, anchors);
-  check.int64s("anchors", anchors, {kAny}, "[bs]");
-  const int64_t bs = anchors.size(0);
-  check.int64s("tokens", tokens, {bs, kAny, kAny}, "[bs, depths, ranks]");
-  check.table("log_probs", log_probs, tokens.sizes(), "shape of tokens");
-  const int64_t slots = tokens.size(1), ranks = tokens.size(2);
-  TORCH_CHECK(nodes >= 0 && (nodes == 0 || (slots > 0 && ranks >= nodes)),
-              "build_draft_tree: nodes is ", nodes, " and tokens has shape ", tokens.sizes(),
-              ", expected 0 or more nodes, a depth, and at least as many ranks as nodes");
-  const bool has_branch = branch.has_value();
-  TORCH_CHECK(
-      has_branch == branch_log_probs.has_value() && has_branch == branch_lens.has_value(),
-      "build_draft_tree: got some of branch, branch_log_probs and branch_lens, expected all "
-      "or none");
-  if (has_branch) {
-    check.int64s("branch", *branch, {bs, kAny}, "[bs, longest]");
-    check.table("branch_log_probs", *branch_log_probs, branch->sizes(), "shape of branch");
-    check.int32s("branch_lens", *branch_lens, {bs}, "[bs]");
-  }
-  const int64_t width = nodes + 1;
-  at::Tensor out = at::empty({bs, width}, at::kLong, tokens);
-  at::Tensor parents = at::empty({bs, width}, at::kInt, tokens);
-  at::Tensor depths = at::empty({bs, width}, at::kInt, tokens);
+Tree<at::Tensor> build(BuildDraftTree<at::Tensor> x) {
+  x.check(Checker("build_draft_tree", kLimits, x.anchors));
+  const int64_t width = x.nodes + 1;
+  at::Tensor tokens = at::empty({x.batch, width}, at::kLong, x.tokens);
+  at::Tensor parents = at::empty({x.batch, width}, at::kInt, x.tokens);
+  at::Tensor depths = at::empty({x.batch, width}, at::kInt, x.tokens);
   Workspace workspace;
-  for (int64_t b = 0; b < bs; ++b) {
-    Growth growth{tokens.const_data_ptr<int64_t>() + b * slots * ranks,
-                  log_probs.const_data_ptr<float>() + b * slots * ranks,
-                  slots,
-                  ranks,
+  for (int64_t b = 0; b < x.batch; ++b) {
+    const int64_t table = b * x.depths * x.ranks;
+    Growth growth{x.tokens.const_data_ptr<int64_t>() + table,
+                  x.log_probs.const_data_ptr<float>() + table,
+                  x.depths,
+                  x.ranks,
                   nullptr,
                   nullptr,
                   0};
-    if (has_branch) {
-      const int64_t longest = branch->size(1), length = Indices(*branch_lens)[b];
-      TORCH_CHECK(length >= 0 && length <= longest, "build_draft_tree: branch_lens[", b, "] is ",
-                  length, ", expected 0 to ", longest, ", the columns of branch");
-      growth.branch = branch->const_data_ptr<int64_t>() + b * longest;
-      growth.branch_log_probs = branch_log_probs->const_data_ptr<float>() + b * longest;
+    if (x.branch) {
+      const int64_t length = Indices(*x.branch_lens)[b];
+      TORCH_CHECK(length >= 0 && length <= x.longest, "build_draft_tree: branch_lens[", b, "] is ",
+                  length, ", expected 0 to ", x.longest, ", the columns of branch");
+      growth.branch = x.branch->const_data_ptr<int64_t>() + b * x.longest;
+      growth.branch_log_probs = x.branch_log_probs->const_data_ptr<float>() + b * x.longest;
       growth.branch_len = length;
     }
-    int64_t* own_tokens = out.mutable_data_ptr<int64_t>() + b * width;
+    int64_t* own_tokens = tokens.mutable_data_ptr<int64_t>() + b * width;
     int32_t* own_parents = parents.mutable_data_ptr<int32_t>() + b * width;
     int32_t* own_depths = depths.mutable_data_ptr<int32_t>() + b * width;
-    own_tokens[0] = anchors.const_data_ptr<int64_t>()[b];
+    own_tokens[0] = x.anchors.const_data_ptr<int64_t>()[b];
     own_parents[0] = -1;
     own_depths[0] = 0;
     grow(growth, width, own_tokens, own_parents, own_depths, workspace);
   }
-  return {out, parents, depths};
+  return {tokens, parents, depths};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> walk_draft_tree(const at::Tensor& tokens,
-                                                               const at::Tensor& parents,
-                                                               const at::Tensor& target_tokens,
-                                                               int64_t stride) {
-  const Checker check("walk_draft_tree", kLimits, tokens);
-  check.int64s("tokens", tokens, {kAny, kAny}, "[bs, nodes + 1]");
-  check.int32s("parents", parents, tokens.sizes(), "shape of tokens");
-  check.int64s("target_tokens", target_tokens, tokens.sizes(), "shape of tokens");
-  const int64_t bs = tokens.size(0), width = tokens.size(1);
-  TORCH_CHECK(width > 0 && stride > 0, "walk_draft_tree: tokens has shape ", tokens.sizes(),
-              " and stride is ", stride, ", expected at least the anchor and one column");
-  at::Tensor path = at::empty({bs, stride}, at::kInt, tokens);
-  at::Tensor committed = at::empty({bs, stride}, at::kLong, tokens);
-  at::Tensor lengths = at::empty({bs}, at::kInt, tokens);
-  for (int64_t b = 0; b < bs; ++b) {
-    const int64_t* token = tokens.const_data_ptr<int64_t>() + b * width;
-    const int32_t* parent = parents.const_data_ptr<int32_t>() + b * width;
-    const int64_t* target = target_tokens.const_data_ptr<int64_t>() + b * width;
+Tree<at::Tensor> walk(WalkDraftTree<at::Tensor> x) {
+  x.check(Checker("walk_draft_tree", kLimits, x.tokens));
+  const int64_t width = x.width, stride = x.stride;
+  at::Tensor path = at::empty({x.batch, stride}, at::kInt, x.tokens);
+  at::Tensor committed = at::empty({x.batch, stride}, at::kLong, x.tokens);
+  at::Tensor lengths = at::empty({x.batch}, at::kInt, x.tokens);
+  for (int64_t b = 0; b < x.batch; ++b) {
+    const int64_t* token = x.tokens.const_data_ptr<int64_t>() + b * width;
+    const int32_t* parent = x.parents.const_data_ptr<int32_t>() + b * width;
+    const int64_t* target = x.target_tokens.const_data_ptr<int64_t>() + b * width;
     int32_t* own_path = path.mutable_data_ptr<int32_t>() + b * stride;
     int64_t* own_committed = committed.mutable_data_ptr<int64_t>() + b * stride;
     int64_t length = 0, node = 0;
@@ -223,7 +196,9 @@ void move_tree_path(const at::Tensor& path, const at::Tensor& commit_lens, const
 }  // namespace dflare::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(dflare, CPU, m) {
-  m.impl("build_draft_tree", TORCH_BOX(&dflare::cpu::build_draft_tree));
-  m.impl("walk_draft_tree", TORCH_BOX(&dflare::cpu::walk_draft_tree));
+  m.impl("build_draft_tree",
+         TORCH_BOX((&dflare::build_draft_tree<dflare::at::Tensor, dflare::cpu::build>)));
+  m.impl("walk_draft_tree",
+         TORCH_BOX((&dflare::walk_draft_tree<dflare::at::Tensor, dflare::cpu::walk>)));
   m.impl("move_tree_path", TORCH_BOX(&dflare::cpu::move_tree_path));
 }

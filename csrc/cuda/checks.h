@@ -21,6 +21,8 @@ inline constexpr Limits kLimits{
     .hidden = kMaxHidden,
     .block = kMaxBlock,
     .query_rows = kMaxQueryRows,
+    .tree = kMaxTreeWidth,
+    .stride = kMaxContext,
 };
 
 inline ElementType element_type(const at::Tensor& x) {

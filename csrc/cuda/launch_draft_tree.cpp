@@ -1,88 +1,58 @@
 // torch.ops.dflare.{build_draft_tree, walk_draft_tree, write_tree_mask} on CUDA.
 
+#include "../contract/draft_tree.h"
 #include "checks.h"
 #include "params.h"
 
 namespace dflare::cuda {
 namespace {
 
-void check_width(const Checker& check, int64_t width) {
-  check.require(width >= 1 && width <= kMaxTreeWidth, "a tree has ", width,
-                " rows with its anchor, expected 1 to ", kMaxTreeWidth);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> build_draft_tree(
-    const at::Tensor& anchors, const at::Tensor& tokens, const at::Tensor& log_probs, int64_t nodes,
-    const std::optional<at::Tensor>& branch, const std::optional<at::Tensor>& branch_log_probs,
-    const std::optional<at::Tensor>& branch_lens) {
-  const Checker check("build_draft_tree", kLimits, anchors);
+Tree<at::Tensor> build(BuildDraftTree<at::Tensor> x) {
+  const Checker check("build_draft_tree", kLimits, x.anchors);
   const DeviceGuard guard(check.device().index());
   overlaps_launches(check);
-  check.int64s("anchors", anchors, {kAny}, "[bs]");
-  const int64_t bs = anchors.size(0);
-  check.int64s("tokens", tokens, {bs, kAny, kAny}, "[bs, depths, ranks]");
-  check.table("log_probs", log_probs, tokens.sizes(), "shape of tokens");
-  const int64_t depths = tokens.size(1), ranks = tokens.size(2);
-  check.require(nodes >= 0 && (nodes == 0 || (depths > 0 && ranks >= nodes)), "nodes is ", nodes,
-                " and tokens has shape ", tokens.sizes(),
-                ", expected 0 or more nodes, a depth, and at least as many ranks as nodes");
-  check_width(check, nodes + 1);
-  const bool has_branch = branch.has_value();
-  check.require(has_branch == branch_log_probs.has_value() && has_branch == branch_lens.has_value(),
-                "got some of branch, branch_log_probs and branch_lens, expected all or none");
+  x.check(check);
+  const at::Tensor tokens = empty({x.batch, x.nodes + 1}, at::kLong, x.anchors);
+  const at::Tensor parents = empty({x.batch, x.nodes + 1}, at::kInt, x.anchors);
+  const at::Tensor depths = empty({x.batch, x.nodes + 1}, at::kInt, x.anchors);
+  if (x.batch == 0) return {tokens, parents, depths};
   BuildTreeParams p{};
-  if (has_branch) {
-    check.int64s("branch", *branch, {bs, kAny}, "[bs, longest]");
-    check.table("branch_log_probs", *branch_log_probs, branch->sizes(), "shape of branch");
-    check.int32s("branch_lens", *branch_lens, {bs}, "[bs]");
-    p.branch = branch->const_data_ptr<int64_t>();
-    p.branch_log_probs = branch_log_probs->const_data_ptr<float>();
-    p.branch_lens = branch_lens->const_data_ptr<int32_t>();
-    p.longest = static_cast<int>(branch->size(1));
+  p.anchors = x.anchors.const_data_ptr<int64_t>();
+  p.tokens = x.tokens.const_data_ptr<int64_t>();
+  p.log_probs = x.log_probs.const_data_ptr<float>();
+  if (x.branch) {
+    p.branch = x.branch->const_data_ptr<int64_t>();
+    p.branch_log_probs = x.branch_log_probs->const_data_ptr<float>();
+    p.branch_lens = x.branch_lens->const_data_ptr<int32_t>();
+    p.longest = static_cast<int>(x.longest);
   }
-  const at::Tensor out = empty({bs, nodes + 1}, at::kLong, anchors);
-  const at::Tensor parents = empty({bs, nodes + 1}, at::kInt, anchors);
-  const at::Tensor out_depths = empty({bs, nodes + 1}, at::kInt, anchors);
-  if (bs == 0) return {out, parents, out_depths};
-  p.anchors = anchors.const_data_ptr<int64_t>();
-  p.tokens = tokens.const_data_ptr<int64_t>();
-  p.log_probs = log_probs.const_data_ptr<float>();
-  p.batch_size = static_cast<int>(bs);
-  p.depths = static_cast<int>(depths);
-  p.ranks = static_cast<int>(ranks);
-  p.nodes = static_cast<int>(nodes);
-  p.out_tokens = out.mutable_data_ptr<int64_t>();
+  p.batch_size = static_cast<int>(x.batch);
+  p.depths = static_cast<int>(x.depths);
+  p.ranks = static_cast<int>(x.ranks);
+  p.nodes = static_cast<int>(x.nodes);
+  p.out_tokens = tokens.mutable_data_ptr<int64_t>();
   p.parents = parents.mutable_data_ptr<int32_t>();
-  p.out_depths = out_depths.mutable_data_ptr<int32_t>();
+  p.out_depths = depths.mutable_data_ptr<int32_t>();
   check_status(check.op, run_build_draft_tree(p, current_stream(check.device())));
-  return {out, parents, out_depths};
+  return {tokens, parents, depths};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> walk_draft_tree(const at::Tensor& tokens,
-                                                               const at::Tensor& parents,
-                                                               const at::Tensor& target_tokens,
-                                                               int64_t stride) {
-  const Checker check("walk_draft_tree", kLimits, tokens);
+Tree<at::Tensor> walk(WalkDraftTree<at::Tensor> x) {
+  const Checker check("walk_draft_tree", kLimits, x.tokens);
   const DeviceGuard guard(check.device().index());
   overlaps_launches(check);
-  check.int64s("tokens", tokens, {kAny, kAny}, "[bs, nodes + 1]");
-  check.int32s("parents", parents, tokens.sizes(), "shape of tokens");
-  check.int64s("target_tokens", target_tokens, tokens.sizes(), "shape of tokens");
-  const int64_t bs = tokens.size(0), width = tokens.size(1);
-  check_width(check, width);
-  check.require(stride > 0 && stride <= kMaxContext, "stride is ", stride, ", expected 1 to ",
-                kMaxContext);
-  const at::Tensor path = empty({bs, stride}, at::kInt, tokens);
-  const at::Tensor lengths = empty({bs}, at::kInt, tokens);
-  const at::Tensor committed = empty({bs, stride}, at::kLong, tokens);
-  if (bs == 0) return {path, lengths, committed};
+  x.check(check);
+  const at::Tensor path = empty({x.batch, x.stride}, at::kInt, x.tokens);
+  const at::Tensor lengths = empty({x.batch}, at::kInt, x.tokens);
+  const at::Tensor committed = empty({x.batch, x.stride}, at::kLong, x.tokens);
+  if (x.batch == 0) return {path, lengths, committed};
   WalkTreeParams p{};
-  p.tokens = tokens.const_data_ptr<int64_t>();
-  p.parents = parents.const_data_ptr<int32_t>();
-  p.target_tokens = target_tokens.const_data_ptr<int64_t>();
-  p.batch_size = static_cast<int>(bs);
-  p.width = static_cast<int>(width);
-  p.stride = static_cast<int>(stride);
+  p.tokens = x.tokens.const_data_ptr<int64_t>();
+  p.parents = x.parents.const_data_ptr<int32_t>();
+  p.target_tokens = x.target_tokens.const_data_ptr<int64_t>();
+  p.batch_size = static_cast<int>(x.batch);
+  p.width = static_cast<int>(x.width);
+  p.stride = static_cast<int>(x.stride);
   p.path = path.mutable_data_ptr<int32_t>();
   p.commit_lens = lengths.mutable_data_ptr<int32_t>();
   p.committed = committed.mutable_data_ptr<int64_t>();
@@ -97,7 +67,7 @@ void write_tree_mask(const at::Tensor& parents, const at::Tensor& seq_lens,
   overlaps_launches(check);
   check.int32s("parents", parents, {kAny, kAny}, "[bs, nodes + 1]");
   const int64_t bs = parents.size(0), width = parents.size(1);
-  check_width(check, width);
+  check.tree(width);
   check.integers("seq_lens", seq_lens, {bs}, "[bs]");
   check.bytes("mask", mask, {kAny}, "[sum of (nodes + 1) * (seq_lens + nodes + 1)]");
   if (bs == 0) return;
@@ -114,8 +84,8 @@ void write_tree_mask(const at::Tensor& parents, const at::Tensor& seq_lens,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dflare, CUDA, m) {
-  m.impl("build_draft_tree", TORCH_BOX(&build_draft_tree));
-  m.impl("walk_draft_tree", TORCH_BOX(&walk_draft_tree));
+  m.impl("build_draft_tree", TORCH_BOX((&build_draft_tree<at::Tensor, build>)));
+  m.impl("walk_draft_tree", TORCH_BOX((&walk_draft_tree<at::Tensor, walk>)));
   m.impl("write_tree_mask", TORCH_BOX(&write_tree_mask));
 }
 
