@@ -122,7 +122,8 @@ def test_any_shape(device, dtype, head_dims, data):
         block=block,
         taps=draw(st.integers(1, 16)),
         layers=draw(st.integers(1, 6)),
-        hidden=draw(st.integers(1, 384)) if cpu else 8 * draw(st.integers(1, 48)),
+        # With fewer channels, taps that cancel out make the norm ill-conditioned.
+        hidden=draw(st.integers(8, 384)) if cpu else 8 * draw(st.integers(1, 48)),
         kv_heads=draw(st.integers(1, 3)),
         head_dim=head_dim,
         rotary=draw(st.sampled_from([head_dim // 4, head_dim // 2, head_dim, *([0, 2] * cpu)])),
