@@ -4,6 +4,7 @@ SGLang loads, sizes its pools and captures all graphs as on a GPU; no kernel run
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -120,4 +121,16 @@ def test_48_requests_need_no_more_than_dflash(pair, tmp_path):
     print(ours, theirs)
     assert ours["graphs"] <= 150
     assert 0 < ours["tap_bytes"] <= 1.2 * theirs["tap_bytes"]
+    assert ours["free_bytes"] > 2 * PREFILL_TAPS
+
+
+def test_256_requests_start_and_say_which_widths_are_left_out(pair):
+    settings = OWN | {"max_running_requests": 256, "memory_gb": MEMORY_GB}
+    with running_scheduler(*pair, widths=WIDTHS, **settings) as scheduler:
+        ours, served = scheduler.call("graphs"), scheduler.call("widths")
+        said = re.search(r"no CUDA graphs for verify widths ([\d, ]+), which are", scheduler.log())
+    print(ours, served, said)
+    left_out = [int(width) for width in said[1].split(",")] if said else []
+    assert sorted(served + left_out) == WIDTHS
+    assert len(served) > 1, "it still drafts"
     assert ours["free_bytes"] > 2 * PREFILL_TAPS
