@@ -6,6 +6,7 @@
 #include "contract/block_attention.h"
 #include "contract/draft_tree.h"
 #include "contract/head_argmax.h"
+#include "contract/lookup_continuations.h"
 #include "stable_torch.h"
 
 STABLE_TORCH_LIBRARY(dflare, m) {
@@ -17,10 +18,7 @@ STABLE_TORCH_LIBRARY(dflare, m) {
       "paged_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor req_to_token,"
       " Tensor req_pool_indices, Tensor seq_lens, Tensor query_start, int window, bool causal,"
       " float scale, float logit_cap, Tensor? parents=None) -> Tensor");
-  m.def(
-      "lookup_continuations(Tensor tokens, Tensor req_to_token, Tensor req_pool_indices,"
-      " Tensor seq_lens, Tensor anchors, int count, int least_match, int longest_match)"
-      " -> (Tensor, Tensor)");
+  m.def(dflare::kLookupContinuations);
   // CPU only: the rest of a target's layers.
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor(a!)? residual, Tensor weight, float eps) -> Tensor");

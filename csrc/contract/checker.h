@@ -22,6 +22,7 @@ struct Limits {
   int64_t alignment;                                // bytes of a tensor's start
   int64_t layers, taps, hidden, block, query_rows;  // at most
   int64_t tree, stride;                             // rows of a tree and of its path, at most
+  int64_t continuation, match;                      // tokens of a look-up, at most
 };
 
 class Checker {

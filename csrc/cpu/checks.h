@@ -21,6 +21,8 @@ inline constexpr Limits kLimits{
     .query_rows = kUnlimited,
     .tree = kUnlimited,
     .stride = kUnlimited,
+    .continuation = kUnlimited,
+    .match = kUnlimited,
 };
 
 // Elements of a contiguous 1-d int32 or int64 tensor.

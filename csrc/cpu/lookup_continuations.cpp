@@ -4,6 +4,7 @@
 #include <atomic>
 #include <memory>
 
+#include "contract/lookup_continuations.h"
 #include "cpu/checks.h"
 #include "cpu/run_attention.h"
 #include "cpu/team.h"
@@ -46,41 +47,30 @@ Match find(const int32_t* text, int64_t last, int64_t least, int64_t longest) {
   return best.end ? best : Match{};
 }
 
-std::tuple<at::Tensor, at::Tensor> lookup_continuations(
-    const at::Tensor& tokens, const at::Tensor& req_to_token, const at::Tensor& req_pool_indices,
-    const at::Tensor& seq_lens, const at::Tensor& anchors, int64_t count, int64_t least_match,
-    int64_t longest_match) {
-  const Checker check(kOp, kLimits, tokens);
-  check.int32s("tokens", tokens, {kAny}, "[slots]");
-  const int64_t bs = check.page_table(req_to_token, req_pool_indices, seq_lens);
-  const int64_t slots = tokens.size(0);
-  check.int64s("anchors", anchors, {bs}, "[bs]");
-  check.require(count >= 1, "count is ", count, ", expected at least 1");
-  check.require(least_match >= 1 && least_match <= longest_match, "least_match is ", least_match,
-                ", expected 1 to longest_match = ", longest_match);
-
-  at::Tensor found = at::empty({bs, count}, at::kLong, anchors);
-  at::Tensor lengths = at::empty({bs}, at::kInt, anchors);
-  const Indices prefixes(seq_lens);
-  const int32_t* known = tokens.const_data_ptr<int32_t>();
-  const int64_t* anchor = anchors.const_data_ptr<int64_t>();
+Continuations<at::Tensor> look_up(LookupContinuations<at::Tensor> x) {
+  x.check(Checker(kOp, kLimits, x.tokens));
+  at::Tensor found = at::empty({x.batch, x.count}, at::kLong, x.anchors);
+  at::Tensor lengths = at::empty({x.batch}, at::kInt, x.anchors);
+  const Indices prefixes(x.seq_lens);
+  const int32_t* known = x.tokens.const_data_ptr<int32_t>();
+  const int64_t* anchor = x.anchors.const_data_ptr<int64_t>();
   int64_t* out = found.mutable_data_ptr<int64_t>();
   int32_t* out_lengths = lengths.mutable_data_ptr<int32_t>();
-  parallel_for(at::get_num_threads(), bs, 1, [&](int64_t first, int64_t stop) {
+  parallel_for(at::get_num_threads(), x.batch, 1, [&](int64_t first, int64_t stop) {
     for (int64_t b = first; b < stop; ++b) {
       const int64_t last = prefixes[b];
-      const int32_t* places = request_slots(kOp, req_to_token, req_pool_indices, b, last);
+      const int32_t* places = request_slots(kOp, x.req_to_token, x.req_pool_indices, b, last);
       const std::unique_ptr<int32_t[]> text(new int32_t[last + 1]);
       for (int64_t i = 0; i < last; ++i) {
-        TORCH_CHECK(places[i] >= 0 && places[i] < slots, kOp, ": token ", i, " of request ", b,
-                    " is in slot ", places[i], ", expected 0 to ", slots - 1);
+        TORCH_CHECK(places[i] >= 0 && places[i] < x.slots, kOp, ": token ", i, " of request ", b,
+                    " is in slot ", places[i], ", expected 0 to ", x.slots - 1);
         text[i] = known[places[i]];
       }
       text[last] = static_cast<int32_t>(anchor[b]);
-      const Match match = find(text.get(), last, least_match, longest_match);
+      const Match match = find(text.get(), last, x.least_match, x.longest_match);
       const int64_t period = last + 1 - match.end;
-      for (int64_t i = 0; i < count; ++i) {
-        out[b * count + i] = match.length ? text[match.end + i % period] : 0;
+      for (int64_t i = 0; i < x.count; ++i) {
+        out[b * x.count + i] = match.length ? text[match.end + i % period] : 0;
       }
       out_lengths[b] = static_cast<int32_t>(match.length);
     }
@@ -92,5 +82,6 @@ std::tuple<at::Tensor, at::Tensor> lookup_continuations(
 }  // namespace dflare::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(dflare, CPU, m) {
-  m.impl("lookup_continuations", TORCH_BOX(&dflare::cpu::lookup_continuations));
+  m.impl("lookup_continuations",
+         TORCH_BOX((&dflare::lookup_continuations<dflare::at::Tensor, dflare::cpu::look_up>)));
 }

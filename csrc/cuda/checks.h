@@ -23,6 +23,8 @@ inline constexpr Limits kLimits{
     .query_rows = kMaxQueryRows,
     .tree = kMaxTreeWidth,
     .stride = kMaxContext,
+    .continuation = kMaxContext,
+    .match = kLookupMatch,
 };
 
 inline ElementType element_type(const at::Tensor& x) {

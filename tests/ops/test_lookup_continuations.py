@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import lookup_case
-from op_devices import CPU, CUDA, EMULATED, place
+from op_devices import CPU, CUDA, EMULATED, KERNELS, place
 
 from dflare.ops import lookup_continuations, lookup_continuations_reference
 
@@ -67,3 +67,35 @@ def test_longer_matches_than_the_longest_are_as_good():
     text = [*range(20), 50, *range(10, 20), 60, *range(20)]
     assert look_up(text, count=1) == ([50], 20)
     assert look_up(text, count=1, longest_match=10) == ([60], 10)
+
+
+@pytest.mark.parametrize("device", [CPU, EMULATED, CUDA])
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"count": 0}, "count is 0, expected at least 1"),
+        ({"least_match": 0}, "least_match is 0, expected 1 to longest_match = 8"),
+        ({"least_match": 9}, "least_match is 9, expected 1 to longest_match = 8"),
+    ],
+    ids=str,
+)
+def test_says_which_limit_does_not_fit(device, changed, says):
+    refuse(device, changed, says)
+
+
+@KERNELS
+@pytest.mark.parametrize("name", ["count", "longest_match"])
+def test_says_which_limit_is_more_than_a_kernel_takes(device, name):
+    most = {"count": 1 << 24, "longest_match": 1024}[name]
+    refuse(device, {name: most + 1}, f"{name} is {most + 1}, expected at most {most}")
+
+
+def refuse(device, changed, says):
+    limits = {"count": 4, "least_match": 3, "longest_match": 8} | changed
+    with place(device) as at:
+        there = {
+            name: at.put(name, tensor)
+            for name, tensor in lookup_case(0, [20], vocabulary=3).items()
+        }
+        with pytest.raises(RuntimeError, match=f"lookup_continuations: {says}"):
+            lookup_continuations(**there, **limits)
