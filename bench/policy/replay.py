@@ -39,7 +39,7 @@ from dflare.training.data.target import load_target, target_path
 from dflare.training.drafter.export import load_drafter
 from dflare.training.drafter.model import Drafter
 from dflare.training.run.draft_table import draft_table
-from dflare.training.run.look_ups import look_ups
+from dflare.training.run.look_ups import Nodes, look_ups
 
 PROMPTS = Path(__file__).parents[1] / "serving" / "prompts"
 _TABLE_ERROR = 0.05  # of a start-up measurement
@@ -53,15 +53,15 @@ class Trace:
 
     Attributes:
         seen: Of the drafter's whole block and of the look-up, int64 [anchors] each.
-        trees: Drafts that are right in trees of so many nodes, [anchors] each.
+        trees: The drafter's trees.
         branched: The same with the look-up as one more branch.
-        hoped: What the drafter expects of `trees`.
+        looked_up: The look-up alone.
     """
 
     seen: Comparison
-    trees: dict[int, np.ndarray]
-    branched: dict[int, np.ndarray]
-    hoped: dict[int, np.ndarray]
+    trees: Nodes
+    branched: Nodes
+    looked_up: Nodes
 
     def __len__(self) -> int:
         return len(self.seen.match)
@@ -70,7 +70,8 @@ class Trace:
         """Right drafts behind an anchor; look-ups join only where `splice` is one of theirs."""
         seen = self.seen
         if arm.proposer == "tree":
-            return int((self.trees if splice == NEVER else self.branched)[arm.nodes][at])
+            trees = self.trees if splice == NEVER else self.branched
+            return int(trees.right[at, : arm.nodes - 1].sum())
         if arm.proposer == "chain":
             found = seen.match[at] > 0 and seen.match[at] + seen.agreed[at] >= splice
             return int((seen.right if found else seen.drafted)[at])
@@ -79,13 +80,13 @@ class Trace:
 
 @torch.no_grad()
 def record(
-    drafter: Drafter, target_name: str, tokens: int, trees: Sequence[int], most: int
+    drafter: Drafter, target_name: str, tokens: int, nodes: int, most: int
 ) -> dict[str, list[Trace]]:
     """Traces of the answers to each prompt file.
 
     Args:
         tokens: Of an answer.
-        trees: Nodes of trees.
+        nodes: Of trees.
         most: Prompts of a file.
     """
     path = target_path(target_name)
@@ -102,13 +103,13 @@ def record(
             if len(answer.ids) < 2:
                 continue
             table = draft_table(target, drafter, prompts[answer.prompt], answer.ids)
-            found = look_ups(prompts[answer.prompt], answer.ids, max(trees) - 1)
+            found = look_ups(prompts[answer.prompt], answer.ids, nodes - 1)
             traces[file.stem].append(
                 Trace(
                     table.compare(found),
-                    table.accepted_of_trees(trees),
-                    table.accepted_of_trees(trees, found.branches(odds)),
-                    table.hoped_of_trees(trees),
+                    table.grow(nodes - 1),
+                    table.grow(nodes - 1, found.branches(odds)),
+                    found.chain(odds),
                 )
             )
             found.teach(odds)
@@ -148,7 +149,8 @@ class CostAware(Fixed):
 
     def choose(self, batch: Sequence[_Request]) -> tuple[Arm, int]:
         def rate(nodes: int) -> float:
-            hoped = sum(1 + request.trace.hoped[nodes][request.at] for request in batch)
+            chances = (r.trace.trees.chance[r.at, : nodes - 1] for r in batch)
+            hoped = len(batch) + sum(float(chance.sum()) for chance in chances)
             return hoped / self._seconds(len(batch), Arm("tree", nodes))
 
         return Arm("tree", max(self._budgets, key=rate)), NEVER
@@ -282,7 +284,7 @@ def main() -> None:
     drafter = load_drafter(args.drafter)
     block = drafter.config.block_size
     every = AdaptiveConfig.for_block_size(block)
-    traces = record(drafter, args.target, args.tokens, every.trees, args.prompts)
+    traces = record(drafter, args.target, args.tokens, every.trees[-1], args.prompts)
     traces["mix"] = [trace for pool in traces.values() for trace in pool]
     seconds = scenarios.chosen(args, every.arms)
     names = ", ".join(map(str, every.arms))

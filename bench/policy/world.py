@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 
 from dflare.adaptive import PLAIN, Arm, Comparison
-from dflare.ops import build_draft_tree, walk_draft_tree
+from dflare.ops import build_draft_tree, tree_log_probs, walk_draft_tree
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -78,13 +78,8 @@ class Tree:
 
     def expected_tokens(self) -> Array:
         """Of the first so many nodes of each tree, the anchor included: [bs, nodes]."""
-        slot = np.maximum(self.depths - 1, 0)
-        own = np.take_along_axis(self.chances, slot[..., None], axis=1)
-        own = np.take_along_axis(own, self.tokens[..., None], axis=2)[..., 0]
-        score = np.ones_like(own)
-        for node in range(1, own.shape[1]):
-            above = np.take_along_axis(score, self.parents[:, node, None], axis=1)[:, 0]
-            score[:, node] = above * own[:, node]
+        nodes = tuple(map(torch.from_numpy, (self.tokens, self.parents, self.depths)))
+        score = tree_log_probs(nodes, *_ranked(self.chances)).exp().numpy()
         return np.cumsum(score * (self.depths < self.remaining[:, None]), axis=1)
 
     def accepted(self, luck: np.random.Generator) -> Ints:
@@ -146,12 +141,8 @@ class World:
         # What a drafter calls the best is never less likely than the second.
         second = np.minimum(self.scenario.second, right / (1 - right))
         chances = np.where(rank, (1 - right) * second * (1 - second) ** (rank - 1), right)
-        log_probs = torch.from_numpy(np.log(chances)).float()
-        # Tokens are called by their rank.
-        tokens = torch.from_numpy(rank).expand(log_probs.shape).contiguous()
-        grown = build_draft_tree(
-            torch.zeros(len(right), dtype=torch.long), tokens, log_probs, nodes - 1
-        )
+        anchors = torch.zeros(len(right), dtype=torch.long)
+        grown = build_draft_tree(anchors, *_ranked(chances), nodes - 1)
         return Tree(*(x.numpy() for x in grown), chances, self._remaining())
 
     def _remaining(self) -> Ints:
@@ -219,3 +210,9 @@ class World:
         elif self._copying.random() < 1 - (1 - begins) ** tokens:
             request.passage = 1 + int(self._copying.exponential(length))
         request.chance = bool(self._copying.random() < self.scenario.chance)
+
+
+def _ranked(chances: Array) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, called by their rank, and log-probabilities as `build_draft_tree` takes them."""
+    log_probs = torch.from_numpy(np.log(chances)).float()
+    return torch.arange(chances.shape[2]).expand(log_probs.shape).contiguous(), log_probs

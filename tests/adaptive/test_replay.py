@@ -5,19 +5,20 @@ import pytest
 from bench.policy import replay
 
 from dflare.adaptive import NEVER, PLAIN, AdaptiveConfig, Arm, Comparison, chain
+from dflare.training.run.look_ups import Nodes
 
 
 def seconds(batch, arm):
     return 0.01 + 0.001 * batch * arm.nodes
 
 
-def trace(drafted, trees=None, hoped=None, match=None, right=None):
+def trace(drafted, trees=None, chances=None, match=None, right=None):
     """Of the drafter's right tokens behind each anchor, and what else is given."""
     none = np.zeros(len(drafted), dtype=np.int64)
     found = none if match is None else np.array(match), none if right is None else np.array(right)
-    trees = {nodes: np.array(values) for nodes, values in (trees or {}).items()}
-    hoped = {nodes: np.array(values) for nodes, values in (hoped or {}).items()}
-    return replay.Trace(Comparison(*found, none, np.array(drafted)), trees, trees, hoped)
+    nodes = np.array(trees or [[0]] * len(drafted), dtype=bool)
+    grown = Nodes(np.array(chances or np.zeros(nodes.shape)), nodes)
+    return replay.Trace(Comparison(*found, none, np.array(drafted)), grown, grown, grown)
 
 
 def rate(traces, arm, concurrency=1, splice=NEVER):
@@ -38,7 +39,9 @@ def test_requests_run_side_by_side():
 
 
 def test_look_ups_and_trees_commit_what_is_right_in_them():
-    traces = [trace([0] * 4, {3: [1, 0, 1, 0]}, match=[5, 0, 0, 0], right=[3, 0, 0, 0])]
+    traces = [
+        trace([0] * 4, [[0, 1], [0, 0], [1, 0], [0, 0]], match=[5, 0, 0, 0], right=[3, 0, 0, 0])
+    ]
     assert rate(traces, Arm("tree", 3)) == pytest.approx(4 / (2 * seconds(1, Arm("tree", 3))))
     assert rate(traces, Arm("lookup", 4)) == pytest.approx(4 / seconds(1, Arm("lookup", 4)))
     assert rate(traces, chain(4), splice=5) == pytest.approx(4 / seconds(1, chain(4)))
@@ -46,7 +49,8 @@ def test_look_ups_and_trees_commit_what_is_right_in_them():
 
 
 def test_a_cost_aware_budget_takes_what_the_drafter_hopes_over_what_it_costs():
-    request = replay._Request(0, trace([0, 0], hoped={2: [0.5, 0.1], 8: [1.5, 0.3]}))
+    chances = [[0.5, *[0.2] * 5, 0], [0.1, *[0.04] * 5, 0]]
+    request = replay._Request(0, trace([0, 0], chances=chances))
     chooser = replay.CostAware((2, 8), seconds)
     assert chooser.choose([request]) == (Arm("tree", 8), NEVER)  # 2.5 / 18 ms, 1.5 / 12 ms
     request.at = 1
@@ -57,7 +61,7 @@ def test_a_cost_aware_budget_takes_what_the_drafter_hopes_over_what_it_costs():
 def test_the_policy_comes_near_the_best_arm(proposers):
     config = AdaptiveConfig.for_block_size(8, proposers=proposers)
     drafted = [min(7, 59 - i) for i in range(60)]
-    trees = {nodes: [min(2, 59 - i) for i in range(60)] for nodes in config.trees}
+    trees = [[i < 59, i < 58, *[False] * 13] for i in range(60)]
     traces = [trace(drafted, trees)] * 30
     best = rate(traces, chain(8))
     policy = replay.Policy(config, seconds, 1, seed=0)

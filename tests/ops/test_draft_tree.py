@@ -13,6 +13,7 @@ from dflare.ops import (
     build_draft_tree,
     move_tree_path,
     tree_ancestors,
+    tree_log_probs,
     walk_draft_tree,
     write_tree_mask,
 )
@@ -47,8 +48,8 @@ def prefixes_of(tokens, parents) -> list[tuple[int, ...]]:
     return found[1:]
 
 
-def best_prefixes(tokens, log_probs, nodes: int, branch=()) -> set[tuple[int, ...]]:
-    """The most probable of all prefixes: every combination is looked at.
+def best_prefixes(tokens, log_probs, nodes: int, branch=()) -> dict[tuple[int, ...], float]:
+    """The most probable of all prefixes, each with its own: every combination is looked at.
 
     `branch` has tokens with their log-probabilities, each behind those before it.
     """
@@ -69,7 +70,7 @@ def best_prefixes(tokens, log_probs, nodes: int, branch=()) -> set[tuple[int, ..
         scores |= longer
         last = list(longer)
     del scores[()]
-    return set(sorted(scores, key=lambda prefix: -scores[prefix])[:nodes])
+    return {p: scores[p] for p in sorted(scores, key=lambda prefix: -scores[prefix])[:nodes]}
 
 
 @DEVICES
@@ -80,12 +81,16 @@ def test_a_tree_holds_the_most_probable_prefixes(device, data):
     depths, ranks = data.draw(st.integers(1, 4)), max(1, nodes)
     bs = data.draw(st.integers(0, 3))
     anchors, best, log_probs = marginals(data.draw(st.integers(0, 1 << 20)), bs, depths, ranks)
-    tokens, parents, levels = on(device, build_draft_tree, anchors, best, log_probs, nodes)
+    grown = on(device, build_draft_tree, anchors, best, log_probs, nodes)
+    tokens, parents, levels = grown
+    scores = tree_log_probs(grown, best, log_probs)
     assert tokens.shape == parents.shape == levels.shape == (bs, nodes + 1)
     assert tokens[:, 0].equal(anchors)
     for b in range(bs):
         prefixes = prefixes_of(tokens[b], parents[b])
-        assert set(prefixes) == best_prefixes(best[b], log_probs[b], nodes)
+        wanted = best_prefixes(best[b], log_probs[b], nodes)
+        assert set(prefixes) == set(wanted)
+        assert scores[b].tolist() == pytest.approx([0, *map(wanted.get, prefixes)], abs=1e-5)
         assert levels[b].tolist() == [0, *map(len, prefixes)]
         assert parents[b, 0] == -1 and all(parents[b, 1:] < torch.arange(1, nodes + 1))
 
@@ -107,13 +112,16 @@ def test_a_branch_competes_with_the_drafter_and_shares_its_prefixes(device, data
     chances = -certainty * (
         0.1 + torch.rand(2, longest, generator=torch.Generator().manual_seed(nodes))
     )
-    tokens, parents, depth = on(
-        device, build_draft_tree, anchors, best, log_probs, nodes, branch, chances, lens
-    )
+    drafts = best, log_probs, nodes
+    grown = on(device, build_draft_tree, anchors, *drafts, branch, chances, lens)
+    tokens, parents, depth = grown
+    scores = tree_log_probs(grown, best, log_probs, branch, chances, lens)
     for b in range(2):
         proposed = list(zip(branch[b].tolist(), chances[b].tolist(), strict=True))[: lens[b]]
         prefixes = prefixes_of(tokens[b], parents[b])
-        assert set(prefixes) == best_prefixes(best[b], log_probs[b], nodes, proposed)
+        wanted = best_prefixes(best[b], log_probs[b], nodes, proposed)
+        assert set(prefixes) == set(wanted)
+        assert scores[b].tolist() == pytest.approx([0, *map(wanted.get, prefixes)], abs=1e-5)
         assert len(prefixes) == len(set(prefixes)) == nodes
         assert depth[b].tolist() == [0, *map(len, prefixes)]
 

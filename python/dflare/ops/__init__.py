@@ -32,6 +32,7 @@ from dflare.ops.draft_tree import (  # noqa: E402
     build_draft_tree,
     move_tree_path,
     tree_ancestors,
+    tree_log_probs,
     walk_draft_tree,
     write_tree_mask,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "silu_and_mul",
     "token_of",
     "tree_ancestors",
+    "tree_log_probs",
     "walk_draft_tree",
     "write_tree_mask",
 ]

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from dflare.adaptive import Comparison
-from dflare.ops import build_draft_tree, walk_draft_tree
+from dflare.ops import build_draft_tree, tree_log_probs, walk_draft_tree
 from dflare.training.data.target import Target
 from dflare.training.drafter.model import Drafter
-from dflare.training.run.look_ups import LookUps
+from dflare.training.run.look_ups import LookUps, Nodes
 from dflare.training.run.step import draft_blocks
 
 _CANDIDATES = 32  # tokens a slot that a tree may hold
@@ -65,63 +65,30 @@ class DraftTable:
     def tree(
         self, budgets: Sequence[int], branches: Branches | None = None
     ) -> dict[int, list[int]]:
-        """The same for trees of so many verified tokens, as :meth:`accepted_of_trees`."""
-        return {
-            budget: self._walk(accepted)
-            for budget, accepted in self.accepted_of_trees(budgets, branches).items()
-        }
+        """The same for trees of so many verified tokens, the anchor and the best drafted nodes."""
+        right = self.grow(max(budgets) - 1, branches).right
+        return {budget: self._walk(right[:, : budget - 1].sum(1)) for budget in budgets}
 
-    def accepted_of_trees(
-        self, budgets: Sequence[int], branches: Branches | None = None
-    ) -> dict[int, np.ndarray]:
-        """Drafts that are right behind each anchor, in trees (DDTree, arXiv 2604.12989).
+    def grow(self, nodes: int, branches: Branches | None = None) -> Nodes:
+        """Grow a tree at each anchor (DDTree, arXiv 2604.12989).
 
         Args:
-            budgets: The anchor and the best drafted nodes, at most K + 1.
+            nodes: Drafted ones, n, at most K.
             branches: What a look-up proposes at each anchor, merged into the trees.
-
-        Returns:
-            ``[L-1]`` of each budget.
         """
         anchors = torch.from_numpy(self.answer[:-1])
-        tokens, parents, depths = build_draft_tree(
-            anchors,
-            torch.from_numpy(self.tokens),
-            torch.from_numpy(self.log_probs),
-            max(budgets) - 1,
-            *(branches or ()),
-        )
+        drafts = torch.from_numpy(self.tokens), torch.from_numpy(self.log_probs)
+        grown = build_draft_tree(anchors, *drafts, nodes, *(branches or ()))
+        tokens, parents, depths = grown
+        log_probs = tree_log_probs(grown, *drafts, *(branches or ()))
         # Behind a node on the right path the target says the answer's token of its depth.
         after = torch.arange(len(anchors))[:, None] + 1 + depths
         ended = after >= len(self.answer)
         said = torch.from_numpy(self.answer)[after.clamp(max=len(self.answer) - 1)]
         said = said.masked_fill(ended, -1)
-        deepest = int(depths.max()) + 1
-        path, lens, _ = walk_draft_tree(tokens, parents, said, deepest)
-        # Nodes come best first: a smaller tree is the beginning of a larger one.
-        drafts = (torch.arange(deepest) > 0) & (torch.arange(deepest) < lens[:, None])
-        return {budget: ((path < budget) & drafts).sum(1).numpy() for budget in budgets}
-
-    def hoped_of_trees(self, budgets: Sequence[int]) -> dict[int, np.ndarray]:
-        """Drafts that the drafter itself expects to be right: the sum of a tree's probabilities.
-
-        Args:
-            budgets: As above.
-
-        Returns:
-            ``[L-1]`` of each budget.
-        """
-        tokens = torch.from_numpy(self.tokens)
-        log_probs = torch.from_numpy(self.log_probs)
-        anchors = torch.from_numpy(self.answer[:-1])
-        nodes, parents, depths = build_draft_tree(anchors, tokens, log_probs, max(budgets) - 1)
-        slot = (depths.long() - 1).clamp(min=0)[:, :, None].expand(-1, -1, tokens.shape[-1])
-        rank = (tokens.gather(1, slot) == nodes[..., None]).int().argmax(-1, keepdim=True)
-        own = log_probs.gather(1, slot).gather(2, rank)[..., 0]
-        score = torch.zeros_like(own)
-        for node in range(1, own.shape[1]):
-            score[:, node] = own[:, node] + score.gather(1, parents[:, node, None].long())[:, 0]
-        return {budget: score[:, 1:budget].exp().sum(1).numpy() for budget in budgets}
+        path, _, _ = walk_draft_tree(tokens, parents, said, int(depths.max()) + 1)
+        right = torch.zeros_like(tokens, dtype=torch.bool).scatter_(1, path.long(), True)
+        return Nodes(log_probs[:, 1:].exp().numpy(), right[:, 1:].numpy())
 
     def _walk(self, accepted: Sequence[int] | np.ndarray) -> list[int]:
         """Go through the answer; ``accepted[i]`` drafts are right behind anchor i."""
