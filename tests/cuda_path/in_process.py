@@ -21,6 +21,8 @@ from sglang.srt.runtime_context import SpawnRanks, publish
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
 
+from dflare.engine import sampling
+
 DEFAULTS: dict[str, Any] = {
     "device": "cuda",
     "dtype": "bfloat16",
@@ -64,6 +66,7 @@ class InProcessScheduler:
         plant: str | None = None,
         order: int | None = None,
         memory_gb: float | None = None,
+        sampling_part_bytes: int | None = None,
         rank: int = 0,
         ranks: int = 1,
         port: int | None = None,
@@ -74,6 +77,8 @@ class InProcessScheduler:
             DEVICE.set_memory_size(int(memory_gb * 1e9))
             DEVICE.set_work_limit(1 << 20)
         load_plugins()
+        if sampling_part_bytes:
+            sampling._PART_BYTES = sampling_part_bytes
         self._proposals = observers.Proposals()
         self._widths = observers.script_widths(None if isinstance(widths, str) else widths)
         if from_text:

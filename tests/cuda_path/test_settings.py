@@ -73,6 +73,19 @@ def test_a_drafter_in_fp8(pair, reference):
         assert launches["jit::per_token_quant_fp8.per_token_quant_fp8"]
 
 
+def test_a_batch_that_is_sampled_in_parts(pair, reference):
+    """Two requests at once, and one: beside free ones, greedy requests get the target's tokens."""
+    part = 2 * 4 * 4 * 512  # two requests, four tokens, float32, vocabulary
+    with running_scheduler(*pair, widths=[4, 2], sampling_part_bytes=part) as scheduler:
+        requests = greedy("part", prompts(5, 10, 60, seed=97), 24)
+        free = {"temperature": 1.0, "top_p": 0.9, "top_k": -1}
+        for name, more in (("free", {}), ("seeded", {"sampling_seed": 3})):
+            (other,) = greedy(name, [[5, 6, 7]], 24)
+            other["sampling"] |= free | more
+            check(scheduler.generate([other, *requests]), requests, reference)
+            scheduler.call("flush_cache")
+
+
 @pytest.mark.long
 def test_measured_widths(pair, reference):
     """The policy chooses: step times are measured at start, on the device."""

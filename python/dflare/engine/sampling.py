@@ -4,6 +4,7 @@ The kernel knows temperature, top-k and top-p. Requests with min_p or a seed of 
 devices without the kernel, are sampled here.
 """
 
+import dataclasses
 import random
 from typing import Any
 
@@ -16,6 +17,9 @@ from sglang.srt.layers.sampler import (
 from sglang.srt.utils import async_h2d
 
 _SEED_BITS = 2**63 - 1
+# Of one [rows, V] float32 matrix. Sampling takes three to six of them at once: for 256 requests of
+# 16 tokens of a vocabulary of 151,936, more than SGLang leaves free on a GPU of 141 GB.
+_PART_BYTES = 2**29
 
 
 def seeds_of(batch: Any) -> torch.Tensor | None:
@@ -41,6 +45,36 @@ def seeds_of(batch: Any) -> torch.Tensor | None:
         return None
     seeds = [random.getrandbits(63) if seed is None else seed & _SEED_BITS for seed in given]
     return async_h2d(seeds, dtype=torch.int64, device=info.temperatures.device)
+
+
+def requests_at_once(rows: int, vocab_size: int) -> int:
+    """Requests, of so many rows each, whose tokens are sampled together."""
+    return max(1, _PART_BYTES // (4 * rows * vocab_size))
+
+
+def parts_of(
+    sampling_info: Any, requests: int, rows: int, vocab_size: int
+) -> list[tuple[slice, Any]]:
+    """A batch in parts that are sampled one after the other, to bound the memory that it takes.
+
+    Args:
+        sampling_info: SGLang's `SamplingBatchInfo` of all requests.
+        rows: of the logits, a request.
+
+    Returns:
+        Of each part, its requests and their `SamplingBatchInfo`.
+    """
+    most = requests_at_once(rows, vocab_size)
+    if requests <= most:
+        return [(slice(0, requests), sampling_info)]
+    names = ("temperatures", "top_ks", "top_ps", "min_ps", "sampling_seed")
+    parts = []
+    for start in range(0, requests, most):
+        part = slice(start, min(start + most, requests))
+        given = {name: getattr(sampling_info, name) for name in names}
+        own = {name: x[part] for name, x in given.items() if x is not None}
+        parts.append((part, dataclasses.replace(sampling_info, **own)))
+    return parts
 
 
 def sample_tokens(
@@ -121,9 +155,15 @@ def sample_verify_positions(
     Returns:
         [bs * width] int64 tokens; for greedy requests (top-k 1) the argmax.
     """
-    temperatures = sampling_info.temperatures.repeat_interleave(width, 0, output_size=len(logits))
-    probs = torch.softmax(logits.float() / temperatures, dim=-1)
-    return sample_tokens(probs, sampling_info, positions, width)
+    drawn = []
+    for part, info in parts_of(sampling_info, len(logits) // width, width, logits.shape[1]):
+        rows = slice(part.start * width, part.stop * width)
+        temperatures = info.temperatures.repeat_interleave(
+            width, 0, output_size=rows.stop - rows.start
+        )
+        probs = torch.softmax(logits[rows].float() / temperatures, dim=-1)
+        drawn.append(sample_tokens(probs, info, positions[rows], width))
+    return torch.cat(drawn)
 
 
 def sample_prefill(

@@ -14,7 +14,7 @@ from dflare.adaptive import NEVER, Arm
 from dflare.engine.cpu_layers import greedy_tokens
 from dflare.engine.lookups import Proposal
 from dflare.engine.penalties import Penalised
-from dflare.engine.sampling import sample_verify_positions, seeds_of
+from dflare.engine.sampling import parts_of, requests_at_once, sample_verify_positions, seeds_of
 from dflare.engine.swapping import swapped
 from dflare.engine.verify_step import step_slots, verify_candidates
 from dflare.engine.worker_start import WorkerStart
@@ -216,28 +216,54 @@ class DFlareWorker(WorkerStart):
     def _validate_phase1_sampling_support(self, batch) -> None:
         """Nothing to refuse: `_accept_block` samples on every device."""
 
-    def _accept_block(self, *, next_token_logits, sampling_info, target_predict=None, **kwargs):
+    def _prewarm_batch_size(self, block_size: int) -> int:
+        """Of SGLang's rehearsal of its sampling kernel: as many requests as it is ever given."""
+        at_once = requests_at_once(block_size, self.model_config.vocab_size)
+        return min(super()._prewarm_batch_size(block_size), at_once)
+
+    def _accept_block(
+        self,
+        *,
+        candidates,
+        next_token_logits,
+        sampling_info,
+        prefix_lens,
+        bs,
+        target_predict=None,
+        **kwargs,
+    ):
         """As DFLASH's; where SGLang's kernel cannot verify samples, sample the target here."""
-        if (
-            target_predict is None
-            and not _is_all_greedy(sampling_info)
-            and (
+        accept = super()._accept_block
+        width = int(self.block_size)
+        parts = [(slice(0, bs), sampling_info)]
+        if target_predict is None and not _is_all_greedy(sampling_info):
+            if (
                 not is_dflash_sampling_verify_available()
                 or sampling_info.need_min_p_sampling
                 or sampling_info.sampling_seed is not None
+            ):
+                positions = (prefix_lens[:, None] + self._block_pos_offsets).reshape(-1)
+                target_predict = sample_verify_positions(
+                    next_token_logits, sampling_info, positions, width
+                )
+            else:
+                parts = parts_of(sampling_info, bs, width, next_token_logits.shape[1])
+        accepted = []
+        for part, info in parts:
+            accept_lens, *others = accept(
+                candidates=candidates[part],
+                next_token_logits=next_token_logits[part.start * width : part.stop * width],
+                sampling_info=info,
+                prefix_lens=prefix_lens[part],
+                bs=part.stop - part.start,
+                target_predict=target_predict,
+                **kwargs,
             )
-        ):
-            prefix_lens = kwargs["prefix_lens"]
-            positions = (prefix_lens[:, None] + self._block_pos_offsets).reshape(-1)
-            target_predict = sample_verify_positions(
-                next_token_logits, sampling_info, positions, int(self.block_size)
-            )
-        return super()._accept_block(
-            next_token_logits=next_token_logits,
-            sampling_info=sampling_info,
-            target_predict=target_predict,
-            **kwargs,
-        )
+            if len(parts) == 1:
+                return accept_lens, *others
+            # SGLang's kernel writes the next part's into the same buffer.
+            accepted.append((accept_lens.clone(), *others[:-1]))
+        return *(torch.cat(x) for x in zip(*accepted, strict=True)), None
 
 
 def _candidates(batch: Any, arm: Arm, proposal: Proposal | None) -> torch.Tensor | None:
