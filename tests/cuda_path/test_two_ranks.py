@@ -8,6 +8,7 @@ from test_same_tokens import check
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long  # but for the backend, what the test below shows as well
 def test_two_ranks_agree(pair, reference):
     with running_scheduler(*pair, ranks=2, widths=[3, 1, 4, 2]) as scheduler:
         requests = greedy("rank", prompts(3, 10, 60, seed=120), 20)
@@ -24,7 +25,7 @@ def test_two_ranks_agree(pair, reference):
 
 def test_two_ranks_grow_the_same_trees(pair, reference):
     """Each takes the best tokens of its part of the head, and of what the other says of its own."""
-    script = [["tree", 4], 3, ["tree", 3], ["lookup", 2]]
+    script = [["tree", 4], 3, 1, ["tree", 3], ["lookup", 2]]
     with running_scheduler(*pair, ranks=2, widths=script, attention_backend="triton") as scheduler:
         requests = greedy("trees", [ids * 2 for ids in prompts(3, 10, 40, seed=121)], 24)
         first, second = scheduler.all("generate", requests=requests)

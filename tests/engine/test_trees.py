@@ -59,7 +59,10 @@ def test_a_served_tree_accepts_what_the_table_of_drafts_says(demo_pair, question
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"page_size": 16, "chunked_prefill_size": 64, "enable_mixed_chunk": True}],
+    [
+        pytest.param({}, marks=pytest.mark.long),
+        {"page_size": 16, "chunked_prefill_size": 64, "enable_mixed_chunk": True},
+    ],
     ids=str,
 )
 def test_greedy_answers_with_trees_alone(demo_pair, questions, expected, flags):

@@ -23,13 +23,13 @@ from dflare.training.run.speculate import decode
 from dflare.training.run.trainer import Trainer
 
 pytestmark = pytest.mark.slow
-NEW_TOKENS = 40
+NEW_TOKENS = 32
 
 
 def test_engine_and_training_code_draft_and_accept_alike():
     folder, draft = demo_target(), demo_draft()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = chat_prompts(tokenizer, 5)
+    prompts = chat_prompts(tokenizer, 3)
     drafter = load_drafter(draft)
     target = load_target(str(folder), drafter.config.target_layer_ids)
     stop = (tokenizer.eos_token_id,)
