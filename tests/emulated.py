@@ -108,14 +108,17 @@ KERNELS = ["cuda/fuse_norm.cu", "cuda/norm_rope_write.cu", "cuda/block_attention
 KERNELS += ["cuda/head_argmax.cu", "cuda/lookup_continuations.cu", "cuda/draft_tree.cu"]
 KERNELS += ["cuda/dispatch.cpp"]
 KERNELS += [
-    f"emulation/{name}.cpp" for name in ("emulator", "scheduler", "fiber", "guarded_memory")
+    f"emulation/{name}.cpp"
+    for name in ("emulator", "scheduler", "hopper", "fiber", "guarded_memory")
 ]
 OPERATORS = ("append_context_kv", "block_attention", "draft_tree", "head_argmax")
 OPERATORS += ("lookup_continuations",)
 LAUNCHERS = [*(f"cuda/launch_{name}.cpp" for name in OPERATORS), "emulation/entry.cpp"]
 Shape = tuple[torch.dtype, int]  # element type and head size
 SHAPES: list[Shape] = list(itertools.product(ELEMENTS, (64, 128, 256)))
-INSTANTIATED = {"block_attention": "BlockAttention", "kv_project_write": "KvProjectWrite"}
+INSTANTIATED = {"block_attention": "BlockAttention"} | dict.fromkeys(
+    ("kv_project_write", "kv_project_wgmma"), "KvProjectWrite"
+)
 
 
 def _others(wanted: Shape) -> Path:

@@ -21,7 +21,7 @@ ATTENTION_TOLERANCE = {F32: 1e-5, BF16: 2e-2, F16: 5e-3}
 # append_context_kv with a GEMM however few rows there are.
 GEMM = Plant(
     "cuda/launch_append_context_kv.cpp",
-    "if (use_fused_projection(static_cast<int>(x.rows), x.commit_lens.has_value())) {",
+    "if (way != Projection::kGemm) {",
     "if (false) {",
 )
 

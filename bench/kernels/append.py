@@ -1,13 +1,15 @@
 """append_context_kv: the operator, PyTorch's ways and DSpark's way to write context K/V.
 
-Arms: `dflare`; `eager`, the reference in plain PyTorch, which waits for the device to pick out the
-committed rows; `compile`, all rows under torch.compile, those that do not count to a padding slot;
-`dspark`, fusion and norm in PyTorch, one batched GEMM and SGLang's Triton norm-RoPE-write kernel,
-which stores bfloat16 alone; `bmm`, the batched GEMM alone, over all rows.
+Arms: `dflare`; `wgmma`, the operator with the projection that sm_90 alone can run; `eager`, the
+reference in plain PyTorch, which waits for the device to pick out the committed rows; `compile`,
+all rows under torch.compile, those that do not count to a padding slot; `dspark`, fusion and norm
+in PyTorch, one batched GEMM and SGLang's Triton norm-RoPE-write kernel, which stores bfloat16
+alone; `bmm`, the batched GEMM alone, over all rows.
 """
 
 import functools
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from bench.kernels.timing import Arm, Case, buffer_sets, kept_going, relative_er
 from dflare import ops
 from dflare.ops.reference_math import apply_rope, rms_norm
 
-ARMS = ("dflare", "eager", "compile", "dspark", "bmm")
+ARMS = ("dflare", "wgmma", "eager", "compile", "dspark", "bmm")
 EPS = 1e-6
 MAX_POSITION = 4096
 PADDING_SLOT = 0
@@ -155,6 +157,21 @@ def bmm_arm(sets: list[Inputs], work: tuple[float, float]) -> Arm:
     return Arm("bmm", run, work, note="the GEMM alone, all rows")
 
 
+def wgmma_arm(sets: list[Inputs], work: tuple[float, float]) -> Arm:
+    capability = torch.cuda.get_device_capability(sets[0]["target_hidden"].device)
+    if capability[0] != 9:
+        raise ValueError("compute capability {}.{}, needs 9.0".format(*capability))
+
+    def run(i: int) -> None:
+        os.environ["DFLARE_WGMMA"] = "1"
+        try:
+            call(ops.append_context_kv, sets[i])
+        finally:
+            del os.environ["DFLARE_WGMMA"]
+
+    return Arm("wgmma", run, work)
+
+
 def compiled_arm(sets: list[Inputs], work: tuple[float, float]) -> Arm:
     torch._dynamo.reset()  # or the shapes before this one count towards the limit of recompiling
     compiled = torch.compile(project_and_write, dynamic=False)
@@ -185,6 +202,7 @@ def case(
     sets = [make_set(pair, rows, lens, dtype, device) for _ in range(count)]
     makers: dict[str, Callable[[], Arm]] = {
         "dflare": lambda: Arm("dflare", lambda i: call(ops.append_context_kv, sets[i]), work),
+        "wgmma": lambda: wgmma_arm(sets, work),
         "eager": lambda: Arm(
             "eager",
             lambda i: call(ops.append_context_kv_reference, sets[i]),

@@ -17,8 +17,13 @@ struct ContextRow {
   int64_t position;
 };
 
+// The row that compact row m was.
+__device__ __forceinline__ int load_source_row(const ContextKvOutput& out, int m) {
+  return out.compact_rows != nullptr ? out.compact_rows[1 + m] : m;
+}
+
 __device__ __forceinline__ ContextRow load_context_row(const ContextKvOutput& out, int m) {
-  const int n = out.compact_rows != nullptr ? out.compact_rows[1 + m] : m;
+  const int n = load_source_row(out, m);
   return {out.cache_loc[n], out.rope.positions[n]};
 }
 
@@ -59,5 +64,30 @@ struct ContextHead {
     });
   }
 };
+
+// Norms, rotates and writes the heads of an output tile in shared memory: load(values, token) gives
+// a lane's part of one. The block's first kThreads threads do; all take part in the barrier, behind
+// which the tile and the rows are read. A pass's rotations are on their way while the pass before
+// is written.
+template <int kThreads, class T, int kHeadDim, class Load>
+__device__ __forceinline__ void write_heads(const ContextHead<T, kHeadDim>& writer,
+                                            const ContextRow* rows, int tokens, Load load) {
+  using Row = HeadRow<kHeadDim>;
+  constexpr int kRowsPerPass = kThreads / Row::kLanes;
+  int token = threadIdx.x / Row::kLanes;
+  Row rotation{};
+  if (token < tokens) writer.load_rotation(rotation, rows[token]);
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) >= kThreads) return;
+  for (int base = 0; base < tokens; base += kRowsPerPass, token += kRowsPerPass) {
+    const bool valid = token < tokens;
+    const int at = valid ? token : 0;
+    Row values;
+    load(values, at);
+    const Row turn = rotation;
+    if (token + kRowsPerPass < tokens) writer.load_rotation(rotation, rows[token + kRowsPerPass]);
+    writer.write(values, turn, rows[at], valid);
+  }
+}
 
 }  // namespace dflare

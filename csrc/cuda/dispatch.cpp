@@ -8,6 +8,9 @@ template <class T, int kHeadDim>
 cudaError_t run_kv_project_write(const KvProjectWriteParams& params, cudaStream_t stream);
 
 template <class T, int kHeadDim>
+cudaError_t run_kv_project_wgmma(const KvProjectWriteParams& params, cudaStream_t stream);
+
+template <class T, int kHeadDim>
 cudaError_t run_block_attention(const BlockAttentionParams& params, cudaStream_t stream);
 
 namespace {
@@ -32,6 +35,17 @@ cudaError_t run_kv_project_write(const KvProjectWriteParams& params, cudaStream_
   return dispatch(params.element, params.head_dim, [&]<class T, int kHeadDim>() {
     return run_kv_project_write<T, kHeadDim>(params, stream);
   });
+}
+
+cudaError_t run_kv_project_wgmma(const KvProjectWriteParams& params, cudaStream_t stream) {
+#if defined(DFLARE_SM90A) || defined(DFLARE_EMULATION)
+  return dispatch(params.element, params.head_dim, [&]<class T, int kHeadDim>() {
+    return run_kv_project_wgmma<T, kHeadDim>(params, stream);
+  });
+#else
+  static_cast<void>(params), static_cast<void>(stream);
+  return cudaErrorNotSupported;
+#endif
 }
 
 cudaError_t run_block_attention(const BlockAttentionParams& params, cudaStream_t stream) {

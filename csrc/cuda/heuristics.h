@@ -57,8 +57,14 @@ constexpr int expected_valid_rows(int num_rows, bool has_commit_lens) {
 // about 60 % of the GEMM's rate, so it wins while the projection is bound by weight bytes. The GEMM
 // reads them at the same speed from one row on and is bound by operations from the ridge of the
 // machine (206 to 263 FLOP a byte; a row is one FLOP a byte) on; the fused kernel from 60 % of it.
-constexpr bool use_fused_projection(int num_rows, bool has_commit_lens) {
-  return expected_valid_rows(num_rows, has_commit_lens) <= 176;
+//
+// kv_project_wgmma is meant for all N, and skips rows that do not count for any; it is taken only
+// where it is asked for, until a GPU has measured it.
+enum class Projection { kFused, kWgmma, kGemm };
+constexpr Projection choose_projection(int num_rows, bool has_commit_lens, bool wgmma) {
+  if (wgmma) return Projection::kWgmma;
+  return expected_valid_rows(num_rows, has_commit_lens) <= 176 ? Projection::kFused
+                                                               : Projection::kGemm;
 }
 
 // Rows that go through fusion, GEMM and write together, whole blocks. What lies between the three
@@ -106,6 +112,39 @@ struct KvProjectShape {
   // Behind both: where each token goes, {slot, position}.
   static constexpr int kRowsAt = kPipelineBytes > kOutputBytes ? kPipelineBytes : kOutputBytes;
   static constexpr int kSharedBytes = kRowsAt + kTokens * 16;
+};
+
+// Tokens a block of kv_project_wgmma multiplies: a product of tensor cores may have as few columns
+// as that, and 256 of them read the weights least often. At head_dim 256 there are four consumer
+// warpgroups, with registers for 128 each.
+constexpr int kv_project_wgmma_tokens(int expected_rows, int head_dim) {
+  if (expected_rows <= 16) return 16;
+  return expected_rows <= 64 ? 64 : head_dim > 128 ? 128 : 256;
+}
+
+// The other sizes of a kv_project_wgmma block, which has an SM of sm_90 (227 KiB a block) to
+// itself.
+template <int kHeadDim, int kTokens>
+struct KvProjectWgmmaShape {
+  static constexpr int kDepth = 64;  // a 128-byte line of each row, the span of the swizzle
+  // One product's tokens. 64 would read shared memory as fast as it gives: the weights, 2 KiB, and
+  // as much of tokens in 32 cycles.
+  static constexpr int kPartTokens = kTokens < 128 ? kTokens : 128;
+  static constexpr int kParts = kTokens / kPartTokens;
+  static constexpr int kWeightBytes = kHeadDim * kDepth * 2;
+  static constexpr int kPartBytes = kPartTokens * kDepth * 2;
+  static constexpr int kStageBytes = kWeightBytes + kParts * kPartBytes;
+  static constexpr int kStages = 200 * 1024 / kStageBytes < 8 ? 200 * 1024 / kStageBytes : 8;
+  static constexpr int kConsumers = 2 * kHeadDim;  // threads: a warpgroup for 64 rows of the head
+  static constexpr int kThreads = kConsumers + 32;
+  static constexpr int kOutputStride = kHeadDim + 4;
+  static constexpr int kPipelineBytes = kStages * kStageBytes;
+  static constexpr int kOutputBytes = kTokens * kOutputStride * 4;
+  // Behind both: two barriers of 8 bytes a stage; where each token goes, {slot, position}.
+  static constexpr int kBarriersAt = kPipelineBytes > kOutputBytes ? kPipelineBytes : kOutputBytes;
+  static constexpr int kRowsAt = kBarriersAt + 16 * kStages;
+  static constexpr int kSharedBytes = ceil_div(kRowsAt + kTokens * 16, 1024) * 1024;
+  static_assert(kSharedBytes <= 227 * 1024, "fits an SM of sm_90");
 };
 
 // ------------------------------------------------------------ block_attention

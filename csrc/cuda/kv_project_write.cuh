@@ -212,7 +212,10 @@ struct KvProjectWrite {
     store_sums(output + (place.depth_warp * kTokens + place.token_base) * Shape::kOutputStride,
                place.column_base);
 
-    write_heads({p.out, layer, head}, output, rows, tokens);
+    write_heads<kThreads>(
+        ContextHead<T, kHeadDim>{p.out, layer, head}, rows, tokens, [&](Row& values, int token) {
+          load_sums(values, output + token * Shape::kOutputStride, p.out.rope.rotary);
+        });
   }
 
   // Requests the states of the first kStages - 1 stages and closes a group a stage; the first group
@@ -228,28 +231,6 @@ struct KvProjectWrite {
         copier.fused += kDepth;
       }
       ptx::cp_async_commit();
-    }
-  }
-
-  // Norms, rotates and writes the heads of the output tile; a pass's rotations are on their way
-  // while the pass before is written.
-  static __device__ __forceinline__ void write_heads(const ContextHead<T, kHeadDim>& writer,
-                                                     const float* output, const ContextRow* rows,
-                                                     int tokens) {
-    constexpr int kRowsPerPass = kThreads / Row::kLanes;
-    const int rotary = writer.out.rope.rotary;
-    int token = threadIdx.x / Row::kLanes;
-    Row rotation{};
-    if (token < tokens) writer.load_rotation(rotation, rows[token]);
-    __syncthreads();
-    for (int base = 0; base < tokens; base += kRowsPerPass, token += kRowsPerPass) {
-      const bool valid = token < tokens;
-      const int at = valid ? token : 0;
-      Row values;
-      load_sums(values, output + at * Shape::kOutputStride, rotary);
-      const Row turn = rotation;
-      if (token + kRowsPerPass < tokens) writer.load_rotation(rotation, rows[token + kRowsPerPass]);
-      writer.write(values, turn, rows[at], valid);
     }
   }
 

@@ -1,6 +1,8 @@
 // torch.ops.dflare.append_context_kv on CUDA.
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 
 #include "../contract/append_context_kv.h"
 #include "checks.h"
@@ -38,11 +40,21 @@ ContextKvOutput output_params(const Arguments& x) {
   return out;
 }
 
+// Whether DFLARE_WGMMA=1 asks for the projection that sm_90 alone can run, on such a device. Read
+// at every call, so that a benchmark can measure both.
+bool wants_wgmma(const Checker& check) {
+  const char* wanted = std::getenv("DFLARE_WGMMA");
+  if (wanted == nullptr || std::strcmp(wanted, "1") != 0) return false;
+  return device_attribute(check, cudaDevAttrComputeCapabilityMajor) == 9;
+}
+
 // Projects `fused` and writes it to the pools, in one kernel or by way of a GEMM.
 void project_and_write(const Arguments& x, const Checker& check, const at::Tensor& fused,
                        const ContextKvOutput& out, bool overlap) {
   const cudaStream_t stream = current_stream(check.device());
-  if (use_fused_projection(static_cast<int>(x.rows), x.commit_lens.has_value())) {
+  const Projection way =
+      choose_projection(static_cast<int>(x.rows), x.commit_lens.has_value(), wants_wgmma(check));
+  if (way != Projection::kGemm) {
     KvProjectWriteParams p{};
     p.element = element_type(fused);
     p.head_dim = static_cast<int>(x.head_dim);
@@ -50,7 +62,8 @@ void project_and_write(const Arguments& x, const Checker& check, const at::Tenso
     p.fused = fused.const_data_ptr();
     p.overlap_launch = overlap;
     p.out = out;
-    check_status(check.op, run_kv_project_write(p, stream));
+    const auto run = way == Projection::kWgmma ? run_kv_project_wgmma : run_kv_project_write;
+    check_status(check.op, run(p, stream));
     return;
   }
   const at::Tensor kv = bmm(fused, at::transpose(x.kv_weight, 1, 2));

@@ -54,6 +54,8 @@ struct KvProjectWriteParams {
   ContextKvOutput out;
 };
 cudaError_t run_kv_project_write(const KvProjectWriteParams& params, cudaStream_t stream);
+// The same on sm_90, for any number of rows; cudaErrorNotSupported in a build without it.
+cudaError_t run_kv_project_wgmma(const KvProjectWriteParams& params, cudaStream_t stream);
 
 // K norm, RoPE and pool write of a projection that a GEMM made; for many rows.
 struct NormRopeWriteParams {

@@ -13,8 +13,9 @@
 
 #include "elements.h"
 
-// Dynamic shared memory as raw bytes; the only kind the kernels use.
-#define DFLARE_DYNAMIC_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
+// Dynamic shared memory as raw bytes; the only kind the kernels use. The copy engine's swizzle
+// repeats every 1024 bytes.
+#define DFLARE_DYNAMIC_SHARED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
 
 namespace dflare::ptx {
 

@@ -6,7 +6,8 @@
 template <class Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params),
                                const Params& params) {
-  if (config->dynamicSmemBytes > kMaxSharedBytes || config->gridDim.y > 65535 ||
+  const auto most_shared = static_cast<size_t>(dflare::most_shared_bytes());
+  if (config->dynamicSmemBytes > most_shared || config->gridDim.y > 65535 ||
       config->gridDim.z > 65535 || config->blockDim.x > 1024) {
     return cudaErrorInvalidValue;
   }

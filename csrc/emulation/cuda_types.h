@@ -38,7 +38,7 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 
 // ------------------------------------------------------------ host functions
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotSupported = 801 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeProgrammaticStreamSerialization,
@@ -62,14 +62,6 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-// The most that every supported GPU gives a block (consumer parts: 100 KiB an SM, 1 of it
-// reserved).
-constexpr int kMaxSharedBytes = 99 * 1024;
-
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
-  return bytes <= kMaxSharedBytes ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
@@ -82,7 +74,15 @@ struct EmulatedDevice {
   int sm_count, shared_memory_per_sm, capability;  // bytes; major version
 };
 inline EmulatedDevice emulated_device{16, 228 * 1024, 9};
+
+// The most that a block gets: on sm_90 all but the 1 KiB of an SM that is reserved; else what every
+// supported GPU gives (consumer parts: 100 KiB an SM).
+inline int most_shared_bytes() { return (emulated_device.capability == 9 ? 227 : 99) * 1024; }
 }  // namespace dflare
+
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  return bytes <= dflare::most_shared_bytes() ? cudaSuccess : cudaErrorInvalidValue;
+}
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const dflare::EmulatedDevice& device = dflare::emulated_device;

@@ -17,7 +17,7 @@
 // operations, threads that exit while others wait for them, deadlocks, overlapped blocks that exit
 // without having waited for the kernel before, overlapped grids whose split of an SM's memory
 // differs from that of the grid before, copies after launch_dependents. Not seen: the memory model,
-// time.
+// time. sm_90a's own units are in hopper.h.
 #pragma once
 
 #include <cuda_types.h>
@@ -45,9 +45,9 @@ void enqueue(Launch launch);
 // memory's 32 banks, a sector 32 bytes of global memory. Ordinary loads and stores are not counted.
 struct Counters {
   int64_t matrix_loads = 0, matrix_load_wavefronts = 0;  // of warps; 4 wavefronts each at best
-  int64_t copies = 0, copy_wavefronts = 0;               // cp.async of warps, likewise
-  int64_t sectors = 0, copied_bytes = 0;                 // that copies read
-  int64_t prefetched_bytes = 0;                          // asked into L2, of all blocks
+  int64_t copies = 0, copy_wavefronts = 0;  // cp.async of warps, likewise; boxes (no wavefronts)
+  int64_t sectors = 0, copied_bytes = 0;    // that copies read
+  int64_t prefetched_bytes = 0;             // asked into L2, of all blocks
   int64_t bytes_in_flight = 0;  // copies requested and not waited for, most of any block
 };
 

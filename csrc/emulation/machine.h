@@ -4,11 +4,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "../cuda/tensor_map.h"
 #include "cuda_runtime.h"
 #include "emulator.h"
 #include "fiber.h"
@@ -16,9 +19,10 @@
 namespace dflare::emulation {
 
 struct Block;
+struct Thread;
 struct Warp;
 
-enum class State { kReady, kInWarpOperation, kAtBarrier, kAwaitingKernels, kDone };
+enum class State { kReady, kInWarpOperation, kAtBarrier, kAtMbarrier, kAwaitingKernels, kDone };
 
 struct AsyncCopy {
   void* shared;
@@ -31,6 +35,30 @@ struct WarpCopy {
   uintptr_t shared[32] = {}, global[32] = {};  // 0: the lane takes no part, or reads nothing
 };
 
+// A barrier in shared memory: a phase ends with `pending` arrivals and `bytes` both at 0.
+struct Mbarrier {
+  int arrivals = 0, pending = 0;
+  int64_t bytes = 0, in_flight = 0;  // expected and not written; requested and not waited for
+  uint64_t phase = 0;
+  const Thread* initialiser = nullptr;
+  bool known_to_copies = false;
+};
+
+struct BoxCopy {
+  TensorMap map;
+  uintptr_t to;
+  int64_t column, row, outer;
+  uintptr_t barrier;
+};
+
+// A warp's sixteen rows of a warpgroup's product.
+struct Product {
+  uint64_t a, b;  // descriptors
+  int tokens;
+  float (*widen)(uint16_t);
+  float* d[32];
+};
+
 struct Thread {
   Stack stack;
   void* stack_pointer = nullptr;
@@ -39,6 +67,7 @@ struct Thread {
   Warp* warp = nullptr;
   bool waited = false;               // for the kernel before
   bool launched_dependents = false;  // after that
+  uintptr_t awaited = 0;             // the barrier in shared memory
   size_t copies = 0;                 // that it has issued
   int64_t in_flight = 0, most_in_flight = 0, uncommitted_bytes = 0;
   std::deque<int64_t> group_bytes;
@@ -55,6 +84,11 @@ struct Warp {
   WarpOperation operation = nullptr;
   const char* operation_name = nullptr;
   void* operands[32];
+  bool fenced = false;            // for products
+  std::vector<Product> products;  // of no group yet
+  std::vector<std::vector<Product>> product_groups;
+  size_t issued_products = 0;
+  std::vector<std::pair<uint64_t, uint64_t>> agreed_products;  // of a warpgroup's first warp
 };
 
 struct Grid {
@@ -73,6 +107,9 @@ struct Block {
   size_t shared_bytes = 0;
   int threads = 0, live = 0, at_barrier = 0;
   bool waited = false;
+  std::map<uintptr_t, Mbarrier> mbarriers;
+  std::vector<BoxCopy> box_copies;
+  int64_t in_flight = 0, most_in_flight = 0;  // bytes of box copies
 };
 
 struct Machine {
@@ -88,9 +125,11 @@ struct Machine {
   // The seed's temper.
   double run_on = 0;        // probability to continue the warp that ran last
   double prefer_later = 0;  // probability to start blocks of an overlapping grid first
+  double land_often = 0;    // probability that a box copy or product happens before a warp
   size_t resident_threads = 0, most_resident_threads = 0;
   Warp* starved = nullptr;
   int starved_for = 0;
+  int under_way = 0;  // box copies and products of all blocks
 
   uint64_t below(uint64_t n) { return random() % n; }
   bool chance(double p) { return static_cast<double>(random() % 1000) < p * 1000; }
@@ -110,6 +149,12 @@ void make_ready(Thread& thread);
 // Passes through shared memory of 32 lanes' 16-byte accesses: eight lanes at a time, in as many
 // passes as pieces of theirs lie in one of the eight 16-byte columns of the banks. 0: no access.
 int wavefronts(const uintptr_t (&addresses)[32]);
+
+// Lets a box copy or a product of the block happen, if it draws one.
+bool land_one_of(Block& block);
+
+// What a block that ends has left under way, or an empty string.
+std::string unfinished(const Block& block);
 
 template <class Visit>
 void for_each_thread(Block& block, Visit visit) {

@@ -66,8 +66,10 @@ void start_block(Grid& grid) {
   block->threads = block->live = static_cast<int>(grid.launch.block.x);
   block->shared_bytes = grid.launch.shared_bytes;
   if (block->shared_bytes > 0) {
-    block->shared =
-        static_cast<unsigned char*>(allocate_guarded(block->shared_bytes, 128, "shared memory"));
+    // As on sm_90, where the driver keeps the first 1024 bytes; else where the end is guarded best.
+    const size_t alignment = block->shared_bytes % 1024 == 0 ? 1024 : 128;
+    block->shared = static_cast<unsigned char*>(
+        allocate_guarded(block->shared_bytes, alignment, "shared memory"));
     if (block->shared == nullptr) throw std::bad_alloc();
   }
   block->warps.resize(block->threads / 32);
@@ -115,7 +117,7 @@ void start_blocks() {
 
 void count_copies(const Block& block) {
   Counters& c = block.grid->counters;
-  int64_t in_flight = 0;
+  int64_t in_flight = block.most_in_flight;
   for (const Warp& warp : block.warps) {
     for (const auto& thread : warp.threads) in_flight += thread->most_in_flight;
     for (const WarpCopy& copy : warp.copies) {
@@ -139,6 +141,8 @@ void finish_block(Block& block) {
         "after it waits for this one alone and could run before the one before it has finished";
     return;
   }
+  m.error = unfinished(block);
+  if (!m.error.empty()) return;
   ++block.grid->finished;
   count_copies(block);
   m.resident_threads -= block.threads;
@@ -211,6 +215,8 @@ std::string describe_deadlock() {
             return std::string("deadlock: waits for the other lanes in ") + warp.operation_name +
                    describe(*thread);
           case State::kAtBarrier: return "deadlock: waits at the block barrier" + describe(*thread);
+          case State::kAtMbarrier:
+            return "deadlock: waits for a phase of a barrier" + describe(*thread);
           case State::kAwaitingKernels:
             return "deadlock: waits for the kernels before" + describe(*thread);
           default: break;
@@ -228,6 +234,7 @@ void prepare(uint64_t seed) {
   m.ready.clear();
   m.starved = nullptr;
   m.resident_threads = 0;
+  m.under_way = 0;
   for (auto& block : m.resident) {  // left by a run that failed
     if (block->shared != nullptr) release_guarded(block->shared);
     for (Warp& warp : block->warps) {
@@ -238,6 +245,7 @@ void prepare(uint64_t seed) {
   m.run_on = std::initializer_list<double>{0.0, 0.9, 1.0}.begin()[m.below(3)];
   m.prefer_later = m.chance(0.5) ? 1.0 : 0.5;
   m.most_resident_threads = m.chance(0.3) ? 1 : 512 + m.below(2048);
+  m.land_often = std::initializer_list<double>{0.05, 0.3, 0.9}.begin()[m.below(3)];
   m.grids.clear();
   for (Launch& launch : m.queue) {
     Grid grid{.launch = std::move(launch), .order = {}};
@@ -263,6 +271,10 @@ void run() {
   while (m.error.empty()) {
     start_blocks();
     if (m.resident.empty()) return;
+    if (m.under_way > 0 && (m.ready.empty() || m.chance(m.land_often))) {
+      land_one_of(*m.resident[m.below(m.resident.size())]);
+      continue;
+    }
     if (m.ready.empty()) {
       m.error = describe_deadlock();
       return;

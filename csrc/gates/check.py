@@ -32,6 +32,7 @@ SOURCES = ROOT / "csrc" / "cuda"
 BUDGET = Path(__file__).with_name("budget.csv")
 BUILD = ROOT / "build" / "gates"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+OWN_UNITS = {"wgmma": ("sm_90a",)}  # sources that are for these architectures alone
 FLAGS = ["-std=c++17", "-O3", "-cubin", "-Xptxas", "-v"]
 
 # What a kernel's machine code must hold: tensor cores, asynchronous copies and matrix loads, or
@@ -39,6 +40,7 @@ FLAGS = ["-std=c++17", "-O3", "-cubin", "-Xptxas", "-v"]
 REQUIRED = {
     "block_attention_kernel": ("HMMA.16816.F32", "LDGSTS.E.BYPASS", "LDSM.16.M88", "LDSM.16.MT88"),
     "kv_project_write_kernel": ("HMMA.16816.F32", "LDGSTS.E.BYPASS", "LDSM.16.M88"),
+    "kv_project_wgmma_kernel": ("HGMMA.64x", "UTMALDG", "UTMAPF", "SYNCS.PHASECHK"),
     "fuse_norm_kernel": ("LDGSTS.E.BYPASS", "STG.E.128"),
     "head_argmax_kernel": ("LDG.E.128",),
 }
@@ -96,7 +98,8 @@ def compile_one(nvcc: str, source: Path, architecture: str, key: str) -> tuple[P
     cubin = BUILD / f"{source.stem}.{architecture}.{key}.cubin"
     log = cubin.with_suffix(".log")
     if not cubin.exists():
-        command = [nvcc, *FLAGS, f"-arch={architecture}", str(source), "-o", str(cubin)]
+        target = f"arch=compute_{architecture[3:]},code={architecture}"
+        command = [nvcc, *FLAGS, "-gencode", target, str(source), "-o", str(cubin)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode != 0:
             sys.exit(f"{source.relative_to(ROOT)} for {architecture}:\n{result.stderr}")
@@ -135,6 +138,12 @@ def kernel_sizes() -> dict[str, tuple[int, int, int]]:
     return {name: (int(threads), int(size), int(n)) for name, threads, size, n in rows}
 
 
+def architectures(source: Path) -> tuple[str, ...]:
+    """What a source is compiled for."""
+    own = (each for name, each in OWN_UNITS.items() if name in source.name)
+    return next(own, ARCHITECTURES)
+
+
 def compile_all(nvcc: str, nvdisasm: str, only: str, jobs: int) -> list[Kernel]:
     BUILD.mkdir(parents=True, exist_ok=True)
     sources = [*SOURCES.glob("*.cu"), *SOURCES.glob("instantiations/*.cu")]
@@ -162,10 +171,11 @@ def compile_all(nvcc: str, nvdisasm: str, only: str, jobs: int) -> list[Kernel]:
             kernel.loop = loops.measure(function, kernel.name, architecture, threads // 32, blocks)
         return kernels
 
-    tasks = [(source, architecture) for architecture in ARCHITECTURES for source in sources]
+    tasks = [(source, each) for source in sources for each in architectures(source)]
     with ThreadPoolExecutor(jobs) as pool:
         found = [kernel for kernels in pool.map(build, tasks) for kernel in kernels]
-    return sorted(found, key=lambda k: (k.name, ARCHITECTURES.index(k.architecture)))
+    order = [*ARCHITECTURES, *(each for own in OWN_UNITS.values() for each in own)]
+    return sorted(found, key=lambda k: (k.name, order.index(k.architecture)))
 
 
 def read_budget() -> dict[tuple[str, str], int]:

@@ -23,6 +23,15 @@ void print_kv_project() {
         kTokens > 64 ? 2 : 1);
 }
 
+// Alone on an SM.
+template <int kHeadDim, int kTokens>
+void print_kv_project_wgmma() {
+  using Shape = dflare::KvProjectWgmmaShape<kHeadDim, kTokens>;
+  char parameters[32];
+  std::snprintf(parameters, sizeof(parameters), "%d,%d", kHeadDim, kTokens);
+  print("kv_project_wgmma_kernel", parameters, Shape::kThreads, Shape::kSharedBytes, 1);
+}
+
 void print_attention(int head_dim, int warps) {
   char parameters[32];
   std::snprintf(parameters, sizeof(parameters), "%d,%d", head_dim, warps);
@@ -45,6 +54,15 @@ int main() {
   print_kv_project<128, 128>();
   print_kv_project<256, 16>();
   print_kv_project<256, 64>();
+  print_kv_project_wgmma<64, 16>();
+  print_kv_project_wgmma<64, 64>();
+  print_kv_project_wgmma<64, 256>();
+  print_kv_project_wgmma<128, 16>();
+  print_kv_project_wgmma<128, 64>();
+  print_kv_project_wgmma<128, 256>();
+  print_kv_project_wgmma<256, 16>();
+  print_kv_project_wgmma<256, 64>();
+  print_kv_project_wgmma<256, 128>();
   for (const char* head_dim : {"64", "128", "256"}) {
     print("norm_rope_write_kernel", head_dim, 256, 0, 1);
   }

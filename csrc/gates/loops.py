@@ -13,7 +13,7 @@ from issue_model import issue_cycles
 from sass import Function, count, load_depth, main_loop
 
 BUDGET = Path(__file__).with_name("loops.csv")
-MODELLED = "sm_90"
+MODELLED = ("sm_90", "sm_90a")
 _TOLERANCE = 1.03
 
 
@@ -48,11 +48,12 @@ def measure(
     if not path:
         alone = Loop(0, 0, 0, 0, 0, 0, load_depth(function, ()))
         return alone if kernel.startswith("fuse_norm") else None
-    tiles = sum(
-        each.opcode == "BAR" for each in path
-    )  # one block barrier a tile; loops are unrolled
-    modelled = architecture == MODELLED and "Bf16" in kernel
-    cycles = issue_cycles(path, warps, blocks) / tiles if modelled else 0
+    # One block barrier or one wait for products a tile; loops are unrolled.
+    ends = ("BAR.", "WARPGROUP.DEPBAR")
+    tiles = sum(each.text.startswith(ends) for each in path)
+    modelled = architecture in MODELLED and "Bf16" in kernel
+    # Whole warpgroups multiply; a producer's warp beside them is left out.
+    cycles = issue_cycles(path, warps // 4 * 4, blocks) / tiles if modelled else 0
     per_tile = {kind: round(number / tiles) for kind, number in count(path).items()}
     depth = load_depth(function, ("HMMA", "HGMMA"))
     return Loop(**per_tile, issue_cycles=round(cycles), load_depth=depth)

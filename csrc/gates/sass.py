@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-TENSOR, COPIES = ("HMMA", "HGMMA"), ("LDGSTS", "UBLKCP")
+TENSOR, COPIES = ("HMMA", "HGMMA"), ("LDGSTS", "UBLKCP", "UTMALDG")
 INTEGER = (
     *("IMAD", "IADD3", "IADD", "LEA", "LOP3", "SHF", "ISETP", "VIADD", "VIMNMX", "VIADDMNMX"),
     *("PRMT", "SEL", "MOV", "IABS", "SGXT", "LDC", "S2R", "CS2R", "UIADD3", "UIMAD", "ULEA"),
@@ -88,9 +88,10 @@ def _target(function: Function, at: int) -> int | None:
 def main_loop(function: Function) -> list[Instruction]:
     """One iteration of the innermost loop with tensor-core instructions, along its usual path.
 
-    That is the path with the most tensor-core instructions, then the most copies, then the fewest
-    instructions: past the masks of a tile at an edge. Empty if there is no such loop. Instructions
-    under a predicate that is never true are left out.
+    Of several loops it is the one with the most of them. The usual path has the most tensor-core
+    instructions, then the most copies, then the fewest instructions: past the masks of a tile at an
+    edge. Empty if there is no such loop. Instructions under a predicate that is never true are left
+    out.
     """
     code, spans = function.instructions, []
     for end in range(len(code)):
@@ -98,10 +99,17 @@ def main_loop(function: Function) -> list[Instruction]:
         if begin is None or begin > end:
             continue
         if any(each.opcode in TENSOR for each in code[begin : end + 1]):
-            spans.append((end - begin, begin, end))
-    if not spans:
+            spans.append((begin, end))
+    innermost = [
+        (begin, end)
+        for begin, end in spans
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans)
+    ]
+    if not innermost:
         return []
-    _, begin, end = min(spans)
+    begin, end = max(
+        innermost, key=lambda s: sum(each.opcode in TENSOR for each in code[s[0] : s[1] + 1])
+    )
     nothing = (0, 0, 0)
     best: dict[int, tuple[int, int, int]] = {end + 1: nothing}
     follows: dict[int, int] = {}
@@ -134,7 +142,7 @@ def count(path: list[Instruction]) -> dict[str, int]:
         "instructions": len(path),
         "integer": sum(opcodes[opcode] for opcode in INTEGER),
         "matrix_loads": opcodes["LDSM"],
-        "copies": opcodes["LDGSTS"] + opcodes["UBLKCP"],
+        "copies": sum(opcodes[opcode] for opcode in COPIES),
         "products": opcodes["HMMA"] + opcodes["HGMMA"],
     }
 
@@ -142,6 +150,7 @@ def count(path: list[Instruction]) -> dict[str, int]:
 _NO_RESULT = ("ST", "LDGSTS", "LDGDEPBAR", "DEPBAR", "BAR", "BRA", "EXIT", "RED", "BS", "WARPSYNC")
 _REGISTER = re.compile(r"(?<![\w.])(UR\d+|R\d+|UP\d+|P\d+)(?:\.(64|128))?")
 _WIDE = {"64": 2, "128": 4}
+_SHORT = 5  # instructions of the "else" of a choice of values
 
 
 def _registers(text: str, width: int = 1) -> list[str]:
@@ -159,17 +168,24 @@ def load_depth(function: Function, until: tuple[str, ...]) -> int:
 
     Follows registers, predicates and shared memory (as one cell) along the order of the code, each
     instruction once. What was requested before the wait for the kernel before (ACQBULK) counts as
-    there by then.
+    there by then. Boxes that one warp requests for others' products (UTMALDG) may stand behind
+    them.
     """
     depth: dict[str, int] = {}
-    shared = control = deepest = 0
-    for instruction in function.instructions:
+    shared = control = deepest = boxes = 0
+    reached: int | None = None
+    other_way = 0  # up to here the code is the other of two ways to the same values
+    ways = ((each, _target(function, at)) for at, each in enumerate(function.instructions))
+    elses = {target for each, target in ways if each.predicate}
+    for at, instruction in enumerate(function.instructions):
         operands = instruction.text.split(None, 1)[1] if " " in instruction.text else ""
         opcode, full = instruction.opcode, instruction.text.split()[0]
         if opcode == "ACQBULK":
             depth.clear()
-            shared = control = deepest = 0
+            shared = control = deepest = boxes = 0
             continue
+        if opcode == "UTMALDG":
+            boxes = max(boxes, control + 1)
         width = 4 if ".128" in full else 2 if ".64" in full or "WIDE" in full else 1
         parts = [part.strip() for part in operands.split(",")]
         # Results come first: a register, then predicates of comparisons and carries.
@@ -186,8 +202,8 @@ def load_depth(function: Function, until: tuple[str, ...]) -> int:
             value = max(value, depth.get(name, 0))
         if opcode in ("LDS", "LDSM"):
             value = max(value, shared)
-        if opcode in until:
-            return value
+        if opcode in until and reached is None:
+            reached = value
         if opcode in ("LDG", "ATOMG", "LDGSTS"):
             value += 1
             deepest = max(deepest, value)
@@ -197,5 +213,8 @@ def load_depth(function: Function, until: tuple[str, ...]) -> int:
             control = max(control, value)
         for index, part in enumerate(parts[:results]):
             for name in _registers(part, width if index == 0 else 1):
-                depth[name] = value
-    return deepest
+                depth[name] = max(value, depth.get(name, 0) if at < other_way else 0)
+        if opcode == "BRA" and not instruction.predicate and at + 1 in elses:
+            end = _target(function, at) or 0
+            other_way = end if end - at <= _SHORT else other_way
+    return deepest if reached is None else max(reached, boxes)

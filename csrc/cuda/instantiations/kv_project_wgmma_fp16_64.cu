@@ -1,0 +1,5 @@
+#include "../kv_project_wgmma.cuh"
+
+namespace dflare {
+template cudaError_t run_kv_project_wgmma<Fp16, 64>(const KvProjectWriteParams&, cudaStream_t);
+}  // namespace dflare

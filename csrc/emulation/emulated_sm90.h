@@ -1,0 +1,43 @@
+// The wrappers of csrc/cuda/ptx_sm90.cuh for the host: same names, same meaning.
+#pragma once
+
+#include "emulated_ptx.h"
+#include "hopper.h"
+
+namespace dflare::ptx {
+
+inline void barrier_init(SharedAddress barrier, int arrivals) {
+  emulation::mbarrier_init(barrier, arrivals);
+}
+inline void fence_barrier_init() { emulation::fence_mbarrier_init(); }
+inline void barrier_arrive(SharedAddress barrier) { emulation::mbarrier_arrive(barrier, 0); }
+inline void barrier_arrive_expecting(SharedAddress barrier, int bytes) {
+  emulation::mbarrier_arrive(barrier, bytes);
+}
+inline void barrier_wait(SharedAddress barrier, uint32_t parity) {
+  emulation::mbarrier_wait(barrier, parity);
+}
+
+inline void copy_box(SharedAddress to, const TensorMap& map, int column, int row, int outer,
+                     SharedAddress barrier) {
+  emulation::copy_box(to, map, column, row, outer, barrier);
+}
+inline void prefetch_box(const TensorMap& map, int column, int row, int outer) {
+  emulation::prefetch_box(map, column, row, outer);
+}
+inline void prefetch_map(const TensorMap&) {}
+
+inline void warpgroup_fence() { emulation::warpgroup_fence(); }
+inline void warpgroup_commit() { emulation::warpgroup_commit(); }
+template <int kPending>
+void warpgroup_wait() {
+  emulation::warpgroup_wait(kPending);
+}
+inline void settle(float&) {}
+
+template <class T, int kTokens>
+void warpgroup_mma(float (&d)[kTokens / 2], uint64_t a, uint64_t b) {
+  emulation::warpgroup_product(a, b, kTokens, d, widen<T>);
+}
+
+}  // namespace dflare::ptx
