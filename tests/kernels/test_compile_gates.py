@@ -57,9 +57,16 @@ def test_spill_loads_alone_are_spills(gates: ModuleType) -> None:
     assert kernel.spilled_bytes == 12
 
 
-def test_all_inline_ptx_is_in_one_header() -> None:
+def test_all_inline_ptx_is_in_headers_of_its_own() -> None:
     sources = sorted((CSRC / "cuda").rglob("*.*"))
-    assert [path.name for path in sources if re.search(r"\basm\b", path.read_text())] == ["ptx.cuh"]
+    found = [path.name for path in sources if re.search(r"\basm\b", path.read_text())]
+    assert found == ["ptx.cuh", "ptx_sm90.cuh"]
+
+
+def test_what_sm_90a_alone_has_is_compiled_for_it_alone(gates: ModuleType) -> None:
+    for path in (CSRC / "cuda").rglob("*.cu"):
+        own_units = "wgmma" in path.read_text()
+        assert (gates.architectures(path) == ("sm_90a",)) == own_units, path.name
 
 
 def test_kernels_know_no_torch() -> None:

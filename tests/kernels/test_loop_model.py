@@ -65,6 +65,35 @@ def test_the_depth_of_loads_starts_at_the_wait_and_follows_registers_and_shared_
     assert load_depth(parse(independent)["kernel"], ("HMMA",)) == 1
 
 
+def test_the_depth_of_loads_takes_the_deeper_of_two_ways_to_a_value() -> None:
+    choice = [
+        instruction("@P0 BRA `(.L_x_8)"),
+        instruction("LDG.E R6, desc[UR4][R8.64]"),
+        instruction("BRA `(.L_x_9)"),
+        ".L_x_8:",
+        instruction("LDC R6, c[0x0][0x2c0]"),
+        ".L_x_9:",
+    ]
+    text = KERNEL.replace("LDGSTS", "NOP").replace(instruction("LDG.E R6, desc[UR4][R8.64]"), "{}")
+    assert load_depth(parse(text.format("\n".join(choice)))["kernel"], ("HMMA",)) == 2
+
+
+def test_products_wait_for_boxes_that_stand_behind_them() -> None:
+    """As in a warp of their own, which requests them once it knows that there is something."""
+    lines = [
+        ".text.kernel:",
+        instruction("ACQBULK"),
+        instruction("LDG.E R6, desc[UR4][R8.64]"),
+        instruction("ISETP.GE.AND P1, PT, R6, 0x1, PT"),
+        instruction("@!P1 EXIT"),
+        instruction("HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24"),
+        instruction("EXIT"),
+        instruction("UTMALDG.3D [UR8], [UR6]"),
+    ]
+    assert load_depth(parse("\n".join(lines))["kernel"], ("HGMMA",)) == 2
+    assert load_depth(parse("\n".join(lines[:-1]))["kernel"], ("HGMMA",)) == 1
+
+
 def loop_of(*opcodes: str, waits: dict[int, int] | None = None) -> list[Instruction]:
     return [
         Instruction(
@@ -90,6 +119,18 @@ def test_waiting_for_a_load_costs_its_latency_where_no_other_warp_hides_it() -> 
     hidden = issue_cycles(loop_of("LDSM", "HMMA"), warps=4, blocks=1)
     waited = issue_cycles(loop_of("LDSM", "HMMA", waits={1: 1}), warps=4, blocks=1)
     assert waited >= hidden + 20
+
+
+@pytest.mark.parametrize(("tokens", "busy"), [(16, 20), (64, 32), (128, 64)])
+def test_a_warpgroups_product_takes_what_tensor_cores_or_its_operands_take(
+    tokens: int, busy: int
+) -> None:
+    """Two warpgroups, four products each; 16 tokens' operands are 2.5 KiB, 128 bytes a cycle."""
+    product = f"HGMMA.64x{tokens}x16.F32.BF16 R24, gdesc[UR8], R24"
+    texts = [*[product] * 3, f"{product}, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x1"]
+    loop = [Instruction(text, text.split(".")[0], "", 1, (7, 7), 0) for text in texts]
+    cycles = issue_cycles(loop, warps=8, blocks=1)
+    assert cycles == pytest.approx(2 * 4 * busy, rel=0.05)
 
 
 BUDGET = Loop(500, 80, 64, 16, 128, 2800, 2)
