@@ -31,7 +31,7 @@ FOUND_BY = {
     "sampler_left_in_place": {AT_ONCE},
     "host_waits_in_plain_step": {WAITS},
     "no_wait_for_scheduler": {ORDER, RACES},
-    "results_read_too_early": {ORDER},
+    "results_read_too_early": {ORDER, RACES},
     "staging_buffer_reused": {ORDER, RACES},
 }
 # In the short run: one that is found by an order and by the clocks.
