@@ -25,6 +25,7 @@ _FOUND = (
     ("/parse_function_call", {"text": "", "tool_call_parser": "no such"}),
     ("/separate_reasoning", {"text": "", "reasoning_parser": ""}),
     ("/v1/detokenize", {"tokens": [-1]}),
+    ("/encode", {"input_ids": []}),
     ("/separate_reasoning", {"text": "", "reasoning_parser": "no such"}),
     ("/api/chat", {"model": "", "messages": []}),
     ("/api/chat", {"model": "", "messages": _TEXT}),

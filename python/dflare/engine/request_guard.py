@@ -237,6 +237,14 @@ def _normalize(original, request) -> None:
         _check_one_each(request)
 
 
+def _normalize_embedding(original, request):
+    """Embeddings are refused later on, where a model gives none; first they are parsed."""
+    if not is_active():
+        return original(request)
+    with _as_value_error():
+        return original(request)
+
+
 def _item(original, request, i):
     """The request of one prompt of several: SGLang does not look at the length of every list."""
     try:
@@ -326,6 +334,11 @@ def _short(value: Any) -> str:
 GUARDS = (
     ("managers.io_struct.GenerateReqInput.normalize_batch_and_arguments", _normalize, "self"),
     ("managers.io_struct.GenerateReqInput.__getitem__", _item, "self i"),
+    (
+        "managers.io_struct.EmbeddingReqInput.normalize_batch_and_arguments",
+        _normalize_embedding,
+        "self",
+    ),
     (
         "managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
         _tokenized,
