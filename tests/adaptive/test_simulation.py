@@ -38,6 +38,25 @@ def test_regret_against_the_oracle_is_at_most_five_percent(scenario, runs):
     assert mean(outcome.explored for outcome in outcomes) <= 0.02
 
 
+@pytest.mark.parametrize(("wrong", "factor"), [("plain 1", 1.25), ("chain 2", 0.8)])
+def test_a_width_that_start_up_measured_a_fifth_wrong_costs_little(wrong, factor, monkeypatch):
+    """Steps of several widths, side by side in time, tell what a table alone cannot."""
+    built = scenarios.build(scenarios.cpu, 8, 16, steps=400)
+    scenario = next(each for each in built if each.name == "hard, 16 at a time")
+    config = AdaptiveConfig.for_block_size(8, proposers=["chain"])
+    right = [simulate.run(scenario, seed, config).rate for seed in range(2)]
+    true = scenarios.start_up_table
+    monkeypatch.setattr(
+        scenarios,
+        "start_up_table",
+        lambda seconds, *rest: true(
+            lambda n, arm: seconds(n, arm) * (factor if str(arm) == wrong else 1.0), *rest
+        ),
+    )
+    rates = [simulate.run(scenario, seed, config).rate for seed in range(2)]
+    assert mean(rates) >= 0.98 * mean(right)
+
+
 # What look-ups gain at least, as a factor of the tokens per second without them; their oracle
 # knows where every passage ends, which nobody can.
 GAINS = {"copies, 1 ": 1.6, "copies, ": 1.25, "quotes, 1 ": 1.02}
