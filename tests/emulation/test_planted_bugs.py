@@ -10,6 +10,7 @@ TOLERANCE = 2e-2
 ATTENTION = "cuda/block_attention.cuh"
 TILE = "cuda/attention_tile.cuh"
 MERGE = "cuda/attention_merge.cuh"
+OUTPUT = "cuda/context_kv_output.cuh"
 PROJECT = "cuda/kv_project_write.cuh"
 FUSE = "cuda/fuse_norm.cu"
 WRITE = "cuda/norm_rope_write.cu"
@@ -119,7 +120,7 @@ SLOW = {
     ),
     "project: rows beyond the valid ones are written": (
         APPEND,
-        Plant(PROJECT, "const bool valid = token < tokens;", "const bool valid = true;"),
+        Plant(OUTPUT, "const bool valid = token < tokens;", "const bool valid = true;"),
     ),
     "project: reads tokens beyond the tensor": (
         LARGE_APPEND,
