@@ -26,6 +26,7 @@ _FOUND = (
     ("/separate_reasoning", {"text": "", "reasoning_parser": ""}),
     ("/v1/detokenize", {"tokens": [-1]}),
     ("/encode", {"input_ids": []}),
+    ("/encode", {"input_ids": [[]], "multi_item_delimiter_indices": []}),
     ("/separate_reasoning", {"text": "", "reasoning_parser": "no such"}),
     ("/api/chat", {"model": "", "messages": []}),
     ("/api/chat", {"model": "", "messages": _TEXT}),

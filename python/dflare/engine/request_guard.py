@@ -339,6 +339,7 @@ GUARDS = (
         _normalize_embedding,
         "self",
     ),
+    ("managers.io_struct.EmbeddingReqInput.__getitem__", _item, "self i"),
     (
         "managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
         _tokenized,
