@@ -38,8 +38,8 @@ from dflare.training.data.prompts import encode, read_prompts, stop_tokens
 from dflare.training.data.target import load_target, target_path
 from dflare.training.drafter.export import load_drafter
 from dflare.training.drafter.model import Drafter
-from dflare.training.run.draft_table import draft_table
-from dflare.training.run.look_ups import Nodes, look_ups
+from dflare.training.run.draft_table import Nodes, draft_table
+from dflare.training.run.look_ups import look_ups
 
 PROMPTS = Path(__file__).parents[1] / "serving" / "prompts"
 _TABLE_ERROR = 0.05  # of a start-up measurement
@@ -55,13 +55,11 @@ class Trace:
         seen: Of the drafter's whole block and of the look-up, int64 [anchors] each.
         trees: The drafter's trees.
         branched: The same with the look-up as one more branch.
-        looked_up: The look-up alone.
     """
 
     seen: Comparison
     trees: Nodes
     branched: Nodes
-    looked_up: Nodes
 
     def __len__(self) -> int:
         return len(self.seen.match)
@@ -109,7 +107,6 @@ def record(
                     table.compare(found),
                     table.grow(nodes - 1),
                     table.grow(nodes - 1, found.branches(odds)),
-                    found.chain(odds),
                 )
             )
             found.teach(odds)

@@ -5,7 +5,7 @@ import pytest
 from bench.policy import replay
 
 from dflare.adaptive import NEVER, PLAIN, AdaptiveConfig, Arm, Comparison, chain
-from dflare.training.run.look_ups import Nodes
+from dflare.training.run.draft_table import Nodes
 
 
 def seconds(batch, arm):
@@ -18,7 +18,7 @@ def trace(drafted, trees=None, chances=None, match=None, right=None):
     found = none if match is None else np.array(match), none if right is None else np.array(right)
     nodes = np.array(trees or [[0]] * len(drafted), dtype=bool)
     grown = Nodes(np.array(chances or np.zeros(nodes.shape)), nodes)
-    return replay.Trace(Comparison(*found, none, np.array(drafted)), grown, grown, grown)
+    return replay.Trace(Comparison(*found, none, np.array(drafted)), grown, grown)
 
 
 def rate(traces, arm, concurrency=1, splice=NEVER):

@@ -7,6 +7,7 @@ and every budget of a tree, without decoding again, and on the same answers for 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from dflare.adaptive import Comparison
 from dflare.ops import build_draft_tree, tree_log_probs, walk_draft_tree
 from dflare.training.data.target import Target
 from dflare.training.drafter.model import Drafter
-from dflare.training.run.look_ups import LookUps, Nodes
+from dflare.training.run.look_ups import LookUps
 from dflare.training.run.step import draft_blocks
 
 _CANDIDATES = 32  # tokens a slot that a tree may hold
@@ -24,6 +25,18 @@ _NEVER = 2**30  # rank of a token that is not there
 
 # Tokens, log-probabilities and lengths as `build_draft_tree` takes them, an anchor a row.
 Branches = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Nodes(NamedTuple):
+    """Drafted nodes of trees, best first: those of a smaller tree are the first of a larger one.
+
+    Attributes:
+        chance: ``[L-1, n]`` float32, probability of each by whoever has proposed it.
+        right: ``[L-1, n]`` bool, whether the answer goes by way of it.
+    """
+
+    chance: np.ndarray
+    right: np.ndarray
 
 
 @dataclass(frozen=True)

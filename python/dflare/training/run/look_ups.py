@@ -10,18 +10,6 @@ from dflare.branch import BranchOdds
 from dflare.ops import lookup_continuations
 
 
-class Nodes(NamedTuple):
-    """Drafted nodes of trees, best first: those of a smaller tree are the first of a larger one.
-
-    Attributes:
-        chance: ``[L-1, n]`` float32, probability of each by whoever has proposed it.
-        right: ``[L-1, n]`` bool, whether the answer goes by way of it.
-    """
-
-    chance: np.ndarray
-    right: np.ndarray
-
-
 class LookUps(NamedTuple):
     """Look-ups at the anchors of one answer of L tokens, as :class:`DraftTable` has them.
 
@@ -38,12 +26,6 @@ class LookUps(NamedTuple):
     def branches(self, odds: BranchOdds) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As branches of trees: tokens, log-probabilities and lengths."""
         return odds.branches(self.found, self.match)
-
-    def chain(self, odds: BranchOdds) -> Nodes:
-        """As trees of their own, which have one branch or none."""
-        tokens, log_probs, lens = self.branches(odds)
-        chance = log_probs.cumsum(1).exp() * (lens[:, None] > 0)
-        return Nodes(chance.numpy(), np.arange(tokens.shape[1]) < self.right[:, None])
 
     def teach(self, odds: BranchOdds) -> None:
         """Let all anchors of the answer be seen."""
