@@ -235,19 +235,29 @@ class DFlareWorker(WorkerStart):
         """As DFLASH's; where SGLang's kernel cannot verify samples, sample the target here."""
         accept = super()._accept_block
         width = int(self.block_size)
-        parts = [(slice(0, bs), sampling_info)]
-        if target_predict is None and not _is_all_greedy(sampling_info):
-            if (
-                not is_dflash_sampling_verify_available()
-                or sampling_info.need_min_p_sampling
-                or sampling_info.sampling_seed is not None
-            ):
-                positions = (prefix_lens[:, None] + self._block_pos_offsets).reshape(-1)
-                target_predict = sample_verify_positions(
-                    next_token_logits, sampling_info, positions, width
-                )
-            else:
-                parts = parts_of(sampling_info, bs, width, next_token_logits.shape[1])
+        sampled = target_predict is None and not _is_all_greedy(sampling_info)
+        if sampled and (
+            not is_dflash_sampling_verify_available()
+            or sampling_info.need_min_p_sampling
+            or sampling_info.sampling_seed is not None
+        ):
+            positions = (prefix_lens[:, None] + self._block_pos_offsets).reshape(-1)
+            target_predict = sample_verify_positions(
+                next_token_logits, sampling_info, positions, width
+            )
+        parts = []
+        if sampled and target_predict is None:
+            parts = parts_of(sampling_info, bs, width, next_token_logits.shape[1])
+        if len(parts) < 2:
+            return accept(
+                candidates=candidates,
+                next_token_logits=next_token_logits,
+                sampling_info=sampling_info,
+                prefix_lens=prefix_lens,
+                bs=bs,
+                target_predict=target_predict,
+                **kwargs,
+            )
         accepted = []
         for part, info in parts:
             accept_lens, *others = accept(
@@ -256,11 +266,8 @@ class DFlareWorker(WorkerStart):
                 sampling_info=info,
                 prefix_lens=prefix_lens[part],
                 bs=part.stop - part.start,
-                target_predict=target_predict,
                 **kwargs,
             )
-            if len(parts) == 1:
-                return accept_lens, *others
             # SGLang's kernel writes the next part's into the same buffer.
             accepted.append((accept_lens.clone(), *others[:-1]))
         return *(torch.cat(x) for x in zip(*accepted, strict=True)), None
