@@ -20,6 +20,12 @@ STABLE_TORCH_LIBRARY(dflare, m) {
       " float scale, float logit_cap, Tensor? parents=None) -> Tensor");
   m.def(dflare::kLookupContinuations);
   // CPU only: the rest of a target's layers.
+  m.def(
+      "decoder_layers(Tensor(a!) residual, Tensor[] norms, Tensor[] matrices, Tensor[] biases,"
+      " Tensor[] head_norms, float eps, Tensor cos_sin_cache, Tensor positions,"
+      " Tensor(b!)[] pools, Tensor cache_loc, Tensor req_to_token, Tensor req_pool_indices,"
+      " Tensor seq_lens, Tensor query_start, int window, float scale, float logit_cap,"
+      " Tensor? parents, int[] taps) -> (Tensor, Tensor)");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor(a!)? residual, Tensor weight, float eps) -> Tensor");
   m.def("silu_and_mul(Tensor x) -> Tensor");

@@ -4,6 +4,7 @@
 
 #include "cpu/checks.h"
 #include "cpu/isa.h"
+#include "cpu/run_layer.h"
 #include "cpu/team.h"
 #include "stable_torch.h"
 
@@ -15,6 +16,22 @@ constexpr int64_t kVector = 32;  // elements of the longest vector of any level
 constexpr int64_t kThreadBytes = 1 << 17;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+template <typename T>
+void run_linear(const LinearParams<T>& p) {
+  const auto run = kernels().get<T>().linear;
+  const int64_t tasks = ceil_div(p.outputs, kLinearOutputs) * ceil_div(p.rows, kLinearRows);
+  const int64_t task_bytes = kLinearOutputs * std::max<int64_t>(p.inputs, 1) * sizeof(T);
+  parallel_for(at::get_num_threads(), tasks, std::max<int64_t>(1, kThreadBytes / task_bytes),
+               [&](int64_t begin, int64_t end) { run(p, begin, end); });
+}
+
+template void run_linear(const LinearParams<float>&);
+template void run_linear(const LinearParams<BFloat16>&);
+
+namespace {
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias) {
@@ -38,11 +55,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
     p.rows = rows;
     p.inputs = inputs;
     p.outputs = outputs;
-    const auto run = kernels().get<T>().linear;
-    const int64_t tasks = ceil_div(outputs, kLinearOutputs) * ceil_div(rows, kLinearRows);
-    const int64_t task_bytes = kLinearOutputs * std::max<int64_t>(inputs, 1) * sizeof(T);
-    parallel_for(at::get_num_threads(), tasks, std::max<int64_t>(1, kThreadBytes / task_bytes),
-                 [&](int64_t begin, int64_t end) { run(p, begin, end); });
+    run_linear(p);
   });
   return out;
 }

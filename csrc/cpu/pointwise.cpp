@@ -4,6 +4,7 @@
 
 #include "cpu/checks.h"
 #include "cpu/isa.h"
+#include "cpu/run_layer.h"
 #include "cpu/team.h"
 #include "stable_torch.h"
 
@@ -19,6 +20,32 @@ void run_rows(const Params& p, Kernel kernel, int64_t rows, int64_t row_elements
   parallel_for(at::get_num_threads(), rows, grain,
                [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
+
+}  // namespace
+
+template <typename T>
+void run_norm(const NormParams<T>& p, int64_t rows) {
+  run_rows(p, kernels().get<T>().add_rms_norm, rows, p.hidden);
+}
+
+template <typename T>
+void run_gate(const GateParams<T>& p, int64_t rows) {
+  run_rows(p, kernels().get<T>().silu_and_mul, rows, 4 * p.width);
+}
+
+template <typename T>
+void run_rotary(const RotaryParams<T>& p, int64_t rows) {
+  run_rows(p, kernels().get<T>().rotate_heads, rows, p.heads * p.head_dim);
+}
+
+template void run_norm(const NormParams<float>&, int64_t);
+template void run_norm(const NormParams<BFloat16>&, int64_t);
+template void run_gate(const GateParams<float>&, int64_t);
+template void run_gate(const GateParams<BFloat16>&, int64_t);
+template void run_rotary(const RotaryParams<float>&, int64_t);
+template void run_rotary(const RotaryParams<BFloat16>&, int64_t);
+
+namespace {
 
 at::Tensor add_rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& residual,
                         const at::Tensor& weight, double eps) {
@@ -40,7 +67,7 @@ at::Tensor add_rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& re
     p.eps = static_cast<float>(eps);
     p.out = static_cast<T*>(out.mutable_data_ptr());
     p.hidden = hidden;
-    run_rows(p, kernels().get<T>().add_rms_norm, x.size(0), hidden);
+    run_norm(p, x.size(0));
   });
   return out;
 }
@@ -60,7 +87,7 @@ at::Tensor silu_and_mul(const at::Tensor& x) {
     p.x_stride = x.stride(0);
     p.out = static_cast<T*>(out.mutable_data_ptr());
     p.width = width;
-    run_rows(p, kernels().get<T>().silu_and_mul, x.size(0), 4 * width);
+    run_gate(p, x.size(0));
   });
   return out;
 }
@@ -84,7 +111,7 @@ void rotate_heads(const at::Tensor& x, const at::Tensor& cos_sin_cache, const at
     p.heads = x.size(1) / head_dim;
     p.head_dim = head_dim;
     p.rope = rope;
-    run_rows(p, kernels().get<T>().rotate_heads, x.size(0), x.size(1));
+    run_rotary(p, x.size(0));
   });
 }
 

@@ -71,21 +71,25 @@ class CpuAttentionBackend(BlockAttentionBackend):
 
     All modes are one op: the queries of request b are the last `query_lens[b]` of its
     `seq_lens[b]` tokens, whose K/V are already in the pool.
+
+    Attributes:
+        query_start: [bs + 1] of the batch, as `ops.paged_attention` takes it.
+        parents: of the batch's trees, or None.
     """
 
     def __init__(self, model_runner) -> None:
         super().__init__(model_runner)
-        self._seq_lens = self._query_start = torch.empty(0, dtype=torch.int64)
-        self._parents: torch.Tensor | None = None  # of a tree's nodes
+        self._seq_lens = self.query_start = torch.empty(0, dtype=torch.int64)
+        self.parents: torch.Tensor | None = None  # of a tree's nodes
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         mode, bs = forward_batch.forward_mode, forward_batch.batch_size
         if mode.is_idle():
             return
-        self._parents = None
+        self.parents = None
         if mode.is_decode():
             self._seq_lens = forward_batch.seq_lens
-            self._query_start = torch.arange(bs + 1)
+            self.query_start = torch.arange(bs + 1)
         elif mode.is_target_verify():
             if forward_batch.spec_info.custom_mask is not None:
                 raise NotImplementedError(
@@ -93,14 +97,14 @@ class CpuAttentionBackend(BlockAttentionBackend):
                     "drafts; it verifies chains, and trees that tell their nodes' parents. Use "
                     "--speculative-algorithm DFLARE, or serve this on a GPU"
                 )
-            self._parents = getattr(forward_batch.spec_info, "parents", None)
+            self.parents = getattr(forward_batch.spec_info, "parents", None)
             width = forward_batch.spec_info.draft_token_num
             self._seq_lens = forward_batch.seq_lens + width
-            self._query_start = torch.arange(bs + 1) * width
+            self.query_start = torch.arange(bs + 1) * width
         else:
             self._seq_lens = forward_batch.seq_lens
-            self._query_start = torch.zeros(bs + 1, dtype=torch.int64)
-            torch.cumsum(forward_batch.extend_seq_lens, 0, out=self._query_start[1:])
+            self.query_start = torch.zeros(bs + 1, dtype=torch.int64)
+            torch.cumsum(forward_batch.extend_seq_lens, 0, out=self.query_start[1:])
 
     def support_triton(self) -> bool:
         return False
@@ -110,6 +114,10 @@ class CpuAttentionBackend(BlockAttentionBackend):
 
     def update_verify_buffers_to_fill_after_draft(self, spec_info, cuda_graph_bs) -> None:
         pass
+
+    def queries(self, layer: RadixAttention, forward_batch: ForwardBatch) -> ops.PagedContext:
+        """Where the batch's queries and what they see lie, in the pools of a layer."""
+        return self._context(layer, forward_batch, self._seq_lens)
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
@@ -143,11 +151,11 @@ class CpuAttentionBackend(BlockAttentionBackend):
             )
         return ops.paged_attention(
             q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
-            self._context(layer, forward_batch, self._seq_lens),
-            self._query_start,
+            self.queries(layer, forward_batch),
+            self.query_start,
             window=layer.sliding_window_size,
             causal=layer.attn_type != AttentionType.ENCODER_ONLY,
             scale=layer.scaling,
             logit_cap=layer.logit_cap,
-            parents=self._parents,
+            parents=self.parents,
         )

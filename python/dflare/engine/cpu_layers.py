@@ -85,17 +85,21 @@ def register_cpu_forwards(dispatch_key: str) -> None:
         BaseFusedOp.register_oot_forward(layer, forward, dispatch_key)
 
 
-def _rms_norm(self, x, residual=None, post_residual_addition=None, quant_linear=None):
-    plain = not (
-        self.variance_size_override
-        or self.cast_x_before_out_mul
-        or self.fp32_residual
-        or self.override_orig_dtype
-        or post_residual_addition is not None
-        # DFLASH's residual begins with embeddings that SGLang has rounded to bfloat16.
-        or (residual is not None and residual.dtype != x.dtype)
+def is_plain_norm(norm: RMSNorm, dtype: torch.dtype) -> bool:
+    """Whether a norm is what `ops.add_rms_norm` computes, for inputs of a dtype."""
+    special = (
+        norm.variance_size_override
+        or norm.cast_x_before_out_mul
+        or norm.fp32_residual
+        or norm.override_orig_dtype
     )
-    if not plain or x.dtype not in _DTYPES or self.weight.dtype != x.dtype:
+    return not special and dtype in _DTYPES and norm.weight.dtype == dtype
+
+
+def _rms_norm(self, x, residual=None, post_residual_addition=None, quant_linear=None):
+    plain = is_plain_norm(self, x.dtype) and post_residual_addition is None
+    # DFLASH's residual begins with embeddings that SGLang has rounded to bfloat16.
+    if not plain or (residual is not None and residual.dtype != x.dtype):
         return self.forward_native(x, residual, post_residual_addition, quant_linear)
     rows = x.reshape(-1, x.shape[-1])
     # Like SGLang's fused kernels, the sum is written over the residual.

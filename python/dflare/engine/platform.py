@@ -155,11 +155,13 @@ class CpuPlatform(SRTPlatform):
         return speculative_cache_locs
 
     def post_load_model(self, model: torch.nn.Module) -> None:
+        from dflare.engine.cpu_decoder import use_decoder_layers
         from dflare.engine.cpu_layers import use_cpu_linear
         from dflare.engine.cpu_memory import move_to_huge_pages
 
         use_cpu_linear(model)
         move_to_huge_pages(model)
+        use_decoder_layers(model)
 
     def init_backend(self) -> None:
         """Called once in every worker process."""

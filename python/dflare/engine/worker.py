@@ -8,7 +8,8 @@ import torch
 from sglang.srt.managers.scheduler import GenerationBatchResult
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.dflash_utils import is_dflash_sampling_verify_available
-from sglang.srt.speculative.dflash_worker_v2 import _is_all_greedy
+from sglang.srt.speculative.dflash_worker_v2 import SIMULATE_ACC_LEN, _is_all_greedy
+from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dflare.adaptive import NEVER, Arm
 from dflare.engine.cpu_layers import greedy_tokens
@@ -245,6 +246,14 @@ class DFlareWorker(WorkerStart):
             target_predict = sample_verify_positions(
                 next_token_logits, sampling_info, positions, width
             )
+        if width == 1 and candidates.is_cpu and SIMULATE_ACC_LEN <= 0:
+            # Nothing was proposed: what DFLASH finds out by ten operators.
+            if target_predict is None:
+                target_predict = next_token_logits.argmax(-1)
+            tokens = target_predict.view(-1, 1)
+            self._tp_sync.sync(SpecTpSyncSite.DFLASH_ACCEPT_GREEDY, tokens)
+            accept_lens = torch.zeros(bs, dtype=torch.int32)
+            return accept_lens, accept_lens + 1, tokens.flatten(), tokens, prefix_lens + 1
         parts = []
         if sampled and target_predict is None:
             parts = parts_of(sampling_info, bs, width, next_token_logits.shape[1])

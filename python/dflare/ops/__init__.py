@@ -28,6 +28,7 @@ from dflare.ops.block_attention import (  # noqa: E402
     block_attention_reference,
     block_attention_schedule,
 )
+from dflare.ops.decoder_layers import DecoderWeights, decoder_layers  # noqa: E402
 from dflare.ops.draft_tree import (  # noqa: E402
     build_draft_tree,
     move_tree_path,
@@ -49,6 +50,7 @@ from dflare.ops.pointwise import add_rms_norm, rotate_heads, silu_and_mul  # noq
 __all__ = [
     "BlockNorms",
     "ContextWeights",
+    "DecoderWeights",
     "DrafterSizes",
     "OperatorLibraryError",
     "PagedContext",
@@ -64,6 +66,7 @@ __all__ = [
     "check_kernels_for",
     "check_sizes",
     "check_support",
+    "decoder_layers",
     "head_argmax",
     "head_argmax_reference",
     "linear",

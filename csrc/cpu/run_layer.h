@@ -1,0 +1,18 @@
+// The parts of a transformer layer on rows, split over the team's threads. Parameters are complete
+// and have been checked.
+#pragma once
+
+#include "cpu/params.h"
+
+namespace dflare::cpu {
+
+template <typename T>
+void run_linear(const LinearParams<T>& p);
+template <typename T>
+void run_norm(const NormParams<T>& p, int64_t rows);
+template <typename T>
+void run_gate(const GateParams<T>& p, int64_t rows);
+template <typename T>
+void run_rotary(const RotaryParams<T>& p, int64_t rows);
+
+}  // namespace dflare::cpu
