@@ -18,6 +18,7 @@ from dflare.ops.library import (
     DrafterSizes,
     OperatorLibraryError,
     build_info,
+    check_kernels_for,
     check_sizes,
     check_support,
     load_library,
@@ -226,6 +227,13 @@ def test_gpus_without_kernels_are_refused(built, capability, message, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "T4")
     with pytest.raises(OperatorLibraryError, match=message):
         check_support(CUDA, torch.bfloat16, 128)
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_a_library_of_older_sources_says_what_to_do(device, monkeypatch):
+    monkeypatch.setattr(library, "_NEWEST", "an_operator_of_tomorrow")
+    with pytest.raises(OperatorLibraryError, match=r"no operator an_operator.*rebuild"):
+        check_kernels_for(device)
 
 
 LARGEST = DrafterSizes(layers=16, taps=32, hidden=8192, rotary=256, block=32, group=32)

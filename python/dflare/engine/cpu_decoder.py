@@ -4,6 +4,7 @@ A decode step of a small target takes ten to twenty milliseconds, and what SGLan
 around three hundred operators of it is as long as their arithmetic.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +20,14 @@ from dflare.engine.attention import CpuAttentionBackend
 from dflare.engine.cpu_layers import CpuLinearMethod, is_plain_norm
 from dflare.engine.cpu_memory import CpuKVPool
 
-# Models of SGLang whose forward is embedding, layers, norm, and those layers.
+logger = logging.getLogger(__name__)
+
+# Models of SGLang whose forward is embedding, layers, norm, and those layers; others, of EAGLE say,
+# have the same names in other modules.
 _MODELS = {
-    "LlamaModel": "LlamaDecoderLayer",
-    "Qwen2Model": "Qwen2DecoderLayer",
-    "Qwen3Model": "Qwen3DecoderLayer",
+    "llama.LlamaModel": "llama.LlamaDecoderLayer",
+    "qwen2.Qwen2Model": "qwen2.Qwen2DecoderLayer",
+    "qwen3.Qwen3Model": "qwen3.Qwen3DecoderLayer",
 }
 _COLUMNS = 32  # that the operator's matrices have a multiple of
 
@@ -31,14 +35,14 @@ _COLUMNS = 32  # that the operator's matrices have a multiple of
 def use_decoder_layers(model: torch.nn.Module) -> None:
     """Let the body of `model` run as one operator wherever it is one that we know."""
     body = getattr(model, "model", None)
-    layers = getattr(body, "layers", None)
-    if body is None or not layers or not type(body).__module__.startswith("sglang.srt.models."):
-        return
-    wanted = _MODELS.get(type(body).__name__)
-    if not hasattr(torch.ops.dflare, "decoder_layers"):
-        return  # a library that was built before there was this operator
-    if wanted is not None and all(type(layer).__name__ == wanted for layer in layers):
+    wanted = _MODELS.get(_name(body))
+    if wanted is not None and all(_name(layer) == wanted for layer in body.layers):
         body.forward = DecoderForward(body, body.forward)
+
+
+def _name(module: Any) -> str:
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("sglang.srt.models.")
 
 
 class DecoderForward:
@@ -64,7 +68,9 @@ class DecoderForward:
     ) -> Any:
         """As the model's forward; the tapped states come packed, [rows, taps * hidden]."""
         if not self._looked:  # at the first batch: adapters have taken their layers by then
-            self._looked, self._known = True, _look_at(self._body)
+            self._looked, self._known = True, look_at(self._body)
+            how = "layer by layer" if self._known is None else "as one operator"
+            logger.info("DFLARE: the target's layers run %s", how)
         backend = get_attn_backend()
         pool = getattr(backend, "token_to_kv_pool", None)
         if (
@@ -96,10 +102,11 @@ class DecoderForward:
         return (hidden, tapped) if taps else hidden
 
 
-def _look_at(body: Any) -> tuple[ops.DecoderWeights, Any, Any] | None:
+def look_at(body: Any) -> tuple[ops.DecoderWeights, Any, Any] | None:
     """Weights, attention and rotary embedding of the layers; None if any is not as expected.
 
-    Weights are held as parameters: whatever is loaded into them later is seen.
+    Adapters, quantised weights, several ranks and hooks on a layer are not; weights are held as
+    parameters: whatever is loaded into them later is seen.
     """
     layers = list(body.layers)
     attentions = [layer.self_attn for layer in layers]
@@ -113,8 +120,10 @@ def _look_at(body: Any) -> tuple[ops.DecoderWeights, Any, Any] | None:
         for a, layer in zip(attentions, layers, strict=True)
         for each in (a.qkv_proj, a.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
     ]
+    dtype = body.norm.weight.dtype
+    if not all(_is_plain_linear(each, dtype) for each in linears):
+        return None  # with adapters, or quantised: they need not have what is read below
     biases = [a.qkv_proj.bias for a in attentions if a.qkv_proj.bias is not None]
-    dtype = linears[0].weight.dtype
     first, rotary = attentions[0].attn, attentions[0].rotary_emb
     fits = (
         get_parallel().tp_size == get_parallel().pp_size == 1
@@ -122,13 +131,15 @@ def _look_at(body: Any) -> tuple[ops.DecoderWeights, Any, Any] | None:
         and len({n.variance_epsilon for n in norms + head_norms}) == 1
         and len(head_norms) in (0, 2 * len(layers))
         and len(biases) in (0, len(layers))
-        and all(_is_plain_linear(each, dtype) for each in linears)
         and not any(x.bias is not None for i, x in enumerate(linears) if i % 4)
         and all(a.rotary_emb is rotary for a in attentions)
         and _is_plain_rotary(rotary)
         and all(_same_attention(a.attn, first) for a in attentions)
         and [a.attn.layer_id for a in attentions] == list(range(len(layers)))
         and not hasattr(body.config, "scale_emb")
+        and not any(
+            m._forward_hooks or m._forward_pre_hooks for m in body.modules() if m is not body
+        )
     )
     if not fits:
         return None

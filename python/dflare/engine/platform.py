@@ -165,9 +165,11 @@ class CpuPlatform(SRTPlatform):
 
     def init_backend(self) -> None:
         """Called once in every worker process."""
+        from dflare import ops
         from dflare.engine.cpu_layers import register_cpu_forwards
         from dflare.engine.cpu_memory import allow_record_stream_on_cpu
 
+        ops.check_kernels_for(torch.device("cpu"))
         # Our operators read the rotary table in float32, whatever the model's dtype.
         os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")
         allow_record_stream_on_cpu()

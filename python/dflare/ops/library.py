@@ -10,6 +10,7 @@ import torch
 from dflare.errors import DFlareError, UnsupportedError
 
 LIBRARY_PATH = Path(__file__).resolve().parent.parent / "libdflare_ops.so"
+_NEWEST = "decoder_layers"  # the operator that a library which was built before does not have
 _BUILD_COMMAND = "pip install . (in the root of the repository)"
 
 # What the CUDA operators take; the same numbers as in csrc/cuda/heuristics.h.
@@ -54,8 +55,14 @@ def check_kernels_for(device: torch.device) -> None:
     """Make sure that the library has kernels for a device, whatever the drafter.
 
     Raises:
-        OperatorLibraryError: it was built without CUDA, or the GPU is too old for it.
+        OperatorLibraryError: it was built from older sources, or without CUDA, or the GPU is too
+            old for it.
     """
+    if not hasattr(torch.ops.dflare, _NEWEST):
+        raise OperatorLibraryError(
+            f"the operator library {LIBRARY_PATH} has no operator {_NEWEST}: it was built from "
+            f"older sources; rebuild it with: {_BUILD_COMMAND}"
+        )
     if device.type != "cuda":
         return
     if not torch._C._dispatch_has_kernel_for_dispatch_key("dflare::block_attention", "CUDA"):
