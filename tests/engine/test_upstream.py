@@ -43,6 +43,15 @@ PARAMETERS = {
     "sglang.srt.mem_cache.allocation.get_last_loc_torch": (
         "req_to_token req_pool_indices_tensor prefix_lens_tensor"
     ),
+    "sglang.srt.models.llama.LlamaModel.forward": (
+        "self input_ids positions forward_batch input_embeds pp_proxy_tensors"
+    ),
+    "sglang.srt.models.qwen2.Qwen2Model.forward": (
+        "self input_ids positions forward_batch input_embeds pp_proxy_tensors"
+    ),
+    "sglang.srt.models.qwen3.Qwen3Model.forward": (
+        "self input_ids positions forward_batch input_embeds pp_proxy_tensors"
+    ),
     "sglang.srt.models.registry._ModelRegistry.register": "self package_name overwrite strict",
     "sglang.srt.plugins.hook_registry.HookRegistry.register": "target hook hook_type source",
     "sglang.srt.speculative.dflash_utils.apply_dflash_verify_logits_adjustments": (
