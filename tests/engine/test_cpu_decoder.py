@@ -118,12 +118,19 @@ def test_several_ranks_are_left_to_sglang(body, ranks, monkeypatch):
     assert look_at(body) is None
 
 
-@pytest.mark.parametrize("where", ["llama_eagle", "qwen3_embedding"])
-def test_a_model_of_the_same_name_elsewhere_is_not_taken_for_one(body, where):
-    name = "LlamaModel" if where.startswith("llama") else "Qwen3Model"
-    body.__class__ = type(name, (nn.Module,), {"__module__": f"sglang.srt.models.{where}"})
+@pytest.mark.parametrize(
+    ("where", "known"), [("llama", True), ("llama_eagle", False), ("torch_native_llama", False)]
+)
+def test_a_model_of_the_same_name_elsewhere_is_not_taken_for_one(body, where, known):
+    def become(made: nn.Module, name: str) -> None:
+        members = {"__module__": f"sglang.srt.models.{where}", "forward": None}
+        made.__class__ = type(name, (nn.Module,), members)
+
+    become(body, "LlamaModel")
+    for layer in body.layers:
+        become(layer, "LlamaDecoderLayer")
     use_decoder_layers(module(model=body))
-    assert not isinstance(body.forward, DecoderForward)
+    assert isinstance(body.forward, DecoderForward) == known
 
 
 def test_embeddings_that_are_given_go_to_sglang(body, monkeypatch):
@@ -134,9 +141,16 @@ def test_embeddings_that_are_given_go_to_sglang(body, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_the_same_bits_as_layer_by_layer(tmp_path, dtype, architecture):
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        ("llama", "bfloat16"),
+        ("qwen3", "float32"),
+        pytest.param("llama", "float32", marks=pytest.mark.long),
+        pytest.param("qwen3", "bfloat16", marks=pytest.mark.long),
+    ],
+)
+def test_the_same_bits_as_layer_by_layer(tmp_path, architecture, dtype):
     """Log-probs, and proposals, which the drafter makes of the layers' states."""
     target = write_random_target(tmp_path / "target", architecture=architecture, dtype=dtype)
     draft = write_random_draft(tmp_path / "draft", dtype=dtype)
