@@ -34,7 +34,7 @@ _COLUMNS = 32  # that the operator's matrices have a multiple of
 
 def use_decoder_layers(model: torch.nn.Module) -> None:
     """Let the body of `model` run as one operator wherever it is one that we know."""
-    body = getattr(model, "model", None)
+    body: Any = getattr(model, "model", None)
     wanted = _MODELS.get(_name(body))
     if wanted is not None and all(_name(layer) == wanted for layer in body.layers):
         body.forward = DecoderForward(body, body.forward)
@@ -176,8 +176,10 @@ def _is_plain_rotary(rotary: Any) -> bool:
 
 def _same_attention(layer: Any, first: Any) -> bool:
     """Whether a layer attends as the first does: causally, with its heads, window and scale."""
-    names = ("tp_q_head_num", "tp_k_head_num", "tp_v_head_num", "qk_head_dim", "v_head_dim")
-    names += ("sliding_window_size", "scaling", "logit_cap")
+    names = [
+        *("tp_q_head_num", "tp_k_head_num", "tp_v_head_num", "qk_head_dim", "v_head_dim"),
+        *("sliding_window_size", "scaling", "logit_cap"),
+    ]
     return (
         all(getattr(layer, name) == getattr(first, name) for name in names)
         and layer.qk_head_dim == layer.v_head_dim
