@@ -68,11 +68,10 @@ def test_configurations(demo_pair, demo_tokenizer, alone, flags):
 
 
 def test_small_pool_retracts_and_loses_nothing(demo_pair, demo_tokenizer, alone):
-    # Three requests do not fit to their ends, so that it is enough if so many meet: on a busy
-    # machine the first has written half its answer when the eighth arrives.
-    flags = {"max_total_tokens": 256, "schedule_conservativeness": 0.01}
+    flags = {"max_total_tokens": 320, "schedule_conservativeness": 0.01}
     prompts = chat_prompts(demo_tokenizer, 10)
     with running_engine(*demo_pair, ALL_ARMS, **flags) as engine:
-        answers = generate(engine, prompts, concurrency=8, max_new_tokens=NEW_TOKENS)
-    assert tokens(answers) == tokens(alone["chats"])[:10]
+        # Two whole answers do not fit: it is enough if two requests meet, however late they come.
+        answers = generate(engine, prompts, concurrency=8, max_new_tokens=160)
+    assert cut(answers, NEW_TOKENS) == tokens(alone["chats"])[:10]
     assert any(answer["meta_info"]["num_retractions"] for answer in answers)
