@@ -1,25 +1,30 @@
-"""Time that the width policy takes of a decode step: `python -m bench.policy.overhead`.
+"""What thinking takes of a decode step: `python -m bench.policy.overhead`.
 
-With warm caches, and as in a server: between two steps, and between a step's choice and its result,
-a model's weights have passed through the caches.
+The policy, and what a tree step does besides both models: look up, build, share out, walk, learn. A
+mean, because a decision stands for several steps: most of them take next to nothing. With warm
+caches, and as in a server: between two parts of a step a model's weights have passed through them.
 """
 
 import time
+from collections.abc import Callable
 from statistics import mean
+from typing import Any
 
 import numpy as np
+import torch
 
-from dflare.adaptive import AdaptiveConfig, ArmPolicy, CostTable, StepTime
+from dflare.adaptive import LEAST_MATCH, AdaptiveConfig, ArmPolicy, CostTable, NodePrices, StepTime
+from dflare.branch import BranchOdds
+from dflare.ops import build_draft_tree, lookup_continuations, tree_log_probs, walk_draft_tree
 
+_BLOCK = 6
+_CONTEXT = 1024  # tokens that look-ups search
 _WEIGHTS = np.zeros(8_000_000)  # 64 MB, more than a last-level cache
 
 
-def measure(batch: int, block_size: int, cold: bool, steps: int = 400) -> tuple[float, float]:
-    """Mean microseconds a step of choose() and observe().
-
-    A mean, because a decision stands for several steps: most of them take next to nothing.
-    """
-    config = AdaptiveConfig.for_block_size(block_size)
+def measure(batch: int, cold: bool, steps: int = 200) -> dict[str, float]:
+    """Mean milliseconds of one core, a step of each part; requests share their nodes."""
+    config = AdaptiveConfig.for_block_size(_BLOCK).sharing(_BLOCK, 2 * _BLOCK)
     measured = [
         StepTime(n, a, 5e-3 + 1e-4 * n * a.nodes)
         for n in (1, 2, 4, 8, 16, 32, 64)
@@ -27,27 +32,65 @@ def measure(batch: int, block_size: int, cold: bool, steps: int = 400) -> tuple[
     ]
     policy = ArmPolicy(config, CostTable(config.arms, measured))
     requests, remaining = [f"request {i}" for i in range(batch)], [100] * batch
-    rng = np.random.default_rng(0)
-    chose, observed = [], []
+    rng, tree = np.random.default_rng(0), _TreeStep(batch)
+    spent: dict[str, list[float]] = {name: [] for name in ("choose", "tree", "learn", "observe")}
+
+    def timed(name: str, part: Callable[[], Any]) -> Any:
+        if cold:
+            np.add(_WEIGHTS, 1, out=_WEIGHTS)
+        start = time.thread_time()
+        result = part()
+        spent[name].append(time.thread_time() - start)
+        return result
+
     for _ in range(steps):
-        if cold:
-            np.add(_WEIGHTS, 1, out=_WEIGHTS)
-        start = time.perf_counter()
-        decision = policy.choose(requests, remaining)
-        chose.append(time.perf_counter() - start)
-        commit = np.minimum(decision.arm.nodes, rng.geometric(0.4, batch)).tolist()
-        if cold:
-            np.add(_WEIGHTS, 1, out=_WEIGHTS)
-        start = time.perf_counter()
-        policy.observe(decision, commit, decision.predicted_seconds)
-        observed.append(time.perf_counter() - start)
-    return 1e6 * mean(chose), 1e6 * mean(observed)
+        decision = timed("choose", lambda: policy.choose(requests, remaining))
+        timed("tree", tree.propose)
+        timed("learn", tree.learn)
+        commit = np.minimum(config.most(decision.arm), rng.geometric(0.4, batch)).tolist()
+        took = decision.predicted_seconds
+        timed("observe", lambda d=decision, c=commit, s=took: policy.observe(d, c, s))
+    return {name: 1e3 * mean(seconds) for name, seconds in spent.items()}
+
+
+class _TreeStep:
+    """The parts of a tree step that are ours to think, on drafts at random."""
+
+    def __init__(self, batch: int) -> None:
+        shape, most = (batch, _BLOCK - 1, 2 * _BLOCK - 1), 2 * _BLOCK - 1
+        logits = 3 * torch.randn(*shape[:2], 1000)
+        best = logits.log_softmax(-1).topk(most)
+        self._drafts, self._most = (best.indices, best.values), most
+        self._odds, self._prices = BranchOdds(), NodePrices()
+        self._text = torch.randint(0, 50, (batch * _CONTEXT,)).int()
+        self._table = torch.arange(batch * _CONTEXT).int().view(batch, _CONTEXT)
+        self._row = torch.arange(batch)
+        self._lens = torch.full((batch,), _CONTEXT - 1)
+        self._anchors = torch.zeros(batch, dtype=torch.long)
+
+    def propose(self) -> None:
+        """Look up, merge, build, share out; walk what was built."""
+        text = self._text, self._table, self._row, self._lens, self._anchors
+        found, self._match = lookup_continuations(*text, self._most, least_match=LEAST_MATCH)
+        branch = self._odds.branches(found, self._match)
+        nodes = build_draft_tree(self._anchors, *self._drafts, self._most, *branch)
+        scores = tree_log_probs(nodes, *self._drafts, *branch)[:, 1:]
+        self._prices.observe(scores.numpy())
+        (scores >= self._prices.least(3)).sum(-1)
+        walk_draft_tree(nodes[0], nodes[1], torch.zeros_like(nodes[0]), self._most + 1)
+
+    def learn(self) -> None:
+        """Learn what look-ups are worth."""
+        ones = torch.ones_like(self._match)
+        self._odds.observe(self._match, ones, ones, self._most)
 
 
 if __name__ == "__main__":
-    print("batch  block  caches  choose us  observe us")
-    for batch, block_size in ((1, 8), (8, 8), (1, 16), (32, 16), (128, 16)):
+    torch.set_num_threads(1)
+    print("batch  caches  choose  tree  learn  observe  all, ms")
+    for batch in (1, 8, 16, 64):
         for cold in (False, True):
-            choose, observe = measure(batch, block_size, cold)
+            parts = measure(batch, cold)
+            words = "  ".join(f"{value:.3f}" for value in parts.values())
             caches = "cold" if cold else "warm"
-            print(f"{batch:5}  {block_size:5}  {caches:>6}  {choose:9.0f}  {observe:10.0f}")
+            print(f"{batch:5}  {caches:>6}  {words}  {sum(parts.values()):.3f}", flush=True)

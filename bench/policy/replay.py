@@ -21,7 +21,6 @@ import torch
 from transformers import AutoTokenizer
 
 from bench.policy import scenarios
-from bench.policy.simulate import best_ragged
 from dflare.adaptive import (
     NEVER,
     PLAIN,
@@ -30,7 +29,7 @@ from dflare.adaptive import (
     ArmPolicy,
     Comparison,
     Decision,
-    chain,
+    NodePrices,
 )
 from dflare.branch import BranchOdds
 from dflare.training.data.generate import Generator, Sampling
@@ -44,7 +43,6 @@ from dflare.training.run.look_ups import look_ups
 PROMPTS = Path(__file__).parents[1] / "serving" / "prompts"
 _TABLE_ERROR = 0.05  # of a start-up measurement
 _STEP_NOISE = 0.05
-_RAGGED_BATCHES = 400
 
 
 @dataclass(frozen=True)
@@ -64,16 +62,19 @@ class Trace:
     def __len__(self) -> int:
         return len(self.seen.match)
 
-    def accepted(self, at: int, arm: Arm, splice: int) -> int:
-        """Right drafts behind an anchor; look-ups join only where `splice` is one of theirs."""
+    def accepted(self, at: int, proposer: str, splice: int, nodes: int) -> int:
+        """Right drafts behind an anchor, of so many verified tokens.
+
+        Look-ups join only where `splice` is one of theirs.
+        """
         seen = self.seen
-        if arm.proposer == "tree":
+        if proposer == "tree":
             trees = self.trees if splice == NEVER else self.branched
-            return int(trees.right[at, : arm.nodes - 1].sum())
-        if arm.proposer == "chain":
+            return int(trees.right[at, : nodes - 1].sum())
+        if proposer == "chain":
             found = seen.match[at] > 0 and seen.match[at] + seen.agreed[at] >= splice
-            return int((seen.right if found else seen.drafted)[at])
-        return int(seen.right[at]) if arm.proposer == "lookup" else 0
+            return min(int((seen.right if found else seen.drafted)[at]), nodes - 1)
+        return min(int(seen.right[at]), nodes - 1) if proposer == "lookup" else 0
 
 
 @torch.no_grad()
@@ -133,7 +134,13 @@ class Fixed:
     def choose(self, _batch: Sequence[_Request]) -> tuple[Arm, int]:
         return self.arm, self.splice
 
-    def learn(self, batch: Sequence[_Request], commits: list[int], seconds: float) -> None:
+    def nodes(self, batch: Sequence[_Request], arm: Arm) -> list[int]:
+        """Tokens that each request verifies."""
+        return [arm.nodes] * len(batch)
+
+    def learn(
+        self, batch: Sequence[_Request], commits: list[int], seconds: float, verified: int
+    ) -> None:
         """Nothing."""
 
 
@@ -153,14 +160,15 @@ class CostAware(Fixed):
         return Arm("tree", max(self._budgets, key=rate)), NEVER
 
 
-class Policy:
+class Policy(Fixed):
     """The policy as a server runs it, from measured step times on."""
 
     def __init__(
         self, config: AdaptiveConfig, seconds: scenarios.Seconds, largest: int, seed: int
     ) -> None:
         table = scenarios.start_up_table(seconds, config.arms, largest, _TABLE_ERROR, [seed, 1])
-        self._policy, self._seed = ArmPolicy(config, table), seed
+        super().__init__(PLAIN)
+        self._policy, self._config, self._prices = ArmPolicy(config, table), config, NodePrices()
         self._looks_up = "lookup" in config.proposers
         self._noise = np.random.default_rng(seed)
         self._decision: Decision | None = None
@@ -172,12 +180,29 @@ class Policy:
         branches = self._looks_up and decision.arm.proposer == "tree"
         return decision.arm, 0 if branches else decision.splice
 
-    def learn(self, batch: Sequence[_Request], commits: list[int], seconds: float) -> None:
+    def nodes(self, batch: Sequence[_Request], arm: Arm) -> list[int]:
+        most = self._config.most(arm)
+        if not self._config.ragged or arm.proposer not in ("tree", "lookup"):
+            return [arm.nodes] * len(batch)
+        if arm.proposer == "lookup":
+            return [arm.nodes if r.trace.seen.match[r.at] else 1 for r in batch]
+        if arm.nodes == most:
+            return [most] * len(batch)
+        grown = ((r.trace.branched if self._looks_up else r.trace.trees, r.at) for r in batch)
+        chances = np.stack([nodes.chance[at, : most - 1] for nodes, at in grown])
+        with np.errstate(divide="ignore"):
+            log_probs = np.log(chances)
+        self._prices.observe(log_probs)
+        return (1 + (log_probs >= self._prices.least(arm.nodes - 1)).sum(1)).tolist()
+
+    def learn(
+        self, batch: Sequence[_Request], commits: list[int], seconds: float, verified: int
+    ) -> None:
         """Before the batch goes on."""
         assert self._decision
         seconds *= self._noise.lognormal(0.0, _STEP_NOISE)
         seen = _seen(batch, commits, self._decision.arm) if self._looks_up else None
-        self._policy.observe(self._decision, commits, seconds, seen)
+        self._policy.observe(self._decision, commits, seconds, seen, verified)
         for request, commit in zip(batch, commits, strict=True):
             if request.left == commit:
                 self._policy.finish(request.rid)
@@ -197,7 +222,7 @@ def serve(
     traces: Sequence[Trace],
     concurrency: int,
     seconds: scenarios.Seconds,
-    chooser: Fixed | Policy,
+    chooser: Fixed,
 ) -> float:
     """Tokens per second, with so many requests at a time."""
     waiting = [_Request(rid, trace) for rid, trace in enumerate(traces)][::-1]
@@ -207,31 +232,18 @@ def serve(
         while waiting and len(batch) < concurrency:
             batch.append(waiting.pop())
         arm, splice = chooser.choose(batch)
-        took = seconds(len(batch), arm)
-        commits = [min(r.trace.accepted(r.at, arm, splice) + 1, arm.nodes, r.left) for r in batch]
-        chooser.learn(batch, commits, took)
+        nodes = chooser.nodes(batch, arm)
+        took = seconds(len(batch), Arm(arm.proposer, sum(nodes) / len(batch)))
+        commits = [
+            min(r.trace.accepted(r.at, arm.proposer, splice, n) + 1, r.left)
+            for r, n in zip(batch, nodes, strict=True)
+        ]
+        chooser.learn(batch, commits, took, sum(nodes))
         for request, commit in zip(batch, commits, strict=True):
             request.at += commit
         elapsed, tokens = elapsed + took, tokens + sum(commits)
         batch = [request for request in batch if request.left]
     return tokens / elapsed
-
-
-def ragged_gain(
-    traces: Sequence[Trace], concurrency: int, widths: tuple[int, ...], seconds: scenarios.Seconds
-) -> float:
-    """What a width per request would add to the best uniform one, both knowing each acceptance."""
-    columns = np.array(widths)
-    times = np.array([seconds(concurrency, chain(width)) for width in widths])
-    reach = np.array([[np.mean(t.seen.drafted >= k) for k in range(widths[-1])] for t in traces])
-    rng = np.random.default_rng(0)
-    uniform = ragged = 0.0
-    for _ in range(_RAGGED_BATCHES):
-        survival = reach[rng.choice(len(traces), concurrency, replace=concurrency > len(traces))]
-        tokens = np.cumsum(survival.sum(axis=0))[columns - 1]
-        uniform += float((tokens / times).max())
-        ragged += best_ragged(survival, concurrency, columns, times)
-    return ragged / uniform - 1
 
 
 def shuffled(pool: list[Trace], count: int, seed: int) -> list[Trace]:
@@ -249,15 +261,17 @@ def rates(
     block_size: int,
     seeds: int,
 ) -> dict[str, float]:
-    """Mean tokens per second of every fixed arm by its name, of CaDDTree and of two policies."""
+    """Mean tokens per second of every fixed arm by its name, of CaDDTree and of the policies."""
     every = AdaptiveConfig.for_block_size(block_size)
     chains = AdaptiveConfig.for_block_size(block_size, proposers=["chain"])
     trees = AdaptiveConfig.for_block_size(block_size, proposers=["chain", "tree"])
-    choosers: dict[str, Callable[[int], Fixed | Policy]] = {
+    shared = every.sharing(block_size, 2 * block_size)
+    policies = {"chains": chains, "chains, trees": trees, "all": every, "shared": shared}
+    choosers: dict[str, Callable[[int], Fixed]] = {
         str(arm): lambda _, arm=arm: Fixed(arm) for arm in every.arms
     }
     choosers["CaDDTree"] = lambda _: CostAware(every.trees, seconds)
-    for name, config in (("chains", chains), ("chains, trees", trees), ("all", every)):
+    for name, config in policies.items():
         choosers[name] = lambda seed, config=config: Policy(config, seconds, concurrency, seed)
     found: dict[str, list[float]] = {name: [] for name in choosers}
     for seed in range(seeds):
@@ -286,7 +300,7 @@ def main() -> None:
     seconds = scenarios.chosen(args, every.arms)
     names = ", ".join(map(str, every.arms))
     print(f"step times: {args.table or args.shape + ' shape'}, arms {names}")
-    print("all, trees: the policy with all proposers, or chains and trees, over chains alone")
+    print("the policy with all proposers (and nodes that requests share), over chains alone")
     for name, pool in traces.items():
         for concurrency in args.batches:
             rate = rates(pool, concurrency, seconds, block, args.seeds)
@@ -296,12 +310,11 @@ def main() -> None:
                 return max(arms, key=lambda arm: rate[str(arm)])
 
             chains, trees = (rate[str(best(who))] for who in ("chain", "tree"))
-            ragged = ragged_gain(pool, concurrency, every.widths, seconds)
             print(
                 f"{name:5} {concurrency:3} at a time: all {rate['all'] / rate['chains']:.3f}, "
+                f"shared {rate['shared'] / rate['chains']:.3f}, "
                 f"trees {rate['chains, trees'] / rate['chains']:.3f}; "
-                f"over the best chain ({best('chain')}): chains {rate['chains'] / chains:.3f}, "
-                f"a width per request {1 + ragged:.3f}; "
+                f"over the best chain ({best('chain')}): chains {rate['chains'] / chains:.3f}; "
                 f"over the best tree ({best('tree')}): CaDDTree {rate['CaDDTree'] / trees:.3f}, "
                 f"trees {rate['chains, trees'] / trees:.3f}",
                 flush=True,

@@ -47,8 +47,19 @@ def chosen(args: argparse.Namespace, arms: tuple[Arm, ...]) -> Seconds:
 def measured(path: Path, arms: tuple[Arm, ...]) -> Seconds:
     """What a server measured at start-up: `step-times-<pid>.json` of `DFLARE_STEP_TRACE`."""
     table = CostTable.load(path, arms)
-    column = {arm: i for i, arm in enumerate(arms)}
-    return lambda batch, arm: float(table.seconds(batch)[column[arm]])
+    columns_of = {
+        arm.proposer: [
+            i for i, other in enumerate(arms) if other.proposer in ("plain", arm.proposer)
+        ]
+        for arm in arms
+    }
+
+    def seconds(batch: int, arm: Arm) -> float:
+        columns = columns_of[arm.proposer]
+        sizes = [arms[i].nodes for i in columns]
+        return float(np.interp(arm.nodes, sizes, table.seconds(batch)[columns]))
+
+    return seconds
 
 
 def batch_sizes(largest: int) -> list[int]:

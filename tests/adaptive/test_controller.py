@@ -44,9 +44,9 @@ class CountingMetrics(SpecMetrics):
 class RecordingPolicy(ArmPolicy):
     """A policy that also writes down which step times reach it."""
 
-    def observe(self, decision, commit_lens, seconds=None, seen=None):
+    def observe(self, decision, commit_lens, seconds=None, seen=None, verified=None):
         self.times = [*getattr(self, "times", []), seconds]
-        super().observe(decision, commit_lens, seconds, seen)
+        super().observe(decision, commit_lens, seconds, seen, verified)
 
 
 def make_policy():

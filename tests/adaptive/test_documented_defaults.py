@@ -12,6 +12,6 @@ def test_the_guide_states_the_defaults():
     expected = {
         name: fields[name].default
         for name in fields
-        if name not in ("widths", "proposers", "trees")
+        if name not in ("widths", "proposers", "trees", "lookups")
     }
     assert {name: float(value) for name, value in stated.items()} == expected

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import sglang.srt.managers.detokenizer_manager
 import sglang.srt.managers.scheduler  # noqa: F401
+import torch
 from scripted_arms import ScriptedPolicy, configuration
 from sglang.srt.models.registry import ModelRegistry
 
@@ -23,6 +24,7 @@ import dflare.engine.sampling  # noqa: F401
 from dflare.adaptive import AdaptiveConfig
 from dflare.adaptive.config import VARIABLE
 from dflare.engine.arms import measured_policy
+from dflare.engine.tree_proposal import TreeProposals
 from dflare.engine.worker import DFlareWorker
 
 ModelRegistry.get_supported_archs()
@@ -33,6 +35,7 @@ logging.getLogger("dflare").addHandler(
 
 def _trace_proposals(path: str) -> None:
     step, accept = DFlareWorker.forward_batch_generation, DFlareWorker._accept_block
+    make = TreeProposals.make
 
     def write(worker, candidates, prefix_lens):
         if worker._traced_reqs is None:
@@ -40,7 +43,10 @@ def _trace_proposals(path: str) -> None:
         # Every tensor-parallel rank gets here with the same proposals.
         with open(path if worker._target_tp_rank == 0 else os.devnull, "a") as file:
             for req, block, length in zip(
-                worker._traced_reqs, candidates.tolist(), prefix_lens.tolist(), strict=True
+                worker._traced_reqs,
+                [block.tolist() for block in candidates],
+                prefix_lens.tolist(),
+                strict=True,
             ):
                 file.write(json.dumps({"rid": req.rid, "prefix": length, "block": block}) + "\n")
 
@@ -52,7 +58,20 @@ def _trace_proposals(path: str) -> None:
         write(self, candidates, prefix_lens)
         return accept(self, candidates=candidates, prefix_lens=prefix_lens, **kwargs)
 
+    def propose(self, batch, arm, look_up, most):
+        tree = make(self, batch, arm, look_up, most)
+        if arm.proposer == "lookup":  # a chain, of which each request may have another part
+            counts = (
+                tree.counts
+                if tree.counts is not None
+                else torch.full((len(tree.tokens),), tree.width)
+            )
+            blocks = [row[:count] for row, count in zip(tree.tokens, counts, strict=True)]
+            write(self._worker, blocks, batch.seq_lens)
+        return tree
+
     DFlareWorker._traced_reqs = None
+    TreeProposals.make = propose
     DFlareWorker.forward_batch_generation = forward_batch_generation
     DFlareWorker._accept_block = _accept_block
 

@@ -27,7 +27,7 @@ def _decision(turn: Turn, block_size: int) -> tuple[Arm, int]:
     if isinstance(turn, int):
         return chain(min(turn, block_size)), NEVER
     proposer, width = turn
-    width = min(int(width), 2 * block_size if proposer == "tree" else block_size)
+    width = min(int(width), block_size if proposer == "spliced" else 2 * block_size)
     return (
         (chain(width), LEAST_MATCH) if proposer == "spliced" else (Arm(str(proposer), width), NEVER)
     )
@@ -37,14 +37,24 @@ def configuration(turns: Sequence[Turn], block_size: int) -> AdaptiveConfig:
     """What a worker must be ready for to take these turns."""
     decisions = [_decision(turn, block_size) for turn in turns]
     trees = sorted({arm.nodes for arm, _ in decisions if arm.proposer == "tree"})
-    others = (arm.nodes for arm, _ in decisions if arm.proposer != "tree")
+    lookups = sorted({arm.nodes for arm, _ in decisions if arm.proposer == "lookup"})
+    others = {arm.nodes for arm, _ in decisions if arm.proposer != "tree"}
     named = {str(turn[0]) for turn in turns if not isinstance(turn, int)}
     proposers = ["chain"]
     proposers += ["lookup"] if named & {"lookup", "spliced"} else []
     proposers += ["tree"] if trees else []
     return AdaptiveConfig.for_block_size(
-        block_size, widths=sorted({1, block_size, *others}), proposers=proposers, trees=trees
+        block_size,
+        widths=sorted({1, block_size, *(nodes for nodes in others if nodes <= block_size)}),
+        proposers=proposers,
+        trees=trees,
+        lookups=lookups,
     )
+
+
+def _nearest(arm: Arm, built: Sequence[Arm]) -> Arm:
+    """The largest arm that the worker is ready for, of the same proposer and no larger."""
+    return max(other for other in built if other.proposer == arm.proposer and other <= arm)
 
 
 class ScriptedPolicy(ArmPolicy):
@@ -64,7 +74,9 @@ class ScriptedPolicy(ArmPolicy):
         """
         super().__init__(config, CostTable(config.arms, [StepTime(1, PLAIN, 0.001)], 1))
         largest = config.widths[-1]
-        self._script = itertools.cycle([_decision(turn, largest) for turn in turns])
+        decisions = (_decision(turn, largest) for turn in turns)
+        script = [(_nearest(arm, config.arms), splice) for arm, splice in decisions]
+        self._script = itertools.cycle(script)
         self._ran = ran
 
     def choose(self, request_ids, remaining) -> Decision:

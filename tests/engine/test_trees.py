@@ -17,6 +17,7 @@ from test_sampling import (
     three_tokens,
 )
 
+from dflare.adaptive import AdaptiveConfig, Arm
 from dflare.training.data.target import load_target
 from dflare.training.drafter.export import load_drafter
 from dflare.training.run.draft_table import draft_table
@@ -114,8 +115,64 @@ def test_targets_that_cannot_are_served_chains():
     assert "gives no logits" in reason()  # nobody knows which rows are tokens
 
 
+def test_requests_that_verify_less_leave_nothing_of_the_others_behind():
+    """Whatever stands in the rows that they do not have is on no way, and costs the target none."""
+    from dflare.engine.tree_proposal import DraftTree
+    from dflare.ops import tree_ancestors, walk_draft_tree
+
+    parents = torch.tensor([[-1, 0, 0, 1, 1], [-1, 0, 1, 2, 3], [-1, 0, 1, 0, 2]]).int()
+    tokens = torch.arange(15).view(3, 5)
+    whole = DraftTree(tokens, parents, torch.tensor([[0, 1, 1, 2, 2]] * 3).int())
+    tree = whole.cut(torch.tensor([3, 4, 1]))
+    assert (tree.width, tree.verified, tree.starts().tolist()) == (4, 8, [0, 3, 7])
+    assert tree.packed(tree.tokens).tolist() == [0, 1, 2, 5, 6, 7, 8, 10]
+    assert tree.packed(tree.parents).tolist() == [-1, 0, 0, -1, 0, 1, 2, -1]
+    spread = tree.spread(torch.arange(1, 9)).view(3, 4)
+    assert spread.tolist() == [[1, 2, 3, 0], [4, 5, 6, 7], [8, 0, 0, 0]]
+    # The target says what the rows that are cut off would have said.
+    said = torch.tensor([[1, 3, 9, 9], [6, 7, 8, 9], [11, 12, 13, 14]])
+    _, lens, _ = walk_draft_tree(tree.tokens, tree.parents, said, 5)
+    assert lens.tolist() == [2, 4, 1]
+    real = tree.tokens >= 0
+    assert not (tree_ancestors(tree.parents) & real[:, :, None] & ~real[:, None]).any()
+    child, _, _ = tree.for_grammar().resolve()
+    assert child.tolist() == [[1, -1, -1, 3], [1, 2, 3, -1], [-1, 1, 2, 3]]
+    assert whole.cut(torch.tensor([5, 5, 5])).rows is None
+
+
+def test_look_ups_alone_verify_nothing_where_nothing_was_found():
+    from dflare.engine.lookups import Proposal
+    from dflare.engine.tree_proposal import TreeProposals
+
+    found = torch.tensor([[5, 6, 7], [0, 0, 0]])
+    look_up = Proposal(found, torch.tensor([4, 0]).int(), torch.tensor([1, 2]), found)
+    draft_input = SimpleNamespace(bonus_tokens=torch.tensor([1, 2]))
+    proposals = TreeProposals(SimpleNamespace(device="cpu"), ragged=True)
+
+    def make(reqs, nodes, most=8):
+        batch = SimpleNamespace(reqs=reqs, spec_info=draft_input)
+        tree = proposals.make(batch, Arm("lookup", nodes), look_up, most)
+        return tree.packed(tree.tokens).tolist()
+
+    assert make(["a", "b"], 3) == [1, 5, 6, 2]
+    assert make(["a", "b"], 4, most=2) == [1, 5, 2]
+    assert make([], 3) == [1, 5, 6, 2, 0, 0], "start-up measures what it asks for"
+
+
+def test_no_request_verifies_beyond_its_row_of_slots():
+    from dflare.engine.tree_step import TreeStep
+
+    pool = SimpleNamespace(req_to_token=torch.zeros(2, 40, dtype=torch.int32))
+    runner = SimpleNamespace(req_to_token_pool=pool)
+    worker = SimpleNamespace(device="cpu", model_runner=runner)
+    trees = TreeStep(worker, AdaptiveConfig.for_block_size(6).sharing(6, 12))
+    for longest, most in ((20, 12), (28, 12), (31, 9)):
+        batch = SimpleNamespace(seq_lens=torch.tensor([5, longest]))
+        assert trees.most(Arm("tree", 3), batch) == most
+
+
 def test_a_grammar_walks_each_nodes_children_in_their_order():
-    from dflare.engine.tree_step import DraftTree
+    from dflare.engine.tree_proposal import DraftTree
 
     parents = torch.tensor([[-1, 0, 0, 1, 1, 2, 0], [-1, 0, 1, 2, 3, 4, 5]]).int()
     tree = DraftTree(torch.arange(14).view(2, 7), parents, torch.zeros_like(parents))

@@ -7,6 +7,7 @@ from dflare.adaptive.cost import CostTable, StepTime, save_step_times
 from dflare.adaptive.lookup import LEAST_MATCH, NEVER, Comparison
 from dflare.adaptive.metrics import SpecMetrics
 from dflare.adaptive.policy import ArmPolicy, Decision
+from dflare.adaptive.shares import NodePrices
 from dflare.adaptive.standing import Standing
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Comparison",
     "CostTable",
     "Decision",
+    "NodePrices",
     "SpecMetrics",
     "Standing",
     "StepTime",

@@ -4,7 +4,15 @@ import json
 import os
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dflare.adaptive.arms import PLAIN, Arm
 from dflare.errors import UnsupportedError
@@ -36,7 +44,12 @@ class AdaptiveConfig(BaseModel):
     trees: tuple[int, ...] = Field(
         default=(),
         description="Tokens of a request that trees verify, ascending, at most twice the block "
-        "size.",
+        "size; where requests may differ, their mean.",
+    )
+    lookups: tuple[int, ...] = Field(
+        default=(),
+        description="Tokens of a request that look-ups alone verify, ascending, at most twice the "
+        "block size. Where requests may not differ, those that are no widths are left out.",
     )
     explore: float = Field(
         default=0.003,
@@ -59,6 +72,8 @@ class AdaptiveConfig(BaseModel):
         "unknown again. Shorter follows changes faster and is noisier.",
     )
 
+    _most: int = PrivateAttr(0)
+
     @field_validator("widths")
     @classmethod
     def _check_widths(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
@@ -76,14 +91,38 @@ class AdaptiveConfig(BaseModel):
         return self
 
     @property
+    def ragged(self) -> bool:
+        """Whether the requests of a batch may verify different numbers of tokens."""
+        return self._most > 0
+
+    @property
     def arms(self) -> tuple[Arm, ...]:
         """The plain step first, then each proposer's arms by width."""
-        sizes = {"tree": self.trees}
-        wider = self.widths[1:]
-        return (
-            PLAIN,
-            *(Arm(who, nodes) for who in self.proposers for nodes in sizes.get(who, wider)),
-        )
+        lookups = tuple(n for n in self.lookups if self.ragged or n in self.widths)
+        sizes = {"chain": self.widths[1:], "lookup": lookups, "tree": self.trees}
+        return (PLAIN, *(Arm(who, nodes) for who in self.proposers for nodes in sizes[who]))
+
+    def most(self, arm: Arm) -> int:
+        """Tokens that one request may verify in a step of an arm."""
+        return self._most if self.ragged and arm.proposer == "tree" else arm.nodes
+
+    def sharing(self, block_size: int, most: int) -> Self:
+        """The settings of a server whose requests may verify different numbers of tokens.
+
+        The nodes of its trees are a mean, so that small ones are worth having too.
+
+        Args:
+            block_size: Tokens of a draft block.
+            most: What slots are reserved for, of one request.
+        """
+        trees = self.trees
+        if trees == _ladder(block_size // 2 + 1, 2 * block_size):
+            trees = _ladder(2, 2 * block_size)
+        kept = {"trees": trees, "lookups": self.lookups}
+        update = {name: tuple(n for n in sizes if n <= most) for name, sizes in kept.items()}
+        shared = self.model_copy(update=update)
+        shared._most = most
+        return shared
 
     @classmethod
     def for_block_size(cls, block_size: int, **settings: object) -> Self:
@@ -93,26 +132,32 @@ class AdaptiveConfig(BaseModel):
             block_size: Tokens of a draft block, anchor included; at least 2.
             **settings: Fields to set explicitly. ``widths`` defaults to the members of
                 1, 2, 3, 4, 6, 8, 12, 16, 24, 32 below the block size, and the block size;
-                ``trees`` to those above half the block size, up to twice it.
+                ``trees`` to those above half the block size, up to twice it; ``lookups`` to the
+                widths above 1 and those above the block size, up to twice it.
 
         Raises:
             ValueError: The block size is below 2, or a width or a tree exceeds what it allows.
         """
         if block_size < 2:
             raise ValueError(f"a block of {block_size} tokens has nothing to verify; expected >= 2")
-        ladder = tuple(w for w in _LADDER if w < block_size)
-        trees = tuple(w for w in _LADDER if block_size < 2 * w <= 4 * block_size)
-        config = cls.model_validate({"widths": (*ladder, block_size), "trees": trees, **settings})
+        sizes = {"widths": (*_ladder(1, block_size - 1), block_size)}
+        sizes["trees"] = _ladder(block_size // 2 + 1, 2 * block_size)
+        config = cls.model_validate({**sizes, **settings})
+        if "lookups" not in settings:
+            wider = _ladder(block_size + 1, 2 * block_size) if "widths" not in settings else ()
+            config = config.model_copy(update={"lookups": (*config.widths[1:], *wider)})
         if config.widths[-1] > block_size:
             raise ValueError(
                 f"width {config.widths[-1]} exceeds the drafter's block size {block_size}; "
                 "lower the widths"
             )
-        if any(not 2 <= nodes <= 2 * block_size for nodes in config.trees):
-            raise ValueError(
-                f"trees {list(config.trees)} must verify 2 to {2 * block_size} tokens, twice the "
-                "drafter's block size"
-            )
+        for name in ("trees", "lookups"):
+            given = getattr(config, name)
+            if any(not 2 <= nodes <= 2 * block_size for nodes in given):
+                raise ValueError(
+                    f"{name} {list(given)} must verify 2 to {2 * block_size} tokens, twice the "
+                    "drafter's block size"
+                )
         return config
 
     @classmethod
@@ -149,3 +194,8 @@ class AdaptiveConfig(BaseModel):
             f"{VARIABLE}={value!r} ({reason}); expected off, on, or a JSON object with any of "
             f"{sorted(cls.model_fields)}"
         )
+
+
+def _ladder(least: int, most: int) -> tuple[int, ...]:
+    """The sizes that are worth choosing between, from the least to the most."""
+    return tuple(size for size in _LADDER if least <= size <= most)

@@ -18,6 +18,7 @@ class _Launched:
     arm: Arm
     batch: int
     timed: bool
+    verified: int
     seen: Callable[[], Comparison] | None = None
 
 
@@ -69,7 +70,8 @@ class ArmController:
         arm, splice, standing = chain(self._block_size), NEVER, 1
         if self._policy and decision:
             arm, splice, standing = decision.arm, decision.splice, self._policy.standing
-        self._launched.append(_Launched(decision, arm, len(request_ids), not self._gap))
+        batch = len(request_ids)
+        self._launched.append(_Launched(decision, arm, batch, not self._gap, batch * arm.nodes))
         self._gap = False
         return arm, splice, standing
 
@@ -77,6 +79,11 @@ class ArmController:
         """Give what the step just launched shows about proposals, to be called with its result."""
         if self._launched:
             self._launched[-1].seen = seen
+
+    def verifies(self, tokens: int) -> None:
+        """Say how many tokens the step just launched verifies, where its arm does not."""
+        if self._launched:
+            self._launched[-1].verified = tokens
 
     def interrupt(self) -> None:
         """A prefill is launched, or nothing runs: the next step's time says nothing about it."""
@@ -96,14 +103,18 @@ class ArmController:
         step = self._launched.popleft() if self._launched else None
         seconds = now - self._last_result if step and step.timed and self._last_result else None
         self._last_result = now
-        if step is None or step.batch != len(commit_lens) or max(commit_lens) > step.arm.nodes:
+        if (
+            step is None
+            or step.batch != len(commit_lens)
+            or max(commit_lens) > self._most(step.arm)
+        ):
             # Results and steps no longer match. That may cost speed, never a request.
             self._launched.clear()
             self._gap = True
             return None
         seen = step.seen() if step.seen else None
         if self._policy and step.decision:
-            self._policy.observe(step.decision, commit_lens, seconds, seen)
+            self._policy.observe(step.decision, commit_lens, seconds, seen, step.verified)
         if self._metrics is None:
             return None
         self._metrics.record(
@@ -114,6 +125,7 @@ class ArmController:
             exploring=step.decision.exploring if step.decision else False,
             predicted=step.decision.predicted_seconds if step.decision else None,
             actual=seconds,
+            verified=step.verified,
         )
         return self._publish(self._metrics)
 
@@ -127,6 +139,9 @@ class ArmController:
         if self._policy:
             self._policy.finish(request_id)
         return self._publish(self._metrics) if self._metrics and self._unfinished <= 0 else None
+
+    def _most(self, arm: Arm) -> int:
+        return self._policy.config.most(arm) if self._policy else arm.nodes
 
     def _publish(self, metrics: SpecMetrics) -> str | None:
         rates = self._policy.accept_rates if self._policy else tuple

@@ -73,6 +73,7 @@ class CostTable:
             raise ValueError("a cost table needs at least one measured step, got none")
         self.arms = tuple(arms)
         self._column = {arm: i for i, arm in enumerate(self.arms)}
+        self._nodes = np.array([arm.nodes for arm in self.arms], dtype=float)
         # Columns of each proposer, behind the plain arm's: along them time does not fall.
         proposers = dict.fromkeys(arm.proposer for arm in self.arms if arm != PLAIN)
         self._rising = [
@@ -101,12 +102,24 @@ class CostTable:
         self._age = 0  # steps since the corrections aged
         self._refresh()
 
-    def seconds(self, batch: int) -> Array:
-        """Predicted seconds of a step of `batch` requests for each arm, [arms]."""
+    def seconds(self, batch: int, nodes: Array | None = None) -> Array:
+        """Predicted seconds of a step of `batch` requests for each arm, [arms].
+
+        Args:
+            nodes: [arms] tokens of a request that an arm will verify in the mean, where that is
+                not what it is called by.
+        """
         low, high, share = self._between(batch)
         seconds = self._grid[low] + share * (self._grid[high] - self._grid[low])
         # Beyond the largest measured batch the last slopes go on; they may cross.
-        return self._of_each(seconds, np.maximum.accumulate) if share > 1 else seconds
+        seconds = self._of_each(seconds, np.maximum.accumulate) if share > 1 else seconds
+        if nodes is None:
+            return seconds
+        result = seconds.copy()
+        for rising in self._rising:
+            wanted = nodes[rising[1:]]
+            result[rising[1:]] = np.interp(wanted, self._nodes[rising], seconds[rising])
+        return result
 
     def describe(self) -> str:
         """The table in one line: milliseconds for every measured batch size, by arm."""
@@ -130,21 +143,25 @@ class CostTable:
         var = own + own[against] - 2 * var[against]
         return np.exp(-_HOPE * np.sqrt(np.maximum(var, 0.0)))
 
-    def observe(self, batch: int, arm: Arm, seconds: Sequence[float]) -> None:
+    def observe(
+        self, batch: int, arm: Arm, seconds: Sequence[float], nodes: float | None = None
+    ) -> None:
         """Learn from served steps of one kind in a row.
 
         Args:
             batch: Requests of each step.
             arm: What they were.
             seconds: What each step took, from its predecessor's result to its own; at least one.
+            nodes: Tokens of a request that they verified in the mean, if not the arm's.
         """
-        column, steps = self._column[arm], len(seconds)
+        steps = len(seconds)
         low, high, share = self._between(batch)
         share = min(share, 1.0)
-        cells = [1 + row * len(self.arms) + column for row in (low, high)]
-        weights = np.array([1 - share, share])
+        columns, parts = self._around(arm, nodes)
+        cells = [1 + row * len(self.arms) + column for row in (low, high) for column in columns]
+        weights = np.outer((1 - share, share), parts).ravel()
         self._forget(steps)
-        predicted = (1 - share) * self._raw[low, column] + share * self._raw[high, column]
+        predicted = float(weights @ self._raw[[low, high]][:, columns].ravel())
         residuals = np.log(np.asarray(seconds) / predicted)
         along = self._var[0] + weights @ self._var[cells]
         doubt = float(along[0] + weights @ along[cells])
@@ -158,6 +175,18 @@ class CostTable:
         usual = 1.25 * float(np.abs(_clip(residuals, _CLIP * self._scale)).mean())
         self._scale += _SCALE_GAIN * (usual - self._scale)
         self._refresh()
+
+    def _around(self, arm: Arm, nodes: float | None) -> tuple[list[int], tuple[float, ...]]:
+        """The columns of a proposer's arms around so many nodes, and the part of each."""
+        own = self._column[arm]
+        if nodes is None or nodes == arm.nodes:
+            return [own], (1.0,)
+        rising = next(columns for columns in self._rising if own in columns)
+        sizes = self._nodes[rising]
+        high = min(max(int(np.searchsorted(sizes, nodes)), 1), len(rising) - 1)
+        part = (nodes - sizes[high - 1]) / (sizes[high] - sizes[high - 1])
+        part = min(max(float(part), 0.0), 1.0)
+        return [rising[high - 1], rising[high]], (1 - part, part)
 
     def _forget(self, steps: int) -> None:
         """Let the estimates age; the corrections, which age slowly, many steps at a time."""

@@ -68,6 +68,7 @@ class SpecMetrics:
         exploring: bool = False,
         predicted: float | None = None,
         actual: float | None = None,
+        verified: int | None = None,
     ) -> None:
         """Count one decode step.
 
@@ -78,11 +79,13 @@ class SpecMetrics:
             splice: Least strength of a look-up whose tokens stood in for drafted ones.
             exploring: Whether the policy called the arm slower than another.
             predicted, actual: Step time in seconds; counted where both are known.
+            verified: Tokens of all requests; the arm's nodes of each by default.
         """
         if arm.proposer == "chain":
             first = commit_lens if seen is None else (seen.drafted + 1).tolist()
             self._watch.observe(first)
         self._by_width[arm.nodes] += 1
+        self._verified += verified or len(commit_lens) * arm.nodes
         self._explored += exploring
         self._commits[arm.nodes].update(commit_lens)
         self._count_by_proposer(arm, np.asarray(commit_lens) - 1, seen, splice)
@@ -125,13 +128,12 @@ class SpecMetrics:
             return None
         requests = {width: lengths.total() for width, lengths in self._commits.items()}
         request_steps = sum(requests.values())
-        verified = sum(width * count for width, count in requests.items())
         committed = sum(
             length * count
             for lengths in self._commits.values()
             for length, count in lengths.items()
         )
-        width = verified / request_steps
+        width = self._verified / request_steps
         accept = committed / request_steps
         line = f"verify width {width:.2f}, accept length {accept:.2f}"
         times = None
@@ -151,7 +153,7 @@ class SpecMetrics:
                 self._by_width,
                 self._explored,
                 request_steps,
-                verified,
+                self._verified,
                 committed,
             )
         self._clear()
@@ -165,7 +167,7 @@ class SpecMetrics:
         self._by_proposer: Counter[str] = Counter()  # accepted tokens
         # Of each width, requests by the tokens that they committed.
         self._commits: defaultdict[int, Counter[int]] = defaultdict(Counter)
-        self._explored = self._timed = 0
+        self._explored = self._timed = self._verified = 0
         self._predicted_sum = self._actual_sum = 0.0
 
 
@@ -175,8 +177,10 @@ def _positions(commits: Mapping[int, Mapping[int, int]]) -> tuple[Counter[int], 
     accepted: Counter[int] = Counter()
     for width, lengths in commits.items():
         for committed, requests in lengths.items():
-            # The last committed token is the target's own; a draft in its place was rejected.
-            for position in range(1, min(committed, width - 1) + 1):
+            # The last committed token is the target's own; a draft in its place was rejected. A
+            # width that is a mean says nothing of a request that commits as many.
+            reached_here = committed if committed < width else committed - 1
+            for position in range(1, reached_here + 1):
                 reached[position] += requests
                 accepted[position] += requests * (position < committed)
     return reached, accepted

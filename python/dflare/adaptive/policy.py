@@ -28,6 +28,7 @@ _HOLD = 8  # steps per decision: thinking costs up to 1 % of a step, and one ste
 _LOOKUP_PRIOR, _LOOKUP_RISE = 0.2, 1.5
 _LOOKUP_REQUEST_MEMORY = 300
 _DRAFTED = ("chain", "tree")  # proposers with a draft pass
+_FIRST_FOUND = 0.3  # share of the look-ups that find something, before any was seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class _Results(NamedTuple):
 
     commit_lens: list[Sequence[int]]
     seconds: list[float]
+    verified: list[int]  # tokens of the steps that have a time
     seen: list[tuple[Comparison, Sequence[int]]]
 
 
@@ -63,20 +65,24 @@ class ArmPolicy:
         self.cost = cost
         self.arms = config.arms
         largest = config.widths[-1]
+        self._longest = max((arm.nodes for arm in self.arms if arm.proposer == "lookup"), default=1)
+        self._found = _FIRST_FOUND  # share of the look-ups that find something
         self._models: dict[str, AcceptanceModel] = {}
         self._splice = None
         if "chain" in config.proposers:
             self._models["chain"] = AcceptanceModel(largest, config.memory)
         if "lookup" in config.proposers:
             self._models["lookup"] = AcceptanceModel(
-                largest, config.memory, _LOOKUP_PRIOR, _LOOKUP_RISE, _LOOKUP_REQUEST_MEMORY
+                self._longest, config.memory, _LOOKUP_PRIOR, _LOOKUP_RISE, _LOOKUP_REQUEST_MEMORY
             )
             self._splice = SpliceRule(config.memory)
         for arm in self.arms:
             if arm.proposer == "tree":
                 # Each tree has its own acceptance of a depth: by how many nodes it has there.
-                self._models[str(arm)] = AcceptanceModel(arm.nodes, config.memory)
+                self._models[str(arm)] = AcceptanceModel(config.most(arm), config.memory)
         self._nodes = np.array([arm.nodes for arm in self.arms])
+        self._most = [config.most(arm) for arm in self.arms]
+        self._looks_up = np.array([arm.proposer == "lookup" for arm in self.arms])
         self._sizes = np.unique(self._nodes)
         # Where an arm's expected tokens stand in those of all proposers, [proposers, nodes].
         models = list(self._models)
@@ -91,7 +97,7 @@ class ArmPolicy:
         self._held: Decision | None = None
         self._standing = Standing()  # of the held decision
         # Results of the held decision from which nothing was learned yet.
-        self._results = _Results([], [], [])
+        self._results = _Results([], [], [], [])
 
     def choose(self, request_ids: Sequence[Hashable], remaining: Sequence[int]) -> Decision:
         """Choose the arm of the next step.
@@ -113,11 +119,11 @@ class ArmPolicy:
         expected = [model.expected_tokens(request_ids, left) for model in self._models.values()]
         tokens, hoped = np.array(
             [
-                [values[nodes - 1] for values in expected[model]]
-                for model, nodes in zip(self._model, self._nodes, strict=True)
+                [values[most - 1] for values in expected[model]]
+                for model, most in zip(self._model, self._most, strict=True)
             ]
         ).T
-        seconds = self.cost.seconds(len(request_ids))
+        seconds = self.cost.seconds(len(request_ids), self._verified_nodes())
         # Nothing beyond the first size that finishes every request.
         sizes = self._sizes
         usable = self._nodes <= sizes[min(np.searchsorted(sizes, left.max()), len(sizes) - 1)]
@@ -170,20 +176,24 @@ class ArmPolicy:
         commit_lens: Sequence[int],
         seconds: float | None = None,
         seen: Comparison | None = None,
+        verified: int | None = None,
     ) -> None:
         """Learn from a step.
 
         Args:
             decision: What :meth:`choose` returned for it.
-            commit_lens: Committed tokens of each request of the decision, in ``1 .. nodes``.
+            commit_lens: Committed tokens of each request of the decision, at least 1, at most
+                what one may verify.
             seconds: How long the step took; None where that is not known, as when a prefill
                 ran in between.
             seen: What the look-up would have got, and the drafter alone, where that is known.
+            verified: Tokens of all requests; the arm's nodes of each by default.
         """
-        results = self._results if decision is self._held else _Results([], [], [])
+        results = self._results if decision is self._held else _Results([], [], [], [])
         results.commit_lens.append(commit_lens)
         if seconds is not None:
             results.seconds.append(seconds)
+            results.verified.append(verified or len(commit_lens) * decision.arm.nodes)
         if seen is not None:
             results.seen.append((seen, commit_lens))
         if decision is not self._held:
@@ -203,7 +213,7 @@ class ArmPolicy:
         """Learn at once from all steps of the held decision."""
         if self._held and self._results.commit_lens:
             self._learn_from(self._held, self._results)
-        self._results = _Results([], [], [])
+        self._results = _Results([], [], [], [])
 
     def _learn_from(self, decision: Decision, results: _Results) -> None:
         ids, arm = decision.request_ids, decision.arm
@@ -212,14 +222,27 @@ class ArmPolicy:
             if proposer == "lookup" and results.seen:
                 right = np.array([seen.right for seen, _ in results.seen])
                 known = np.array([commit_lens for _, commit_lens in results.seen])
-                model.observe(ids, self.config.widths[-1] - 1, right, known)
+                model.observe(ids, self._longest - 1, right, known)
             else:
-                model.observe(ids, arm.nodes - 1 if _model(arm) == proposer else 0, accepted)
+                shown = self.config.most(arm) - 1 if _model(arm) == proposer else 0
+                model.observe(ids, shown, accepted)
         if self._splice:
             for seen, _ in results.seen:
                 self._splice.observe(seen, arm.nodes - 1)
+                part = len(ids) / (len(ids) + _LOOKUP_REQUEST_MEMORY)
+                self._found += part * (float((seen.match > 0).mean()) - self._found)
         if results.seconds:
-            self.cost.observe(len(ids), arm, results.seconds)
+            nodes = sum(results.verified) / len(results.verified) / len(ids)
+            self.cost.observe(len(ids), arm, results.seconds, nodes)
+
+    def _verified_nodes(self) -> np.ndarray | None:
+        """Tokens of a request that each arm verifies in the mean; None if what it is called by.
+
+        A request whose look-up finds nothing verifies its anchor alone, where requests may differ.
+        """
+        if not self.config.ragged:
+            return None
+        return np.where(self._looks_up, 1 + (self._nodes - 1) * self._found, self._nodes)
 
     def _count(self, decision: Decision) -> None:
         """Book a step: how long ago the last draft was, and what may be spent on exploring."""

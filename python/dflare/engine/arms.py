@@ -138,13 +138,13 @@ class Arms:
         if reason:
             logger.warning("every step verifies the whole block: adaptive arms and %s", reason)
             config = None
-        trees = config.trees if config and "tree" in config.proposers else ()
-        self._states = WidthStates(worker, config.widths if config else (), trees)
+        self._states = WidthStates(worker, config.widths if config else (), _tree_sizes(config))
         if config and len(self._states.widths) < 2:
             config = None
         if config:
-            built = {"widths": self._states.widths, "trees": self._states.trees}
-            config = config.model_copy(update=built)
+            trees = tuple(nodes for nodes in config.trees if nodes in self._states.trees)
+            config = config.model_copy(update={"widths": self._states.widths, "trees": trees})
+        self._ragged = config is not None and config.ragged
         arms = config.arms if config else (chain(self._block),)
         self._agreement = Agreement(group, arms)
         policy = make_policy(config, lambda: self._measure(arms)) if config else None
@@ -178,12 +178,18 @@ class Arms:
 
     def at(self, arm: Arm) -> AbstractContextManager[None]:
         """Run the worker as an arm needs it."""
-        return self._states.at(arm.nodes, tree=arm.proposer == "tree")
+        as_tree = arm.proposer == "tree" or (arm.proposer == "lookup" and self._ragged)
+        return self._states.at(arm.nodes, tree=as_tree)
 
     def interrupt(self) -> None:
         """A prefill runs, or nothing."""
         if self._controller:
             self._controller.interrupt()
+
+    def verifies(self, tokens: int) -> None:
+        """Say how many tokens of all requests the step just launched verifies."""
+        if self._controller:
+            self._controller.verifies(tokens)
 
     def compare(self, proposal: Proposal, right: torch.Tensor) -> None:
         """Let the policy learn what a look-up was worth in the step just launched.
@@ -209,7 +215,7 @@ class Arms:
             with self.at(arm):
                 self._run(requests, arm)
 
-        measured = measure_steps(run, self._batches_to_measure(), arms)
+        measured = measure_steps(run, self._batches_to_measure(), _worth_measuring(arms))
         table = CostTable(arms, measured, self._largest)
         if self._agreement.is_leader:
             logger.info("DFLARE: step time in ms by arm, %s", table.describe())
@@ -225,6 +231,27 @@ class Arms:
             if batch > self._largest or not go_on:
                 return
             yield batch
+
+
+def _tree_sizes(config: AdaptiveConfig | None) -> tuple[int, ...]:
+    """Nodes of the steps that are run as those of trees."""
+    if config is None:
+        return ()
+    as_trees = ("tree", "lookup") if config.ragged else ("tree",)
+    return tuple(sorted({arm.nodes for arm in config.arms if arm.proposer in as_trees}))
+
+
+def _worth_measuring(arms: Sequence[Arm]) -> list[Arm]:
+    """Arms that are measured at start-up: what others of their proposer take lies between.
+
+    Of many sizes the first, the last and one in the middle: a start should not take long.
+    """
+    measured: list[Arm] = []
+    for proposer in dict.fromkeys(arm.proposer for arm in arms):
+        own = [arm for arm in arms if arm.proposer == proposer]
+        kept = {0, len(own) // 2, len(own) - 1} if len(own) > 4 else range(len(own))
+        measured += [arm for i, arm in enumerate(own) if i in kept]
+    return measured
 
 
 def _why_not_adaptive() -> str | None:

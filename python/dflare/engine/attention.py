@@ -7,6 +7,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from torch.nn.functional import pad
 
 from dflare import ops
 from dflare.engine.names import ATTENTION_BACKEND
@@ -99,8 +100,10 @@ class CpuAttentionBackend(BlockAttentionBackend):
                 )
             self.parents = getattr(forward_batch.spec_info, "parents", None)
             width = forward_batch.spec_info.draft_token_num
-            self._seq_lens = forward_batch.seq_lens + width
-            self.query_start = torch.arange(bs + 1) * width
+            counts = getattr(forward_batch.spec_info, "counts", None)
+            counts = torch.full((bs,), width) if counts is None else counts
+            self._seq_lens = forward_batch.seq_lens + counts
+            self.query_start = pad(counts.cumsum(0), (1, 0))
         else:
             self._seq_lens = forward_batch.seq_lens
             self.query_start = torch.zeros(bs + 1, dtype=torch.int64)

@@ -78,19 +78,22 @@ def parts_of(
 
 
 def sample_tokens(
-    probs: torch.Tensor, sampling_info: Any, positions: torch.Tensor, width: int = 1
+    probs: torch.Tensor,
+    sampling_info: Any,
+    positions: torch.Tensor,
+    width: int | torch.Tensor = 1,
 ) -> torch.Tensor:
     """Draw one token of each row's distribution after top-k, top-p and min-p.
 
     Args:
-        probs: [bs * width, V] after temperature.
+        probs: [N, V] after temperature.
         sampling_info: SGLang's `SamplingBatchInfo` of the bs requests; its seeds are honoured.
-        positions: [bs * width] int64, of the tokens whose successors are drawn: with the seed they
+        positions: [N] int64, of the tokens whose successors are drawn: with the seed they
             say which noise a draw sees, whatever the width of the step in which it happens.
-        width: rows a request.
+        width: rows of each request, the same for all or [bs].
 
     Returns:
-        [bs * width] int64 tokens; for greedy requests (top-k 1) the argmax.
+        [N] int64 tokens; for greedy requests (top-k 1) the argmax.
     """
 
     def rows(per_request: torch.Tensor) -> torch.Tensor:
@@ -137,7 +140,10 @@ def _filtered(
 
 
 def sample_verify_positions(
-    logits: torch.Tensor, sampling_info: Any, positions: torch.Tensor, width: int
+    logits: torch.Tensor,
+    sampling_info: Any,
+    positions: torch.Tensor,
+    width: int | torch.Tensor,
 ) -> torch.Tensor:
     """Draw one token of the target's own sampling distribution at every verify position.
 
@@ -147,13 +153,13 @@ def sample_verify_positions(
     drafter draws nothing, so no noise is shared between proposal and verification.
 
     Args:
-        logits: [bs * width, V], penalties and masks applied; not modified.
+        logits: [N, V], penalties and masks applied; not modified.
         sampling_info: SGLang's `SamplingBatchInfo` of the bs requests.
-        positions: [bs * width] int64, absolute.
-        width: verify positions a request.
+        positions: [N] int64, absolute.
+        width: verify positions of each request, the same for all or [bs].
 
     Returns:
-        [bs * width] int64 tokens; for greedy requests (top-k 1) the argmax.
+        [N] int64 tokens; for greedy requests (top-k 1) the argmax.
     """
     drawn = []
     for part, info in parts_of(sampling_info, len(logits) // width, width, logits.shape[1]):

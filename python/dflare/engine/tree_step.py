@@ -20,14 +20,13 @@ from sglang.srt.speculative.dflash_utils import is_dense_head_weight
 from sglang.srt.speculative.dflash_worker_v2 import _is_all_greedy
 from sglang.srt.speculative.spec_sampling_mask import SpeculativeSamplingMaskCapture
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
-from sglang.srt.speculative.spec_utils import GrammarTree
 
 from dflare import ops
-from dflare.branch import BranchOdds
+from dflare.adaptive import AdaptiveConfig, Arm
 from dflare.engine.cpu_memory import CpuKVPool
 from dflare.engine.lookups import Proposal
 from dflare.engine.sampling import sample_verify_positions
-from dflare.engine.tree_draft import draft_marginals
+from dflare.engine.tree_proposal import DraftTree, TreeProposals
 from dflare.engine.verify_step import adjust_logits, run_target, step_result
 
 # Those of the target that mask a tree.
@@ -39,38 +38,13 @@ class TreeVerifyInput(DFlashVerifyInput):
     """A verification whose tokens form one tree a request.
 
     Attributes:
-        parents: [bs * (n + 1)] int32, as `ops.paged_attention` takes them; `custom_mask` says the
-            same to SGLang's attention.
+        parents: [N] int32, as `ops.paged_attention` takes them, None for chains; `custom_mask` says
+            the same to SGLang's attention.
+        counts: [bs] int64, tokens of each request; None if each has `draft_token_num`.
     """
 
     parents: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class DraftTree:
-    """Trees of n drafted nodes, one a request; row 0 is the anchor.
-
-    Attributes:
-        tokens: [bs, n + 1] int64.
-        parents: [bs, n + 1] int32, -1 for the anchor.
-        depths: [bs, n + 1] int32.
-    """
-
-    tokens: torch.Tensor
-    parents: torch.Tensor
-    depths: torch.Tensor
-
-    def for_grammar(self) -> GrammarTree:
-        """As SGLang walks it: first child and next sibling of each node, -1 for none."""
-        width = self.tokens.shape[1]
-        row = torch.arange(width, device=self.tokens.device)
-        is_child = self.parents[:, None] == row[:, None]  # [bs, parent, node]
-        behind = (self.parents[:, None] == self.parents[:, :, None]) & (row > row[:, None])
-        child, sibling = (
-            first.where(first < width, -1)
-            for first in (row.where(found, width).amin(-1) for found in (is_child, behind))
-        )
-        return GrammarTree.from_device(child, sibling, self.tokens)
+    counts: torch.Tensor | None = None
 
 
 def why_no_trees(worker: Any) -> str | None:
@@ -103,21 +77,40 @@ class TreeStep:
 
     Attributes:
         tree: what the latest step verifies.
+        proposals: makes the trees.
     """
 
     tree: DraftTree
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: Any, config: AdaptiveConfig) -> None:
         """
         Args:
             worker: for which `why_no_trees` gives no reason.
+            config: says how many nodes a request may have, and whether they may differ.
         """
-        self._worker = worker
-        self._odds = BranchOdds(worker.device)
+        self._worker, self._config = worker, config
+        self.proposals = TreeProposals(worker, ragged=config.ragged)
+
+    def runs(self, arm: Arm) -> bool:
+        """Whether steps of an arm are run here: look-ups too, where requests may differ."""
+        return arm.proposer == "tree" or (arm.proposer == "lookup" and self._config.ragged)
+
+    def most(self, arm: Arm, batch: Any) -> int:
+        """Tokens that one request may verify in a step of an arm.
+
+        Near the end of the context the table of slots has no room for the largest trees. Where all
+        requests verify as many, the policy asks for no more than they may still produce.
+        """
+        most = self._config.most(arm)
+        if not self._config.ragged:
+            return most
+        table = self._worker.model_runner.req_to_token_pool.req_to_token
+        return min(most, table.shape[1] - int(batch.seq_lens.max()))
 
     def run(
         self,
         batch: Any,
+        arm: Arm,
         slots: torch.Tensor,
         look_up: Proposal | None,
         on_publish: Callable[[torch.Tensor], None] | None = None,
@@ -127,36 +120,42 @@ class TreeStep:
 
         Args:
             batch: SGLang's `ScheduleBatch` in decode mode, with the anchors in its `spec_info`.
-            slots: [bs, n + 1] int64, behind each request's tokens.
-            look_up: what may be one more branch of each tree.
+            arm: of the step.
+            slots: [bs, n + 1] int64, behind each request's tokens, for the most nodes of one.
+            look_up: what may be one more branch of each tree, or all of it.
             on_publish: told the new lengths as soon as they are known.
             grammar_barrier: waits until the grammars have seen the previous step.
         """
         worker, draft_input, lens = self._worker, batch.spec_info, batch.seq_lens
-        width = slots.shape[1]
-        tree = self.tree = self._propose(batch, width - 1, look_up)
+        tree = self.tree = self.proposals.make(batch, arm, look_up, slots.shape[1])
+        width = tree.width
         grammar_tree = tree.for_grammar() if batch.has_grammar else None
         positions = lens.long()[:, None] + tree.depths
         verify = TreeVerifyInput(
-            draft_token=tree.tokens.flatten(),
-            positions=positions.flatten(),
+            draft_token=tree.packed(tree.tokens),
+            positions=tree.packed(positions),
             draft_token_num=width,
-            parents=tree.parents.flatten(),
+            parents=None if arm.proposer == "lookup" else tree.packed(tree.parents),
+            counts=tree.counts,
             custom_mask=None if lens.is_cpu else self._mask(batch, tree.parents),
         )
-        target, plan = run_target(worker, batch, verify, slots)
+        target, plan = run_target(worker, batch, verify, tree.packed(slots[:, :width]))
         output = target.logits_output
-        chosen = adjust_logits(worker, batch, output, grammar_tree, grammar_barrier)
+        chosen = adjust_logits(
+            worker, batch, output, grammar_tree, grammar_barrier, tree.spread, tree.rows
+        )
         if chosen is None:
-            chosen = _target_tokens(output.next_token_logits, batch.sampling_info, positions)
+            counts = width if tree.counts is None else tree.counts
+            chosen = _target_tokens(
+                output.next_token_logits, batch.sampling_info, verify.positions, counts
+            )
         worker._tp_sync.sync(SpecTpSyncSite.DFLASH_ACCEPT_GREEDY, chosen)
         # Drafts end with the block, look-ups go on.
         stride = width if look_up else min(int(worker.block_size), width)
         path, commit_lens, tokens = ops.walk_draft_tree(
-            tree.tokens, tree.parents, chosen.view(positions.shape), stride
+            tree.tokens, tree.parents, tree.spread(chosen).view(positions.shape), stride
         )
-        first = torch.arange(0, len(lens) * width, width, device=lens.device)
-        rows = (path + first[:, None]).flatten()
+        rows = (path + tree.starts()[:, None]).flatten()
         _add_outputs(batch, output, draft_input, chosen, tokens, commit_lens, rows)
         new_lens = lens + commit_lens
         if on_publish is not None:
@@ -164,26 +163,6 @@ class TreeStep:
         self._commit(batch, plan, output.hidden_states[rows], path, commit_lens)
         bonus = tokens.gather(1, commit_lens.long()[:, None] - 1)[:, 0]
         return step_result(worker, target, tokens, commit_lens, bonus, new_lens)
-
-    def learn(self, look_up: Proposal, right: torch.Tensor, commit_lens: torch.Tensor) -> None:
-        """Learn what look-ups are worth as branches.
-
-        Args:
-            look_up: of the step that has run.
-            right: [bs] tokens of it that were committed before the first other one.
-            commit_lens: [bs].
-        """
-        known = commit_lens.where(look_up.match > 0, 0)
-        self._odds.observe(look_up.match, known, right, look_up.found.shape[1])
-
-    def _propose(self, batch: Any, nodes: int, look_up: Proposal | None) -> DraftTree:
-        """The best prefixes of the drafter's block and the look-up."""
-        tokens, log_probs = draft_marginals(self._worker, batch, nodes)
-        anchors = batch.spec_info.bonus_tokens.view(-1).long().contiguous()
-        branch: tuple[torch.Tensor, ...] = ()
-        if look_up:
-            branch = self._odds.branches(look_up.found[:, :nodes].contiguous(), look_up.match)
-        return DraftTree(*ops.build_draft_tree(anchors, tokens, log_probs, nodes, *branch))
 
     def _mask(self, batch: Any, parents: torch.Tensor) -> torch.Tensor:
         """Where the target's attention reads which nodes each node sees: uint8, see the operator.
@@ -218,7 +197,7 @@ class TreeStep:
         """
         worker, stride = self._worker, path.shape[1]
         pool = worker.model_runner.token_to_kv_pool
-        slots = worker._draft_write_ids(plan).view(len(path), -1)
+        slots = self.tree.spread(worker._draft_write_ids(plan)).view(len(path), -1)
         front = slots[:, :stride].flatten()
         if slots.is_cpu:
             ops.move_tree_path(path, commit_lens, slots, [*pool.k_buffer, *pool.v_buffer])
@@ -235,17 +214,16 @@ class TreeStep:
 
 
 def _target_tokens(
-    logits: torch.Tensor, sampling_info: Any, positions: torch.Tensor
+    logits: torch.Tensor, sampling_info: Any, positions: torch.Tensor, counts: int | torch.Tensor
 ) -> torch.Tensor:
-    """The target's choice behind every node, [bs * (n + 1)] int64.
+    """The target's choice behind every node, [N] int64.
 
     With temperature it is a sample at every node. Nodes of one depth have one position, so with a
     seed they share the noise that plain decoding would meet there.
     """
     if _is_all_greedy(sampling_info):
         return logits.argmax(-1)
-    width = positions.shape[1]
-    return sample_verify_positions(logits, sampling_info, positions.flatten(), width)
+    return sample_verify_positions(logits, sampling_info, positions, counts)
 
 
 def _add_outputs(
@@ -260,7 +238,7 @@ def _add_outputs(
     """Logprobs and sampling masks of the path, for requests that ask for them.
 
     Args:
-        chosen: [bs, n + 1] the target's tokens; tokens: [bs, S] those of the path.
+        chosen: [N] the target's tokens; tokens: [bs, S] those of the path.
         commit_lens: [bs].
         rows: [bs * S] rows of the logits along the path.
     """
@@ -277,4 +255,4 @@ def _add_outputs(
             out_tokens=tokens, commit_lens=commit_lens
         )
     if batch.return_logprob:
-        compute_spec_logprobs(batch, output, chosen.flatten(), accept_index=rows.view(bs, stride))
+        compute_spec_logprobs(batch, output, chosen, accept_index=rows.view(bs, stride))

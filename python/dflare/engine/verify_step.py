@@ -1,5 +1,6 @@
 """A decode step without a draft pass: the target verifies tokens that are known beforehand."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -122,9 +123,19 @@ def run_target(
 
 
 def adjust_logits(
-    worker: Any, batch: Any, output: Any, grammar_tree: GrammarTree | None, grammar_barrier: Any
+    worker: Any,
+    batch: Any,
+    output: Any,
+    grammar_tree: GrammarTree | None,
+    grammar_barrier: Any,
+    spread: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Apply penalties, bias and grammar to the logits of all verified tokens, in place.
+
+    Args:
+        spread: puts the logits where SGLang looks for them, as many a request, if `rows` says which
+            of those are there, [N] int64.
 
     Returns:
         Their argmax where nothing else is asked for and ranks hold the logits in parts, else None.
@@ -139,7 +150,10 @@ def adjust_logits(
             device=logits.device,
             barrier=grammar_barrier,
         )
-    if sampling_info is not None and predicted is None:
+    adjusts = predicted is None and _adjusts(sampling_info)
+    if spread and rows is not None and (adjusts or mask is not None):
+        logits = spread(logits)
+    if adjusts:
         apply_dflash_verify_logits_adjustments(
             next_token_logits=logits,
             sampling_info=sampling_info,
@@ -147,7 +161,22 @@ def adjust_logits(
         )
     if mask is not None:
         mask.apply(logits)
+    if rows is not None and len(logits) > len(rows):
+        output.next_token_logits = logits[rows]
     return predicted
+
+
+def _adjusts(sampling_info: Any) -> bool:
+    """Whether a batch asks for anything of what `apply_dflash_verify_logits_adjustments` does."""
+    if sampling_info is None:
+        return False
+    penalizer = sampling_info.penalizer_orchestrator
+    added = ("acc_linear_penalties", "grammar_mask", "logit_bias", "dflare_penalise")
+    return bool(
+        sampling_info.has_custom_logit_processor
+        or (penalizer is not None and penalizer.is_required)
+        or any(getattr(sampling_info, name, None) is not None for name in added)
+    )
 
 
 def step_result(

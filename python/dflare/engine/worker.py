@@ -90,19 +90,22 @@ class DFlareWorker(WorkerStart):
     ) -> GenerationBatchResult:
         """One step of an arm: a block's of DFLASH, or one that verifies without a draft pass."""
         slots: torch.Tensor | None = None
+        as_tree = self.trees is not None and self.trees.runs(arm)
         if self.texts or arm.proposer != "chain":  # a block's step alone finds its own
-            slots = step_slots(self.model_runner, batch, arm.nodes)
+            slots = step_slots(
+                self.model_runner, batch, self.trees.most(arm, batch) if self.trees else arm.nodes
+            )
         proposal = self.texts.look_up(batch, slots) if self.texts and slots is not None else None
-        candidates = _candidates(batch, arm, proposal)
+        candidates = None if as_tree else _candidates(batch, arm, proposal)
         with ExitStack() as stack:
             if penalised:
-                verified = lambda: self._verified(arm, candidates)  # noqa: E731
+                verified = lambda: self._verified(as_tree, candidates)  # noqa: E731
                 stack.enter_context(
                     self.penalties.in_verification(penalised, batch.sampling_info, verified)
                 )
-            if arm.proposer == "tree":
+            if as_tree:
                 assert self.trees and slots is not None
-                result = self.trees.run(batch, slots, proposal, on_publish, grammar_barrier)
+                result = self.trees.run(batch, arm, slots, proposal, on_publish, grammar_barrier)
             elif candidates is None:
                 stack.enter_context(self._splicing(proposal, splice))
                 result = super().forward_batch_generation(batch, on_publish, grammar_barrier)
@@ -118,18 +121,21 @@ class DFlareWorker(WorkerStart):
             self.texts.write_committed(proposal, tokens)
             if batch.reqs:  # none of them sent what start-up measures
                 right = proposal.right(tokens, result.accept_lens)
-                if arm.proposer == "tree" and self.trees:
-                    self.trees.learn(proposal, right[0], result.accept_lens)
+                if as_tree and self.trees:
+                    self.trees.proposals.learn(proposal, right[0], result.accept_lens)
                 self.arms.compare(proposal, right)
+        if as_tree and self.trees and batch.reqs:
+            self.arms.verifies(self.trees.tree.verified)
         return result
 
     def _verified(
-        self, arm: Arm, candidates: torch.Tensor | None
+        self, as_tree: bool, candidates: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens that the running step verifies, once they are drafted, and a tree's parents."""
-        if arm.proposer == "tree":
+        if as_tree:
             assert self.trees
-            return self.trees.tree.tokens, self.trees.tree.parents
+            # Rows that a request does not have count for nothing, but must be tokens.
+            return self.trees.tree.tokens.clamp(min=0), self.trees.tree.parents
         # DFLASH makes its block in the step.
         return self._draft_block_tokens_buf if candidates is None else candidates, None
 

@@ -100,7 +100,8 @@ class WorkerStart(DFlashWorkerV2):
         self.sampler_hook = added[0] if self._draft_sampler is not None else None
         config = self._configured()
         self.texts = self._texts_for(config)
-        self.trees = TreeStep(self) if config and "tree" in config.proposers else None
+        as_trees = config and (config.ragged or "tree" in config.proposers)
+        self.trees = TreeStep(self, config) if config and as_trees else None
         self.context = ContextAppender(
             self.draft_model, self._k_pools, self._v_pools, at_once=self._pool_is_shared()
         )
@@ -140,16 +141,17 @@ class WorkerStart(DFlashWorkerV2):
         """The settings, without trees where they cannot be verified."""
         block = int(self.block_size)
         config = self.configure(block)
-        if config is None or "tree" not in config.proposers:
+        if config is None or not {"tree", "lookup"} & set(config.proposers):
             return config
-        if not get_schedule().disable_overlap_schedule:
-            # Two blocks of slots are reserved behind what the host knows of, and a step in flight
-            # may commit one of them.
-            trees = tuple(nodes for nodes in config.trees if nodes <= block)
-            config = config.model_copy(update={"trees": trees})
+        # Two blocks of slots are reserved behind what the host knows of; with overlap scheduling a
+        # step in flight may commit one of them.
+        most = 2 * block if get_schedule().disable_overlap_schedule else block
         reason = why_no_trees(self)
-        if reason is None:
-            return config
+        if reason is None and torch.device(self.device).type == "cpu":
+            return config.sharing(block, most)
+        if reason is None or "tree" not in config.proposers:
+            trees = tuple(nodes for nodes in config.trees if nodes <= most)
+            return config.model_copy(update={"trees": trees})
         if get_parallel().tp_rank == 0:
             logger.info("DFLARE: drafts are chains, not trees: %s", reason)
         others = tuple(who for who in config.proposers if who != "tree") or ("chain",)

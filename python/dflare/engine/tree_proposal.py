@@ -1,0 +1,162 @@
+"""What a step that verifies a tree a request is made of, and how many nodes each request has.
+
+Where attention takes requests with different numbers of queries, the nodes of a step are shared out
+over its requests, the most probable first: a look-up that finds nothing has none, and a request
+whose drafts are doubtful leaves its nodes to others. Elsewhere every request has as many.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.speculative.spec_utils import GrammarTree
+
+from dflare import ops
+from dflare.adaptive import Arm, NodePrices
+from dflare.branch import BranchOdds
+from dflare.engine.lookups import Proposal
+from dflare.engine.tree_draft import draft_marginals
+
+_NOTHING = -1  # a token that no target says
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """Trees of up to n drafted nodes, one a request; row 0 is the anchor.
+
+    Rows that a request does not have stand behind those that it has, and on no way from the anchor.
+
+    Attributes:
+        tokens: [bs, n + 1] int64.
+        parents: [bs, n + 1] int32, -1 for the anchor.
+        depths: [bs, n + 1] int32.
+        counts: [bs] int64, rows of each request; None if each has all.
+        rows: [N] int64, those rows in the order of [bs * (n + 1)].
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    depths: torch.Tensor
+    counts: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """n + 1."""
+        return self.tokens.shape[1]
+
+    @property
+    def verified(self) -> int:
+        """Rows of all requests."""
+        return self.tokens.numel() if self.rows is None else len(self.rows)
+
+    def cut(self, counts: torch.Tensor) -> "DraftTree":
+        """Only the first so many rows of each request, [bs] int64, at least 1."""
+        width = int(counts.max())
+        row = torch.arange(width, dtype=torch.int32)
+        there = row < counts[:, None]
+        kept = (
+            self.tokens[:, :width].where(there, _NOTHING),
+            self.parents[:, :width].where(there, row),
+            self.depths[:, :width].where(there, 0),
+        )
+        if there.all():
+            return DraftTree(*kept)
+        return DraftTree(*kept, counts, there.flatten().nonzero()[:, 0])
+
+    def packed(self, x: torch.Tensor) -> torch.Tensor:
+        """Values of all rows, [bs, n + 1], of those that are there, [N]."""
+        return x.flatten() if self.rows is None else x.flatten()[self.rows]
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """Values [N, ...] back at their rows, [bs * (n + 1), ...], zeros elsewhere."""
+        if self.rows is None:
+            return x
+        return x.new_zeros(self.tokens.numel(), *x.shape[1:]).index_copy_(0, self.rows, x)
+
+    def starts(self) -> torch.Tensor:
+        """Where each request's rows begin among those that are there, [bs] int64."""
+        if self.counts is not None:
+            return self.counts.cumsum(0) - self.counts
+        return torch.arange(len(self.tokens), device=self.tokens.device) * self.width
+
+    def for_grammar(self) -> GrammarTree:
+        """As SGLang walks it: first child and next sibling of each node, -1 for none."""
+        width = self.width
+        row = torch.arange(width, device=self.tokens.device)
+        is_child = self.parents[:, None] == row[:, None]  # [bs, parent, node]
+        behind = (self.parents[:, None] == self.parents[:, :, None]) & (row > row[:, None])
+        child, sibling = (
+            first.where(first < width, -1)
+            for first in (row.where(found, width).amin(-1) for found in (is_child, behind))
+        )
+        return GrammarTree.from_device(child, sibling, self.tokens)
+
+
+class TreeProposals:
+    """Merges what the drafter and look-ups propose, and shares out the nodes.
+
+    What it learns depends on drafts and committed tokens, which are the same on all ranks.
+    """
+
+    def __init__(self, worker: Any, *, ragged: bool) -> None:
+        """
+        Args:
+            worker: a `DFlareWorker`.
+            ragged: whether requests may have different numbers of nodes.
+        """
+        self._worker, self._ragged = worker, ragged
+        self._odds, self._prices = BranchOdds(worker.device), NodePrices()
+
+    def make(self, batch: Any, arm: Arm, look_up: Proposal | None, most: int) -> DraftTree:
+        """What a step of an arm verifies.
+
+        Args:
+            batch: SGLang's `ScheduleBatch` in decode mode, with the anchors in its `spec_info`.
+            arm: its nodes are a mean if requests may differ.
+            look_up: what the text so far proposes.
+            most: rows that a request may have.
+        """
+        anchors = batch.spec_info.bonus_tokens.view(-1).long().contiguous()
+        if arm.proposer == "lookup":
+            assert look_up
+            return _chains(anchors, look_up, min(arm.nodes, most), all_of_them=not batch.reqs)
+        tokens, log_probs = draft_marginals(self._worker, batch, most - 1)
+        branch: tuple[torch.Tensor, ...] = ()
+        if look_up:
+            found = look_up.found[:, : most - 1].contiguous()
+            branch = self._odds.branches(found, look_up.match)
+        nodes = ops.build_draft_tree(anchors, tokens, log_probs, most - 1, *branch)
+        tree = DraftTree(*nodes)
+        if not self._ragged:
+            return tree
+        if not batch.reqs or arm.nodes >= most:  # start-up measures what it asks for
+            return tree.cut(torch.full_like(anchors, min(arm.nodes, most)))
+        scores = ops.tree_log_probs(nodes, tokens, log_probs, *branch)[:, 1:]
+        self._prices.observe(scores.numpy())
+        least = self._prices.least(arm.nodes - 1)
+        return tree.cut(1 + (scores >= least).sum(-1))
+
+    def learn(self, look_up: Proposal, right: torch.Tensor, commit_lens: torch.Tensor) -> None:
+        """Learn what look-ups are worth as branches.
+
+        Args:
+            look_up: of the step that has run.
+            right: [bs] tokens of it that were committed before the first other one.
+            commit_lens: [bs].
+        """
+        known = commit_lens.where(look_up.match > 0, 0)
+        self._odds.observe(look_up.match, known, right, look_up.found.shape[1])
+
+
+def _chains(
+    anchors: torch.Tensor, look_up: Proposal, nodes: int, *, all_of_them: bool
+) -> DraftTree:
+    """Look-ups alone: so many rows, and the anchor's alone where nothing was found."""
+    bs = len(anchors)
+    row = torch.arange(nodes, dtype=torch.int32).expand(bs, -1)
+    tokens = torch.cat((anchors[:, None], look_up.found[:, : nodes - 1]), 1)
+    counts = torch.full_like(anchors, nodes)
+    if not all_of_them:
+        counts = counts.where(look_up.match > 0, 1)
+    return DraftTree(tokens, row - 1, row).cut(counts)
