@@ -1,5 +1,6 @@
 """Requests with a seed or min_p: what they ask for is what the sampler does."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from engines import ALL_ARMS, running_engine
 from scipy.stats import chisquare
 from sglang.srt.plugins import load_plugins
 
+from dflare.engine import sampling
 from dflare.engine.cpu_seeds import murmur_hash32
 from dflare.engine.sampling import sample_tokens, sample_verify_positions, seeds_of
 
@@ -100,6 +102,30 @@ def test_a_seed_decides_by_position_and_not_by_width():
     assert torch.equal(block, torch.cat(alone))
     other = sample_verify_positions(logits, info(1, sampling_seed=seed + 1), positions, 12)
     assert not torch.equal(block, other)
+
+
+@pytest.mark.parametrize("requests_at_once", [1, 2, 3])
+def test_requests_that_verify_different_numbers_of_tokens_draw_as_alone(
+    monkeypatch, requests_at_once
+):
+    torch.manual_seed(3)
+    widths = torch.tensor([4, 1, 3])
+    monkeypatch.setattr(sampling, "_PART_BYTES", requests_at_once * 4 * 4 * 500)
+    logits, positions = torch.randn(8, 500), torch.arange(40, 48)
+    seeds, temperatures = torch.tensor([3, 5, 7]), torch.tensor([[0.5], [1.0], [2.0]])
+
+    def draw(rows, requests, width):
+        own = info(3, sampling_seed=seeds[requests], temperatures=temperatures[requests])
+        own = dataclasses.make_dataclass("Info", vars(own))(**vars(own))
+        return sample_verify_positions(logits[rows], own, positions[rows], width)
+
+    together = draw(slice(0, 8), slice(0, 3), widths)
+    ends = widths.cumsum(0).tolist()
+    alone = [
+        draw(slice(end - width, end), slice(i, i + 1), width)
+        for i, (end, width) in enumerate(zip(ends, widths.tolist(), strict=True))
+    ]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_a_seeded_draw_does_not_depend_on_what_others_ask_for():

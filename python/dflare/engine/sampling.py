@@ -162,13 +162,19 @@ def sample_verify_positions(
         [N] int64 tokens; for greedy requests (top-k 1) the argmax.
     """
     drawn = []
-    for part, info in parts_of(sampling_info, len(logits) // width, width, logits.shape[1]):
-        rows = slice(part.start * width, part.stop * width)
+    requests = len(sampling_info.temperatures)
+    widest = width if isinstance(width, int) else int(width.max())
+    for part, info in parts_of(sampling_info, requests, widest, logits.shape[1]):
+        if isinstance(width, int):
+            own, rows = width, slice(part.start * width, part.stop * width)
+        else:
+            own, first = width[part], int(width[: part.start].sum())
+            rows = slice(first, first + int(own.sum()))
         temperatures = info.temperatures.repeat_interleave(
-            width, 0, output_size=rows.stop - rows.start
+            own, 0, output_size=rows.stop - rows.start
         )
         probs = torch.softmax(logits[rows].float() / temperatures, dim=-1)
-        drawn.append(sample_tokens(probs, info, positions[rows], width))
+        drawn.append(sample_tokens(probs, info, positions[rows], own))
     return torch.cat(drawn)
 
 
