@@ -66,7 +66,7 @@ class DraftTree:
 
     def packed(self, x: torch.Tensor) -> torch.Tensor:
         """Values of all rows, [bs, n + 1], of those that are there, [N]."""
-        return x.flatten() if self.rows is None else x.flatten()[self.rows]
+        return x.contiguous().flatten() if self.rows is None else x.flatten()[self.rows]
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """Values [N, ...] back at their rows, [bs * (n + 1), ...], zeros elsewhere."""
