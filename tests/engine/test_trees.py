@@ -140,6 +140,17 @@ def test_requests_that_verify_less_leave_nothing_of_the_others_behind():
     assert whole.cut(torch.tensor([5, 5, 5])).rows is None
 
 
+def test_slots_of_anchors_alone_are_no_longer_strided():
+    """Operators write to slots that lie side by side; these are a column of the step's slots."""
+    from dflare.engine.tree_proposal import DraftTree
+
+    column = torch.zeros(3, 1, dtype=torch.int32)
+    tree = DraftTree(torch.arange(3)[:, None], column - 1, column)
+    slots = tree.packed(torch.arange(12).view(3, 4)[:, : tree.width])
+    assert slots.is_contiguous()
+    assert slots.tolist() == [0, 4, 8]
+
+
 def test_look_ups_alone_verify_nothing_where_nothing_was_found():
     from dflare.engine.lookups import Proposal
     from dflare.engine.tree_proposal import TreeProposals
