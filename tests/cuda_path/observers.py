@@ -11,7 +11,7 @@ from device import DEVICE
 from scripted_arms import ScriptedPolicy, Turn, configuration
 
 from dflare.adaptive import AdaptiveConfig, ArmPolicy
-from dflare.engine import tree_step
+from dflare.engine import tree_proposal
 from dflare.engine.verify_step import step_slots
 from dflare.engine.worker import DFlareWorker
 
@@ -121,7 +121,7 @@ def draft_from_text() -> None:
     A random drafter is hardly ever right; and where all the first nodes are, a tree's path lies
     where a chain's would, and nothing is moved. Here its nodes are the second, the fourth, ...
     """
-    drafter = tree_step.draft_marginals
+    drafter = tree_proposal.draft_marginals
 
     def draft_marginals(worker, batch, count):
         tokens, _ = drafter(worker, batch, count)  # its graphs run all the same
@@ -134,7 +134,7 @@ def draft_from_text() -> None:
         ) % worker.draft_model.config.vocab_size
         return shifted, log_probs.float().expand(shifted.shape).contiguous()
 
-    tree_step.draft_marginals = draft_marginals
+    tree_proposal.draft_marginals = draft_marginals
 
 
 @contextmanager
