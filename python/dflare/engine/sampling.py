@@ -166,13 +166,13 @@ def sample_verify_positions(
     widest = width if isinstance(width, int) else int(width.max())
     for part, info in parts_of(sampling_info, requests, widest, logits.shape[1]):
         if isinstance(width, int):
-            own, rows = width, slice(part.start * width, part.stop * width)
+            own: int | torch.Tensor = width
+            first, count = part.start * width, (part.stop - part.start) * width
         else:
-            own, first = width[part], int(width[: part.start].sum())
-            rows = slice(first, first + int(own.sum()))
-        temperatures = info.temperatures.repeat_interleave(
-            own, 0, output_size=rows.stop - rows.start
-        )
+            own = width[part]
+            first, count = int(width[: part.start].sum()), int(own.sum())
+        rows = slice(first, first + count)
+        temperatures = info.temperatures.repeat_interleave(own, 0, output_size=count)
         probs = torch.softmax(logits[rows].float() / temperatures, dim=-1)
         drawn.append(sample_tokens(probs, info, positions[rows], own))
     return torch.cat(drawn)
