@@ -14,7 +14,13 @@ def draw_accepted(rng, accept, width, batch):
 
 def expect(model, ids, left=100):
     """Expected tokens of the batch by width, and the hopeful ones; admits new requests."""
-    return model.expected_tokens(ids, np.full(len(ids), left))
+    return [tokens[0] for tokens in model.expected_tokens(ids, np.full(len(ids), left))]
+
+
+def observe(model, ids, shown, accepted):
+    model.age(ids, len(accepted))
+    if shown:
+        model.observe(0, ids, shown, accepted)
 
 
 def tokens_by_hand(accept, width):
@@ -30,7 +36,7 @@ def test_estimates_converge_to_the_true_acceptance():
         ids = [(step + i) // 40 for i in range(0, 640, 40)]
         tokens, _ = expect(model, ids)
         seen.append(tokens / 16)
-        model.observe(ids, 7, [draw_accepted(rng, accept, 8, 16)])
+        observe(model, ids, 7, [draw_accepted(rng, accept, 8, 16)])
         if step % 40 == 39:
             model.finish(ids[0])
     mean = np.mean(seen[300:], axis=0)
@@ -42,7 +48,7 @@ def test_positions_beyond_the_width_are_not_taken_for_rejections():
     rng = np.random.default_rng(1)
     for step in range(600):
         width = 8 if step % 10 == 0 else 2
-        model.observe(range(8), width - 1, [draw_accepted(rng, [0.9] * 7, width, 8)])
+        observe(model, range(8), width - 1, [draw_accepted(rng, [0.9] * 7, width, 8)])
     assert model.conditional() == pytest.approx(0.9, abs=0.06)
 
 
@@ -52,7 +58,7 @@ def test_positions_behind_a_rejection_are_not_counted():
     model = AcceptanceModel(block_size=4, memory=5000)
     rng = np.random.default_rng(2)
     for _ in range(800):
-        model.observe(range(8), 3, [draw_accepted(rng, accept, 4, 8)])
+        observe(model, range(8), 3, [draw_accepted(rng, accept, 4, 8)])
     assert model.conditional() == pytest.approx(accept, abs=0.07)
 
 
@@ -63,7 +69,7 @@ def test_an_easy_and_a_hard_request_are_told_apart():
     for _ in range(20):
         easy = draw_accepted(rng, [0.9] * 7, 8, 1)
         hard = draw_accepted(rng, [0.2] * 7, 8, 1)
-        model.observe(["easy", "hard"], 7, [np.concatenate((easy, hard))])
+        observe(model, ["easy", "hard"], 7, [np.concatenate((easy, hard))])
     easy, _ = expect(model, ["easy"])
     hard, _ = expect(model, ["hard"])
     assert easy[7] > 4 > 2 > hard[7]
@@ -77,9 +83,9 @@ def test_a_run_of_steps_teaches_what_its_steps_teach_one_by_one():
     expect(at_once, ids), expect(one_by_one, ids)
     for _ in range(40):
         steps = [draw_accepted(rng, [0.7, 0.5, 0.5, 0.4, 0.3, 0.3, 0.2], 8, 4) for _ in range(8)]
-        at_once.observe(ids, 7, steps)
+        observe(at_once, ids, 7, steps)
         for step in steps:
-            one_by_one.observe(ids, 7, [step])
+            observe(one_by_one, ids, 7, [step])
     assert expect(at_once, ids)[0] == pytest.approx(expect(one_by_one, ids)[0], rel=0.01)
     assert expect(at_once, ids)[1] == pytest.approx(expect(one_by_one, ids)[1], rel=0.01)
 
@@ -90,7 +96,7 @@ def test_a_new_request_starts_from_what_the_server_saw():
     for request in range(60):
         expect(model, [request])
         for _ in range(10):
-            model.observe([request], 7, [draw_accepted(rng, [0.2] * 7, 8, 1)])
+            observe(model, [request], 7, [draw_accepted(rng, [0.2] * 7, 8, 1)])
         model.finish(request)
     tokens, _ = expect(model, ["new"])
     assert tokens[7] == pytest.approx(tokens_by_hand([0.2] * 7, 8), rel=0.2)
@@ -100,10 +106,10 @@ def test_hope_returns_when_nothing_is_observed():
     model = AcceptanceModel(block_size=8, memory=100)
     expect(model, ["r"])
     for _ in range(200):
-        model.observe(["r"], 7, [[0]])
+        observe(model, ["r"], 7, [[0]])
     _, before = expect(model, ["r"])
     for _ in range(100):
-        model.observe(["r"], 0, [[0]])
+        observe(model, ["r"], 0, [[0]])
     _, after = expect(model, ["r"])
     assert after[7] - 1 > 1.25 * (before[7] - 1)
 
@@ -116,7 +122,7 @@ def test_a_late_observation_of_an_ended_request_leaves_its_successor_alone():
         model.finish(rid)
     successors = [f"new {i}" for i in range(200)]
     expect(model, successors)
-    model.observe(["old 7"], 7, [[7]])
+    observe(model, ["old 7"], 7, [[7]])
     one_by_one = [expect(model, [rid])[0][7] for rid in successors]
     assert np.ptp(one_by_one) == 0
 
@@ -126,7 +132,7 @@ def test_requests_that_never_end_do_not_pile_up():
     for first in range(0, 50_000, 500):
         ids = range(first, first + 500)
         expect(model, ids)
-        model.observe(ids, 3, [np.full(500, 1)])
+        observe(model, ids, 3, [np.full(500, 1)])
     assert len(model._slot_of) <= 4096
 
 
@@ -143,10 +149,10 @@ def test_expected_tokens_stay_within_what_is_possible(block_size, remaining, see
     expect(model, ids)
     for _ in range(30):
         width = int(rng.integers(1, block_size + 1))
-        model.observe(ids, width - 1, [rng.integers(0, width, len(ids))])
+        observe(model, ids, width - 1, [rng.integers(0, width, len(ids))])
     left = np.array(remaining)
     most = [np.minimum(left, w).sum() for w in range(1, block_size + 1)]
-    for tokens in model.expected_tokens(ids, left):
+    for (tokens,) in model.expected_tokens(ids, left):
         assert tokens[0] == pytest.approx(len(ids))
         assert (np.diff(tokens) >= -1e-9).all()
         assert (tokens <= np.array(most) + 1e-9).all()

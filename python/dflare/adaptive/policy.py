@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dflare.adaptive.acceptance import AcceptanceModel
-from dflare.adaptive.arms import PLAIN, Arm
+from dflare.adaptive.acceptance import AcceptanceModel, Prior
+from dflare.adaptive.arms import Arm
 from dflare.adaptive.config import AdaptiveConfig
 from dflare.adaptive.cost import CostTable
 from dflare.adaptive.lookup import NEVER, Comparison, SpliceRule
@@ -67,26 +67,24 @@ class ArmPolicy:
         largest = config.widths[-1]
         self._longest = max((arm.nodes for arm in self.arms if arm.proposer == "lookup"), default=1)
         self._found = _FIRST_FOUND  # share of the look-ups that find something
-        self._models: dict[str, AcceptanceModel] = {}
+        priors: dict[str, Prior] = {}
         self._splice = None
         if "chain" in config.proposers:
-            self._models["chain"] = AcceptanceModel(largest, config.memory)
+            priors["chain"] = Prior()
         if "lookup" in config.proposers:
-            self._models["lookup"] = AcceptanceModel(
-                self._longest, config.memory, _LOOKUP_PRIOR, _LOOKUP_RISE, _LOOKUP_REQUEST_MEMORY
-            )
+            priors["lookup"] = Prior(_LOOKUP_PRIOR, _LOOKUP_RISE, _LOOKUP_REQUEST_MEMORY)
             self._splice = SpliceRule(config.memory)
-        for arm in self.arms:
-            if arm.proposer == "tree":
-                # Each tree has its own acceptance of a depth: by how many nodes it has there.
-                self._models[str(arm)] = AcceptanceModel(config.most(arm), config.memory)
+        # Each tree has its own acceptance of a depth: by how many nodes it has there.
+        priors |= {str(arm): Prior() for arm in self.arms if arm.proposer == "tree"}
+        self._most = np.array([config.most(arm) for arm in self.arms])
+        most = max(largest, int(self._most.max()))
+        self._acceptance = AcceptanceModel(most, config.memory, list(priors.values()))
+        self._rows = {name: row for row, name in enumerate(priors)}
         self._nodes = np.array([arm.nodes for arm in self.arms])
-        self._most = [config.most(arm) for arm in self.arms]
         self._looks_up = np.array([arm.proposer == "lookup" for arm in self.arms])
         self._sizes = np.unique(self._nodes)
-        # Where an arm's expected tokens stand in those of all proposers, [proposers, nodes].
-        models = list(self._models)
-        self._model = np.array([0 if a == PLAIN else models.index(_model(a)) for a in self.arms])
+        # Where an arm's expected tokens stand in those of all proposers.
+        self._row = np.array([self._rows.get(_model(arm), 0) for arm in self.arms])
         self._current = 0
         self._gain = 0.0
         first = _CREDIT_STEPS if config.explore else 0.0
@@ -116,13 +114,10 @@ class ArmPolicy:
             return held
         self._learn()
         left = np.asarray(remaining, dtype=np.int64)
-        expected = [model.expected_tokens(request_ids, left) for model in self._models.values()]
-        tokens, hoped = np.array(
-            [
-                [values[most - 1] for values in expected[model]]
-                for model, most in zip(self._model, self._most, strict=True)
-            ]
-        ).T
+        tokens, hoped = (
+            values[self._row, self._most - 1]
+            for values in self._acceptance.expected_tokens(request_ids, left)
+        )
         seconds = self.cost.seconds(len(request_ids), self._verified_nodes())
         # Nothing beyond the first size that finishes every request.
         sizes = self._sizes
@@ -201,13 +196,13 @@ class ArmPolicy:
 
     def finish(self, request_id: Hashable) -> None:
         """Forget a request that ended; unknown ones are ignored."""
-        for model in self._models.values():
-            model.finish(request_id)
+        self._acceptance.finish(request_id)
 
     def accept_rates(self) -> list[float]:
         """Estimated acceptance of each drafted position that is reached, from position 1 on."""
-        drafter = self._models.get("chain")
-        return drafter.conditional().tolist() if drafter else []
+        row = self._rows.get("chain")
+        positions = self.config.widths[-1] - 1
+        return [] if row is None else self._acceptance.conditional(row)[:positions].tolist()
 
     def _learn(self) -> None:
         """Learn at once from all steps of the held decision."""
@@ -217,15 +212,15 @@ class ArmPolicy:
 
     def _learn_from(self, decision: Decision, results: _Results) -> None:
         ids, arm = decision.request_ids, decision.arm
-        accepted = np.array(results.commit_lens) - 1
-        for proposer, model in self._models.items():
-            if proposer == "lookup" and results.seen:
-                right = np.array([seen.right for seen, _ in results.seen])
-                known = np.array([commit_lens for _, commit_lens in results.seen])
-                model.observe(ids, self._longest - 1, right, known)
-            else:
-                shown = self.config.most(arm) - 1 if _model(arm) == proposer else 0
-                model.observe(ids, shown, accepted)
+        self._acceptance.age(ids, len(results.commit_lens))
+        if "lookup" in self._rows and results.seen:
+            right = np.array([seen.right for seen, _ in results.seen])
+            known = np.array([commit_lens for _, commit_lens in results.seen])
+            self._acceptance.observe(self._rows["lookup"], ids, self._longest - 1, right, known)
+        row = self._rows.get(_model(arm))
+        if row is not None and not (arm.proposer == "lookup" and results.seen):
+            accepted = np.array(results.commit_lens) - 1
+            self._acceptance.observe(row, ids, self.config.most(arm) - 1, accepted)
         if self._splice:
             for seen, _ in results.seen:
                 self._splice.observe(seen, arm.nodes - 1)
