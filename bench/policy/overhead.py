@@ -22,7 +22,7 @@ _CONTEXT = 1024  # tokens that look-ups search
 _WEIGHTS = np.zeros(8_000_000)  # 64 MB, more than a last-level cache
 
 
-def measure(batch: int, cold: bool, steps: int = 200) -> dict[str, float]:
+def measure(batch: int, cold: bool, steps: int = 400) -> dict[str, float]:
     """Mean milliseconds of one core, a step of each part; requests share their nodes."""
     config = AdaptiveConfig.for_block_size(_BLOCK).sharing(_BLOCK, 2 * _BLOCK)
     measured = [
@@ -82,7 +82,7 @@ class _TreeStep:
     def learn(self) -> None:
         """Learn what look-ups are worth."""
         ones = torch.ones_like(self._match)
-        self._odds.observe(self._match, ones, ones, self._most)
+        self._odds.note(self._match, ones, ones, self._most)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 _LONGEST = 16  # matches beyond it are one class
+_AT_ONCE = 8  # steps: to learn from one takes some thirty operations, whatever its size
 _WEIGHT = 8.0  # observations that the prior of a class is worth
 
 
@@ -22,11 +23,14 @@ class BranchOdds:
             device: Of matches and results.
             memory: Observed tokens after which a count has faded to a third.
         """
-        length = torch.arange(_LONGEST + 1, device=device)
-        right = 1 - 0.6 * 0.85**length  # 0.6 right behind 3 tokens, 0.88 behind 10
+        self._length = torch.arange(_LONGEST + 1, device=device)
+        right = 1 - 0.6 * 0.85**self._length  # 0.6 right behind 3 tokens, 0.88 behind 10
         self._prior = _WEIGHT * torch.stack((right, torch.ones_like(right)))
         self._counts = self._prior.clone()  # right ones, all that were seen
         self._log_fade = -1 / memory
+        self._log_probs: Tensor | None = None  # by match and token, until more was learned
+        self._noted: list[tuple[Tensor, Tensor, Tensor]] = []  # what nothing was learned from yet
+        self._longest = 0  # tokens of a look-up among them
 
     def log_probs(self, match: Tensor, count: int) -> Tensor:
         """Log-probability of each token of look-ups, given that those before it are right.
@@ -38,8 +42,10 @@ class BranchOdds:
         Returns:
             [bs, L] float32.
         """
-        right, seen = self._counts
-        return (right / seen).log()[_classes(match, count)]
+        if self._log_probs is None or self._log_probs.shape[1] != count:
+            right, seen = self._counts
+            self._log_probs = (right / seen).log()[_classes(self._length, count)]
+        return self._log_probs[match.clamp(max=_LONGEST)]
 
     def branches(self, found: Tensor, match: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Look-ups as `ops.build_draft_tree` takes branches.
@@ -54,6 +60,15 @@ class BranchOdds:
         count = found.shape[1]
         lens = torch.full_like(match, count).where(match > 0, 0)
         return found, self.log_probs(match, count), lens
+
+    def note(self, match: Tensor, proposed: Tensor, right: Tensor, count: int) -> None:
+        """As `observe`, but learns from several steps at once."""
+        self._noted.append((match, proposed, right))
+        self._longest = max(self._longest, count)
+        if len(self._noted) == _AT_ONCE:
+            matches, shown, were_right = (torch.cat(x) for x in zip(*self._noted, strict=True))
+            self.observe(matches, shown, were_right, self._longest)
+            self._noted, self._longest = [], 0
 
     def observe(self, match: Tensor, proposed: Tensor, right: Tensor, count: int) -> None:
         """Learn from a step.
@@ -74,6 +89,7 @@ class BranchOdds:
             row.index_add_(0, classes, counted.flatten().float())
         fade = (seen[1].sum() * self._log_fade).exp()
         self._counts = self._prior + (self._counts - self._prior) * fade + seen
+        self._log_probs = None
 
 
 def _classes(match: Tensor, count: int) -> Tensor:

@@ -89,3 +89,21 @@ def test_tokens_that_were_not_reached_teach_nothing():
     odds.observe(five, torch.tensor([6]), torch.tensor([1]), 6)  # the second was wrong
     changed = odds.log_probs(five, 6) != before
     assert changed[0, :2].all() and not changed[0, 2:].any()
+
+
+def test_odds_that_are_noted_are_learned_from_every_few_steps():
+    """What eight steps taught one by one; batches and look-ups may differ in size."""
+    together, alone, g = BranchOdds(), BranchOdds(), torch.Generator().manual_seed(0)
+    three = torch.tensor([3])
+    for step in range(8):
+        assert together.log_probs(three, 1).equal(BranchOdds().log_probs(three, 1))
+        bs, count = 1 + step % 3, 12 - step
+        match = torch.randint(3, 10, (bs,), generator=g).int()
+        proposed, right = (torch.randint(0, count, (bs,), generator=g) for _ in range(2))
+        together.note(match, proposed, right, count)
+        alone.observe(match, proposed, right, count)
+    match = torch.arange(3, 12)
+    assert not together.log_probs(match, 9).equal(BranchOdds().log_probs(match, 9))
+    torch.testing.assert_close(
+        together.log_probs(match, 9), alone.log_probs(match, 9), rtol=0.02, atol=0.002
+    )

@@ -146,7 +146,7 @@ class TreeProposals:
             commit_lens: [bs].
         """
         known = commit_lens.where(look_up.match > 0, 0)
-        self._odds.observe(look_up.match, known, right, look_up.found.shape[1])
+        self._odds.note(look_up.match, known, right, look_up.found.shape[1])
 
 
 def _chains(
