@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = {".py", ".cpp", ".h", ".cu", ".cuh", ".sh"}
 LONG = 60  # lines of a function that is too long to be read at once
-CPU = ("csrc/cpu/", "python/dflare/engine/cpu_", "python/dflare/engine/platform.py")
+CPU = ("csrc/cpu/", "python/dflare/cpu/")
 # A C++ function as clang-format lays it out: `{` ends its head, `}` stands below the head.
 HEAD = re.compile(
     r"^(\s*)(?!namespace|struct|class|enum|union|if|for|while|switch|else|do\b|\}).*\{$"

@@ -20,9 +20,9 @@ import requests
 from transformers import AutoTokenizer
 
 from dflare.adaptive.config import VARIABLE
+from dflare.apps.launch import pair_args
+from dflare.apps.server_process import ServerProcess
 from dflare.demo import demo_draft, demo_target
-from dflare.engine.launch import pair_args
-from dflare.engine.server_process import ServerProcess
 from dflare.training.data.prompts import encode, read_prompts
 
 PROMPTS = Path(__file__).with_name("prompts")

@@ -6,7 +6,7 @@ import psutil
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from dflare.engine.server_process import ServerProcess
+from dflare.apps.server_process import ServerProcess
 
 
 class Server(ServerProcess):

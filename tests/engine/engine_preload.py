@@ -18,7 +18,7 @@ import torch
 from scripted_arms import ScriptedPolicy, configuration
 from sglang.srt.models.registry import ModelRegistry
 
-import dflare.engine.attention
+import dflare.cpu.attention
 import dflare.engine.models.qwen_dflare
 import dflare.engine.sampling  # noqa: F401
 from dflare.adaptive import AdaptiveConfig

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import requests
 
-from dflare.engine.server_process import ServerProcess
+from dflare.apps.server_process import ServerProcess
 
 _FLAGS = "--context-length 256 --max-total-tokens 4096 --skip-server-warmup"
 CLIENT, ADMIN = "client", "admin"

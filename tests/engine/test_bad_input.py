@@ -11,8 +11,8 @@ from checkpoints import random_draft_config, random_tensors, write_random_draft,
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from dflare.apps.launch import check_before_start, read_prompts, resolve_pair
 from dflare.engine import version
-from dflare.engine.launch import check_before_start, read_prompts, resolve_pair
 from dflare.errors import CheckpointError, DFlareError, UnsupportedError
 
 
@@ -134,7 +134,7 @@ def test_verify_width_flag(value):
 
 @pytest.mark.parametrize("algorithm", ["NGRAM", "ngram", "EAGLE3"])
 def test_speculation_that_does_not_run_on_a_cpu(algorithm):
-    from dflare.engine.platform import CpuPlatform
+    from dflare.cpu.platform import CpuPlatform
 
     arguments = SimpleNamespace(speculative_algorithm=algorithm)
     with pytest.raises(ValueError, match=rf"is {algorithm}; .* DFLARE and DFLASH run: choose one"):
@@ -144,7 +144,7 @@ def test_speculation_that_does_not_run_on_a_cpu(algorithm):
 def test_a_tree_of_drafts_is_not_verified_as_a_block():
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    from dflare.engine.attention import CpuAttentionBackend
+    from dflare.cpu.attention import CpuAttentionBackend
 
     runner = SimpleNamespace(
         req_to_token_pool=SimpleNamespace(req_to_token=None), token_to_kv_pool=None

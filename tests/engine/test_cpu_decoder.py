@@ -13,9 +13,9 @@ from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.lora.layers import BaseLayerWithLoRA
 from torch import nn
 
-from dflare.engine import cpu_decoder
-from dflare.engine.cpu_decoder import DecoderForward, look_at, use_decoder_layers
-from dflare.engine.cpu_layers import CpuLinearMethod
+from dflare.cpu import decoder as cpu_decoder
+from dflare.cpu.decoder import DecoderForward, look_at, use_decoder_layers
+from dflare.cpu.layers import CpuLinearMethod
 
 HIDDEN, WIDE, HEADS, KV_HEADS, HEAD_DIM = 64, 96, 4, 2, 16
 RANKS = SimpleNamespace(tp_size=1, pp_size=1)

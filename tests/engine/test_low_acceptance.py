@@ -10,8 +10,8 @@ from counting_pair import STEPS, TAP, counting_drafter, write_counting_target
 from engines import forked_engines
 
 from dflare.adaptive.watch import ADVICE
+from dflare.apps.verify import VerifyOptions, verify_pair
 from dflare.cli.tables import show_report
-from dflare.engine.verify import VerifyOptions, verify_pair
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,8 @@ from engines import ALL_ARMS, running_engine
 from scipy.stats import chisquare
 from sglang.srt.plugins import load_plugins
 
+from dflare.cpu.seeds import murmur_hash32
 from dflare.engine import sampling
-from dflare.engine.cpu_seeds import murmur_hash32
 from dflare.engine.sampling import sample_tokens, sample_verify_positions, seeds_of
 
 pytestmark = pytest.mark.slow

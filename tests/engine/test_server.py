@@ -9,8 +9,8 @@ import pytest
 import requests
 from served import kill_and_watch
 
-from dflare.engine.launch import pair_args
-from dflare.engine.server_process import ServerProcess
+from dflare.apps.launch import pair_args
+from dflare.apps.server_process import ServerProcess
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ import pytest
 from checkpoints import write_random_draft, write_random_target
 from sglang.srt.server_args import ServerArgs
 
+from dflare.apps.launch import check_before_start
 from dflare.checkpoint import find_folder
-from dflare.engine.launch import check_before_start
 from dflare.errors import CheckpointError
 
 

@@ -100,7 +100,7 @@ def test_parameters(path):
 def test_platform_methods_that_we_override_exist():
     from sglang.srt.platforms.interface import SRTPlatform
 
-    from dflare.engine.platform import CpuPlatform
+    from dflare.cpu.platform import CpuPlatform
 
     ours = {name for name in vars(CpuPlatform) if not name.startswith("_")}
     assert ours <= set(dir(SRTPlatform)), ours - set(dir(SRTPlatform))
@@ -160,6 +160,6 @@ def test_targets_that_we_name_offer_their_hidden_states(architecture):
 def test_heads_with_a_method_of_ours_go_through_it():
     from sglang.srt.layers import logits_processor
 
-    from dflare.engine.cpu_layers import CpuEmbeddingMethod
+    from dflare.cpu.layers import CpuEmbeddingMethod
 
     assert CpuEmbeddingMethod.__name__ not in logits_processor._UNQUANTIZED_LM_HEAD_METHODS

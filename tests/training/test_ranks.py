@@ -12,7 +12,7 @@ import torch
 from checkpoints import write_random_target
 from tiny_models import train_config, write_data
 
-from dflare.engine.server_process import free_port
+from dflare.apps.server_process import free_port
 from dflare.training.run.config import load_config
 from dflare.training.run.loop import train
 from dflare.training.run.trainer import Trainer

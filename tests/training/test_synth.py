@@ -276,7 +276,7 @@ def test_a_server_of_our_own_ends_with_its_workers(tmp_path, monkeypatch):
     pid = tmp_path / "pid"
     code = FAKE_SERVER.format(pid=str(pid))
     command = (sys.executable, "-c", code)
-    monkeypatch.setattr("dflare.engine.server_process.ServerProcess.COMMAND", command)
+    monkeypatch.setattr("dflare.apps.server_process.ServerProcess.COMMAND", command)
     with own_server("target", [], tmp_path / "log") as address:
         assert address.startswith("http://127.0.0.1:")
         worker = psutil.Process(int(pid.read_text()))
@@ -287,7 +287,7 @@ def test_a_server_of_our_own_ends_with_its_workers(tmp_path, monkeypatch):
 
 def test_a_server_that_does_not_start_is_described(tmp_path, monkeypatch):
     command = (sys.executable, "-c", "raise SystemExit('no such model')")
-    monkeypatch.setattr("dflare.engine.server_process.ServerProcess.COMMAND", command)
+    monkeypatch.setattr("dflare.apps.server_process.ServerProcess.COMMAND", command)
     hint = r"(?s)no such model.*--generator transformers"
     with pytest.raises(DFlareError, match=hint), own_server("target", [], tmp_path / "log"):
         pass

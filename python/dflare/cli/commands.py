@@ -27,7 +27,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a target with its DFlare drafter; every other flag goes to `sglang serve` as it is."""
-    from dflare.engine.launch import resolve_pair, serve_pair
+    from dflare.apps.launch import resolve_pair, serve_pair
 
     target_path, draft_path = resolve_pair(model, draft, demo=demo)
     serve_pair(target_path, draft_path, context.args)
@@ -39,7 +39,7 @@ def demo(
     max_tokens: Annotated[int, typer.Option(help="Tokens an answer.")] = 64,
 ) -> None:
     """Serve the demo pair with and without DFLARE, chat over HTTP, and print a table."""
-    from dflare.engine.demo_run import run_demo
+    from dflare.apps.demo_run import run_demo
 
     if not run_demo(prompts, max_tokens):
         raise typer.Exit(1)
@@ -63,9 +63,9 @@ def verify(
     ] = None,
 ) -> None:
     """Run a pair with and without speculation; exit 1 if greedy outputs differ."""
+    from dflare.apps.launch import resolve_pair
+    from dflare.apps.verify import VerifyOptions, verify_pair
     from dflare.cli.tables import show_report
-    from dflare.engine.launch import resolve_pair
-    from dflare.engine.verify import VerifyOptions, verify_pair
 
     target_path, draft_path = resolve_pair(model, draft)
     report = verify_pair(
@@ -86,7 +86,7 @@ def doctor(
     ] = False,
 ) -> None:
     """Report versions, extension, plug-in and platform; exit 1 if something must be fixed."""
-    from dflare.engine.diagnosis import diagnose
+    from dflare.apps.diagnosis import diagnose
 
     report = diagnose(load=load)
     if json_output:

@@ -14,7 +14,6 @@ from sglang.srt.speculative.dflash_utils import is_dense_head_weight
 
 from dflare import ops
 from dflare.checkpoint import draft_vocabulary
-from dflare.engine.cpu_layers import greedy_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ class DraftHead:
     def greedy_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """Most probable token of each row of final hidden states [rows, H]: [rows] int64."""
         if hidden.is_cpu:
-            return self.ids[greedy_tokens(hidden, self.weight)]
+            return self.ids[ops.any_linear(hidden, self.weight).argmax(-1)]
         tokens = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
         ops.head_argmax(hidden.to(self.weight.dtype), self.weight, tokens, ids=self.ids)
         return tokens

@@ -15,6 +15,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from dflare.engine.failed_step import FAILED_STEP_HOOKS
 from dflare.engine.names import ALGORITHM
+from dflare.engine.own_platform import own_platform
 from dflare.engine.refusals import REFUSALS
 from dflare.engine.request_guard import GUARDS
 from dflare.errors import UnsupportedError
@@ -94,32 +95,6 @@ def _update_model_path_info(original, manager, model_path, load_format) -> None:
         original(manager, model_path, load_format)
 
 
-def _assign_req_to_token_pool(*args) -> None:
-    """The original launches a Triton kernel for any attention backend not called torch_native."""
-    from dflare.engine.cpu_memory import assign_req_to_token_pool
-
-    assign_req_to_token_pool(*args)
-
-
-def _get_last_loc(*args):
-    """As above."""
-    from sglang.srt.mem_cache.allocation import get_last_loc_torch
-
-    return get_last_loc_torch(*args)
-
-
-def _murmur_hash32(*args):
-    """Its CPU kernel is not in SGLang's wheel."""
-    from dflare.engine.cpu_seeds import murmur_hash32
-
-    return murmur_hash32(*args)
-
-
-def _all_gather_into_tensor(group, output, input) -> None:
-    """The original's custom op is registered for SGLang's own devices only."""
-    group._all_gather_into_tensor(output, input)
-
-
 _EVERYWHERE = (
     Hook(
         "sglang.srt.arg_groups.model_override_base._forces_eagle_topk_one",
@@ -174,42 +149,12 @@ _GUARDS = tuple(
     Hook(f"sglang.srt.{target}", function, HookType.AROUND, parameters)
     for target, function, parameters in (*GUARDS, *REFUSALS, *FAILED_STEP_HOOKS)
 )
-_ON_THE_CPU_PLATFORM = (
-    Hook(
-        "sglang.kernels.ops.sampling.murmur_hash.murmur_hash32",
-        _murmur_hash32,
-        HookType.REPLACE,
-        "seed positions col_indices",
-    ),
-    Hook(
-        "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func",
-        _assign_req_to_token_pool,
-        HookType.REPLACE,
-        "req_pool_indices req_to_token start_offset end_offset out_cache_loc batch_size",
-    ),
-    Hook(
-        "sglang.srt.mem_cache.allocation.get_last_loc",
-        _get_last_loc,
-        HookType.REPLACE,
-        "req_to_token req_pool_indices_tensor prefix_lens_tensor",
-    ),
-    Hook(
-        "sglang.srt.distributed.parallel_state.GroupCoordinator.all_gather_into_tensor",
-        _all_gather_into_tensor,
-        HookType.REPLACE,
-        "self output input",
-    ),
-)
 
 
 def _at_load() -> tuple[Hook, ...]:
-    """Those of every process and, on our CPU platform, its own."""
-    from sglang.srt.platforms import current_platform
-
-    from dflare.engine.platform import CpuPlatform
-
-    on_cpu = isinstance(current_platform, CpuPlatform)
-    return _EVERYWHERE + _GUARDS + (_ON_THE_CPU_PLATFORM if on_cpu else ())
+    """Those of every process and, on a platform of this package, the platform's."""
+    platform = own_platform()
+    return _EVERYWHERE + _GUARDS + (platform.hooks() if platform else ())
 
 
 def hooks() -> tuple[Hook, ...]:

@@ -55,7 +55,7 @@ def _register_attention_backend() -> None:
     def _create(model_runner):
         # Here and not above: this loads the operator library, which only its users need.
         if str(model_runner.device) == "cpu":
-            from dflare.engine.attention import CpuAttentionBackend
+            from dflare.cpu.attention import CpuAttentionBackend
 
             return CpuAttentionBackend(model_runner)
         from dflare.engine.cuda_attention import CudaBlockAttentionBackend

@@ -216,14 +216,13 @@ def _check_logprobs(request: Any, limits: Limits) -> None:
 
 
 def is_active() -> bool:
-    """Whether this process serves with DFLARE or on this package's CPU platform."""
-    from sglang.srt.platforms import current_platform
+    """Whether this process serves with DFLARE or on a platform of this package."""
     from sglang.srt.runtime_context import get_spec
 
     from dflare.engine.names import ALGORITHM
-    from dflare.engine.platform import CpuPlatform
+    from dflare.engine.own_platform import own_platform
 
-    if isinstance(current_platform, CpuPlatform):
+    if own_platform():
         return True
     return str(get_spec().speculative_algorithm).upper() == ALGORITHM
 

@@ -7,7 +7,7 @@ from sglang.srt.lora.layers import unwrap_lora_layer
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 
-from dflare.engine.cpu_layers import head_logits
+from dflare import ops
 from dflare.engine.swapping import swapped
 
 
@@ -113,7 +113,7 @@ def best_tokens(
     shard = head.shard_indices
     weight = drafted.weight if drafted else head.weight[: shard.num_org_elements]
     if hidden.is_cpu:
-        logits = head_logits(hidden, weight).float()
+        logits = ops.any_linear(hidden, weight).float()
     else:
         logits = (hidden.to(weight.dtype) @ weight.T).float()
     values, tokens = logits.topk(count, -1)

@@ -15,6 +15,7 @@ from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.lora.layers import unwrap_lora_layer
 from sglang.srt.managers.scheduler import GenerationBatchResult
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.platforms import current_platform
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.dflash_utils import is_dense_head_weight
 from sglang.srt.speculative.dflash_worker_v2 import _is_all_greedy
@@ -23,7 +24,6 @@ from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dflare import ops
 from dflare.adaptive import AdaptiveConfig, Arm
-from dflare.engine.cpu_memory import CpuKVPool
 from dflare.engine.lookups import Proposal
 from dflare.engine.sampling import sample_verify_positions
 from dflare.engine.tree_proposal import DraftTree, TreeProposals
@@ -57,7 +57,7 @@ def why_no_trees(worker: Any) -> str | None:
     backend, pool = runner.attn_backend, runner.token_to_kv_pool
     if worker._need_mamba_verify_commit:
         return "the target's recurrent states know one path only"
-    if type(pool) not in (CpuKVPool, MHATokenToKVPool):
+    if type(pool) not in (MHATokenToKVPool, current_platform.get_kv_pool_cls(kind="mha")):
         return f"nothing moves slots of a {type(pool).__name__}"
     if type(backend).__name__ not in _BACKENDS:
         return f"{type(backend).__name__} would take a tree for a chain"

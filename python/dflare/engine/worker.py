@@ -11,8 +11,8 @@ from sglang.srt.speculative.dflash_utils import is_dflash_sampling_verify_availa
 from sglang.srt.speculative.dflash_worker_v2 import SIMULATE_ACC_LEN, _is_all_greedy
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
+from dflare import ops
 from dflare.adaptive import NEVER, Arm
-from dflare.engine.cpu_layers import greedy_tokens
 from dflare.engine.lookups import Proposal
 from dflare.engine.penalties import Penalised
 from dflare.engine.sampling import parts_of, requests_at_once, sample_verify_positions, seeds_of
@@ -206,7 +206,8 @@ class DFlareWorker(WorkerStart):
         if self.draft_head is not None:
             tokens = self.draft_head.greedy_tokens(hidden_states)
         elif one_rank and shard is not None and shard.num_added_elements == 0:
-            tokens = greedy_tokens(hidden_states, lm_head.weight[: shard.num_org_elements])
+            head = lm_head.weight[: shard.num_org_elements]
+            tokens = ops.any_linear(hidden_states, head).argmax(-1)
         else:
             tokens = super()._greedy_sample_from_vocab_parallel_head(
                 hidden_states=hidden_states, lm_head=lm_head, **kwargs

@@ -38,7 +38,7 @@ from dflare.ops.draft_tree import (  # noqa: E402
     write_tree_mask,
 )
 from dflare.ops.head_argmax import head_argmax, head_argmax_reference, token_of  # noqa: E402
-from dflare.ops.linear import linear  # noqa: E402
+from dflare.ops.linear import any_linear, linear  # noqa: E402
 from dflare.ops.lookup_continuations import (  # noqa: E402
     lookup_continuations,
     lookup_continuations_reference,
@@ -56,6 +56,7 @@ __all__ = [
     "PagedContext",
     "Pools",
     "add_rms_norm",
+    "any_linear",
     "append_context_kv",
     "append_context_kv_reference",
     "block_attention",

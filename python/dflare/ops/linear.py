@@ -27,6 +27,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
+def any_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` of a layer as a model has it; Torch's own where the operator has no kernel for it.
+
+    Args:
+        x: [..., inputs] of any dtype; it is converted to that of `weight`.
+        weight: [outputs, inputs] on the CPU, of any dtype and strides.
+        bias: [outputs], dtype of `weight`, or none.
+
+    Returns:
+        [..., outputs] in the dtype of `weight`.
+    """
+    x = x.to(weight.dtype)
+    if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
+        return torch.nn.functional.linear(x, weight, bias)
+    return linear(x, weight, bias)
+
+
 @torch.library.register_fake("dflare::linear")
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])

@@ -121,7 +121,7 @@ def own_server(target: str, arguments: list[str], log: Path) -> Iterator[str]:
     Raises:
         DFlareError: It ends, or is not ready in time.
     """
-    from dflare.engine.server_process import ServerProcess
+    from dflare.apps.server_process import ServerProcess
 
     with ServerProcess(["--model-path", target, "--log-level", "warning", *arguments], log) as own:
         try:

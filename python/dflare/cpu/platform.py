@@ -12,9 +12,10 @@ import platform as host
 import psutil
 import torch
 from sglang.srt.platforms.device_mixin import PlatformEnum
-from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities, SRTPlatform
+from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities
 
 from dflare.engine.names import ALGORITHM, ATTENTION_BACKEND
+from dflare.engine.own_platform import OwnPlatform
 
 # Share of the memory that is free at start which weights and the KV pools may take, and a cap on
 # the pools: SGLang's defaults suit a device that nothing else uses, and a CPU pool is zeroed at
@@ -35,10 +36,10 @@ def activate() -> str | None:
     others = ("xpu", "mps", "npu", "musa", "hpu")
     if any(getattr(getattr(torch, name, None), "is_available", bool)() for name in others):
         return None
-    return "dflare.engine.platform.CpuPlatform"
+    return "dflare.cpu.platform.CpuPlatform"
 
 
-class CpuPlatform(SRTPlatform):
+class CpuPlatform(OwnPlatform):
     """The host CPU: no Triton, no graphs, float32 by default, attention by `dflare`'s own ops."""
 
     _enum = PlatformEnum.OOT
@@ -144,20 +145,25 @@ class CpuPlatform(SRTPlatform):
 
     # --- what has no torch-native path in SGLang ------------------------------------------
 
+    def hooks(self):
+        from dflare.cpu.hooks import CPU_HOOKS
+
+        return CPU_HOOKS
+
     def get_kv_pool_cls(self, *, kind: KVPoolKind) -> type | None:
-        from dflare.engine.cpu_memory import CpuKVPool
+        from dflare.cpu.memory import CpuKVPool
 
         return CpuKVPool if kind == "mha" else None
 
     def get_speculative_cache_locs_fn(self):
-        from dflare.engine.cpu_memory import speculative_cache_locs
+        from dflare.cpu.memory import speculative_cache_locs
 
         return speculative_cache_locs
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        from dflare.engine.cpu_decoder import use_decoder_layers
-        from dflare.engine.cpu_layers import use_cpu_linear
-        from dflare.engine.cpu_memory import move_to_huge_pages
+        from dflare.cpu.decoder import use_decoder_layers
+        from dflare.cpu.layers import use_cpu_linear
+        from dflare.cpu.memory import move_to_huge_pages
 
         use_cpu_linear(model)
         move_to_huge_pages(model)
@@ -166,8 +172,8 @@ class CpuPlatform(SRTPlatform):
     def init_backend(self) -> None:
         """Called once in every worker process."""
         from dflare import ops
-        from dflare.engine.cpu_layers import register_cpu_forwards
-        from dflare.engine.cpu_memory import allow_record_stream_on_cpu
+        from dflare.cpu.layers import register_cpu_forwards
+        from dflare.cpu.memory import allow_record_stream_on_cpu
 
         ops.check_kernels_for(torch.device("cpu"))
         # Our operators read the rotary table in float32, whatever the model's dtype.

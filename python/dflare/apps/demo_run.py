@@ -11,9 +11,9 @@ import requests
 from rich.console import Console
 from rich.table import Table
 
+from dflare.apps.launch import QUESTIONS_FILE, pair_args
+from dflare.apps.server_process import ServerProcess
 from dflare.demo import demo_draft, demo_target
-from dflare.engine.launch import QUESTIONS_FILE, pair_args
-from dflare.engine.server_process import ServerProcess
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dflare.engine.cpu_memory import huge_zeros, move_to_huge_pages
+from dflare.cpu.memory import huge_zeros, move_to_huge_pages
 
 
 def mapping_of(address: int) -> dict[str, int]:

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dflare.adaptive.watch import is_low
-from dflare.engine.interrupt import ends_quietly_at_ctrl_c
-from dflare.engine.launch import QUESTIONS_FILE, check_before_start, read_prompts
+from dflare.apps.interrupt import ends_quietly_at_ctrl_c
+from dflare.apps.launch import QUESTIONS_FILE, check_before_start, read_prompts
 from dflare.engine.names import ALGORITHM
 from dflare.errors import DFlareError
 from dflare.processor import device_name

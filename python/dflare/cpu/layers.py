@@ -21,25 +21,18 @@ from dflare import ops
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    x = x.to(weight.dtype)
-    if weight.dtype not in _DTYPES or not weight.is_contiguous():
-        return torch.nn.functional.linear(x, weight, bias)
-    return ops.linear(x, weight, bias)
-
-
 class CpuLinearMethod(UnquantizedLinearMethod):
     """`UnquantizedLinearMethod` with this package's kernel."""
 
     def apply(self, layer, x, bias=None):
-        return _linear(x, layer.weight, bias)
+        return ops.any_linear(x, layer.weight, bias)
 
 
 class CpuEmbeddingMethod(UnquantizedEmbeddingMethod):
     """`UnquantizedEmbeddingMethod` with this package's kernel where it serves as a head."""
 
     def apply(self, layer, x, bias=None):
-        return _linear(x, layer.weight, bias)
+        return ops.any_linear(x, layer.weight, bias)
 
 
 _METHODS: dict[type, type] = {
@@ -54,21 +47,6 @@ def use_cpu_linear(model: torch.nn.Module) -> None:
         method = _METHODS.get(type(getattr(module, "quant_method", None)))
         if method is not None:
             module.quant_method = method()
-
-
-def head_logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Logits of each row, [rows, vocabulary].
-
-    Args:
-        hidden: [rows, H] final hidden states.
-        head: [vocabulary, H], the target's head or a rank's part of it.
-    """
-    return _linear(hidden, head, None)
-
-
-def greedy_tokens(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Most probable token of each row, [rows] int64; arguments as for `head_logits`."""
-    return head_logits(hidden, head).argmax(-1)
 
 
 def register_cpu_forwards(dispatch_key: str) -> None:

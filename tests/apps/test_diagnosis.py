@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dflare import ops
-from dflare.engine import diagnosis
+from dflare.apps import diagnosis
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import socket
 
 import pytest
 
-from dflare.engine import server_process
+from dflare.apps import server_process
 from dflare.errors import DFlareError
 
 

@@ -11,8 +11,8 @@ import pytest
 from checkpoints import write_random_draft, write_random_target
 from transformers import AutoTokenizer
 
+from dflare.apps.launch import check_before_start, read_prompts
 from dflare.cli import main
-from dflare.engine.launch import check_before_start, read_prompts
 from dflare.errors import DFlareError, UnsupportedError
 from dflare.text_file import parse_json_line, read_text
 
@@ -85,7 +85,7 @@ def test_half_a_surrogate_pair_is_refused_and_a_whole_one_is_not(pair, tmp_path)
 
 WAITS = """
 import subprocess, sys, time
-from dflare.engine.interrupt import ends_quietly_at_ctrl_c
+from dflare.apps.interrupt import ends_quietly_at_ctrl_c
 with ends_quietly_at_ctrl_c():
     subprocess.Popen([sys.executable, "-c", "print('up', flush=True); import time; time.sleep(60)"])
     time.sleep(60)
@@ -124,7 +124,7 @@ def test_ctrl_c_is_pythons_own_again_afterwards():
 def test_the_doctor_does_not_import_sglang():
     """Its imports alone take longer than the three seconds that a diagnosis may."""
     code = (
-        "import sys; from dflare.engine.diagnosis import diagnose; diagnose();"
+        "import sys; from dflare.apps.diagnosis import diagnose; diagnose();"
         "print([m for m in ('sglang', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -16,9 +16,9 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.runtime_context import get_parallel
 
 from dflare import ops
-from dflare.engine.attention import CpuAttentionBackend
-from dflare.engine.cpu_layers import CpuLinearMethod, is_plain_norm
-from dflare.engine.cpu_memory import CpuKVPool
+from dflare.cpu.attention import CpuAttentionBackend
+from dflare.cpu.layers import CpuLinearMethod, is_plain_norm
+from dflare.cpu.memory import CpuKVPool
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""What the commands run: serving a pair, comparing it, the demo, the diagnosis."""

@@ -1,0 +1,1 @@
+"""SGLang on a plain CPU: a platform, and what it needs. The engine does not import it."""
