@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.serving.plan import Cell, Sweep
-from bench.serving.server import Server
+from bench.serving.server import BenchServer
 
 _WARM_UP_TOKENS = 16
 
 
-def measure(sweep: Sweep, cell: Cell, server: Server, out: Path) -> dict[str, Any]:
+def measure(sweep: Sweep, cell: Cell, server: BenchServer, out: Path) -> dict[str, Any]:
     """Put one load on a running server.
 
     Args:
@@ -40,25 +40,28 @@ def measure(sweep: Sweep, cell: Cell, server: Server, out: Path) -> dict[str, An
     details = _run_generator(sweep, cell, server, out, count, sweep.output_tokens)
     server.check()
     delta = {name: value - before.get(name, 0.0) for name, value in server.counters().items()}
-    record = summarise(details, delta)
+    record = summarise(details, delta, server.THROUGHPUT)
     if record["errors"] == record["requests"]:
         raise RuntimeError(f"every request failed: {details['errors'][0].strip()[-300:]}")
     return cell.model_dump() | record | {"machine_load": load_before}
 
 
-def summarise(details: dict[str, Any], delta: dict[str, float]) -> dict[str, Any]:
+def summarise(
+    details: dict[str, Any], delta: dict[str, float], throughput: str = "output_throughput"
+) -> dict[str, Any]:
     """The figures of one run.
 
     Args:
         details: The generator's result, with its details.
         delta: What the server's counters gained during the run.
+        throughput: The generator's name of the figure that counts.
 
     Returns:
         Among others `accept_length`, tokens committed per request and step, and `mean_width`,
         tokens verified per request and step.
     """
     record: dict[str, Any] = {
-        "output_tok_s": details["output_throughput"],
+        "output_tok_s": details[throughput],
         "output_tokens": details["total_output_tokens"],
         "seconds": details["duration"],
         "requests": len(details["errors"]),
@@ -82,7 +85,7 @@ def summarise(details: dict[str, Any], delta: dict[str, float]) -> dict[str, Any
 
 
 def _run_generator(
-    sweep: Sweep, cell: Cell, server: Server, out: Path, requests: int, output_tokens: int
+    sweep: Sweep, cell: Cell, server: BenchServer, out: Path, requests: int, output_tokens: int
 ) -> dict[str, Any]:
     """Call `sglang.benchmark.serving` in this process: importing it takes longer than a cell.
 
@@ -97,7 +100,7 @@ def _run_generator(
     result_file, log = out / "bench-result.jsonl", out / "bench.log"
     result_file.unlink(missing_ok=True)
     dataset = next(each for each in sweep.datasets if each.name == cell.dataset)
-    argv = ["sglang.benchmark.serving", "--backend", "sglang", "--base-url", server.url]
+    argv = ["sglang.benchmark.serving", "--base-url", server.url, *server.generator_flags()]
     argv += dataset.flags(
         requests,
         output_tokens,
@@ -106,7 +109,7 @@ def _run_generator(
         ignore_eos=sweep.simulate_acc_len is not None,
     )
     argv += ["--max-concurrency", str(cell.concurrency), "--seed", str(sweep.seed_of(cell.repeat))]
-    argv += ["--warmup-requests", "0", "--flush-cache", "--disable-tqdm"]
+    argv += ["--warmup-requests", "0", "--disable-tqdm"]
     argv += ["--output-file", str(result_file), "--output-details"]
     try:
         with (

@@ -4,8 +4,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from bench.serving.llama import LlamaServer
 from bench.serving.plan import Arm, Sweep
-from bench.serving.server import Server
+from bench.serving.server import BenchServer, Server
 from dflare.adaptive.config import VARIABLE
 from dflare.errors import DFlareError
 
@@ -27,11 +28,11 @@ class Fleet:
         """
         self._sweep = sweep
         self._out = out
-        self._running: dict[str, Server] = {}
+        self._running: dict[str, BenchServer] = {}
         self._failures: Counter[str] = Counter()
         self.given_up: dict[str, str] = {}
 
-    def get(self, name: str) -> Server | None:
+    def get(self, name: str) -> BenchServer | None:
         """The running server of an arm, started if need be; None for an arm that is given up."""
         if name in self.given_up:
             return None
@@ -41,7 +42,7 @@ class Fleet:
             arm = next(arm for arm in self._sweep.arms if arm.name == name)
             print(f"starting {name}", flush=True)
             try:
-                self._running[name] = Server(self._flags(arm), self._log(name), self._env(arm))
+                self._running[name] = self._start(arm)
             except DFlareError as error:
                 self._give_up(name, f"does not start: {reason_of(error)}")
                 return None
@@ -76,12 +77,15 @@ class Fleet:
             path = self._out / f"{name}-{number}.log"
         return path
 
-    def _flags(self, arm: Arm) -> list[str]:
+    def _start(self, arm: Arm) -> BenchServer:
         target, draft = self._sweep.pair(self._out)
+        if arm.kind == "llama.cpp":
+            return LlamaServer(arm.args, target, self._log(arm.name))
         flags = ["--model-path", target, *self._sweep.server_args]
         # A server that waits must not take the processor from the one that is measured.
         flags += ["--sleep-on-idle"] if self._sweep.keep_alive else []
-        return flags + [arg.format(draft=draft) for arg in arm.args]
+        flags += [arg.format(draft=draft) for arg in arm.args]
+        return Server(flags, self._log(arm.name), self._env(arm))
 
     def _env(self, arm: Arm) -> dict[str, str]:
         """What the plan says, and nothing of what this process inherited by chance."""

@@ -23,13 +23,14 @@ class Arm(_Data):
     Attributes:
         kind: `none`, `fixed` and `adaptive` enter the comparison adaptive / best; `other` is shown.
             A second arm of kind `none` is not a rival: it shows how far the same server, measured
-            twice, differs from itself.
-        args: Flags of `sglang.launch_server`; `{draft}` stands for the drafter.
+            twice, differs from itself. `llama.cpp` is shown too, with a server of its own.
+        args: Flags of `sglang.launch_server`, or of `llama-server` with `--model FILE.gguf`;
+            `{draft}` stands for the drafter.
         env: Environment variables on top of DFLARE_ADAPTIVE=on.
     """
 
     name: str
-    kind: Literal["none", "fixed", "adaptive", "other"]
+    kind: Literal["none", "fixed", "adaptive", "other", "llama.cpp"]
     args: list[str] = []
     env: dict[str, str] = {}
 
@@ -116,7 +117,7 @@ class Sweep(_Data):
         model, draft: Folder or hub id; `demo` is the pair that needs no hub. Without a drafter,
             which only simulated acceptance allows, one of the published shape is written with
             random weights.
-        server_args: Flags of every server.
+        server_args: Flags of every SGLang server.
         concurrency: Requests in flight, one cell each.
         requests_per_stream: Requests of a cell are this times the concurrency ...
         min_requests: ... but at least this many.

@@ -9,17 +9,20 @@ from prometheus_client.parser import text_string_to_metric_families
 from dflare.apps.server_process import ServerProcess
 
 
-class Server(ServerProcess):
-    """A server process with metrics, ready when it is made.
+class BenchServer(ServerProcess):
+    """A server process that a sweep loads, ready when it is made.
 
     Attributes:
         warmed_up: Loads that it has met, (dataset, concurrency).
+        THROUGHPUT: Which of the generator's figures is its throughput.
     """
+
+    THROUGHPUT = "output_throughput"
 
     def __init__(self, args: list[str], log: Path, env: dict[str, str] | None = None):
         """
         Args:
-            args: Flags of `sglang.launch_server`, without host and port.
+            args: Flags of the server, without host and port.
             log: File for stdout and stderr.
             env: Environment variables on top of ours.
 
@@ -28,12 +31,29 @@ class Server(ServerProcess):
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         self.warmed_up: set[tuple[str, int]] = set()
-        super().__init__(["--enable-metrics", *args], log, env)
+        super().__init__(args, log, env)
         try:
             self.wait_until_healthy()
         except BaseException:
             self.stop()
             raise
+
+    def generator_flags(self) -> list[str]:
+        """Flags that make SGLang's load generator speak to it."""
+        raise NotImplementedError
+
+    def counters(self) -> dict[str, float]:
+        """Counters that only grow, by name."""
+        raise NotImplementedError
+
+
+class Server(BenchServer):
+    """`sglang.launch_server` with metrics."""
+
+    COMMAND = (*ServerProcess.COMMAND, "--enable-metrics")
+
+    def generator_flags(self) -> list[str]:
+        return ["--backend", "sglang", "--flush-cache"]
 
     def counters(self) -> dict[str, float]:
         """The metrics that end in `_total`, summed over their labels."""

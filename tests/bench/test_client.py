@@ -19,6 +19,8 @@ def generator_result(errors=("", ""), rate=42.0):
 class FakeServer:
     """Writes down when its counters were read."""
 
+    THROUGHPUT = "output_throughput"
+
     def __init__(self, events):
         self.warmed_up = set()
         self._events = events

@@ -7,14 +7,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from bench.serving import client, plan
+from bench.serving.llama import LlamaServer
+from bench.serving.server import Server
 from checkpoints import write_random_target
 from sweep_cells import make_sweep
+from transformers import AutoTokenizer
 
 
 class EchoServer:
     """Answers the generator's requests with five tokens; counts every path that it is asked for."""
 
+    THROUGHPUT, generator_flags = Server.THROUGHPUT, Server.generator_flags
+
     def __init__(self, target):
+        self._target = str(target)
         self.warmed_up = set()
         self.asked = asked = Counter()
 
@@ -30,7 +36,10 @@ class EchoServer:
                 self.rfile.read(int(self.headers["Content-Length"] or 0))
                 meta = {"completion_tokens": 5, "prompt_tokens": 3}
                 answer = json.dumps({"text": "hello", "meta_info": meta, "output_ids": [1] * 5})
-                self.reply(f"data: {answer}\n\ndata: [DONE]\n\n" if path == "/generate" else "")
+                if path == "/v1/completions":
+                    answer = json.dumps({"choices": [{"text": "hello"}]})
+                streams = path in ("/generate", "/v1/completions")
+                self.reply(f"data: {answer}\n\ndata: [DONE]\n\n" if streams else "")
 
             def reply(self, text):
                 self.send_response(200)
@@ -75,7 +84,9 @@ def test_a_cell_is_measured_apart_from_its_warm_up(server, tmp_path, monkeypatch
     gained = []
     summarise = client.summarise
     monkeypatch.setattr(
-        client, "summarise", lambda details, delta: gained.append(delta) or summarise(details, {})
+        client,
+        "summarise",
+        lambda details, delta, _: gained.append(delta) or summarise(details, {}),
     )
     sweep = make_sweep(datasets=[dataset], min_requests=6)
     cell = plan.Cell(arm="none", dataset=dataset.name, concurrency=2, repeat=0)
@@ -85,6 +96,20 @@ def test_a_cell_is_measured_apart_from_its_warm_up(server, tmp_path, monkeypatch
     assert gained == [{"generated": 6.0}]
     assert server.asked["/generate"] > 6
     assert server.asked["/flush_cache"] == 2
+
+
+def test_tokens_of_a_llama_server_are_counted_from_its_text(server, tmp_path, monkeypatch):
+    """Its stream has no counts, and the generator would take what was asked for."""
+    monkeypatch.setattr(EchoServer, "THROUGHPUT", LlamaServer.THROUGHPUT)
+    monkeypatch.setattr(EchoServer, "generator_flags", LlamaServer.generator_flags)
+    sweep = make_sweep(datasets=DATASETS[:1], min_requests=4, output_tokens=64)
+    cell = plan.Cell(arm="none", dataset="file", concurrency=2, repeat=0)
+    record = client.measure(sweep, cell, server, tmp_path)
+    assert record["errors"] == 0
+    assert server.asked["/v1/completions"] > 4
+    assert server.asked["/flush_cache"] == server.asked["/generate"] == 0
+    said = len(AutoTokenizer.from_pretrained(server._target)("hello")["input_ids"])
+    assert record["output_tok_s"] == pytest.approx(4 * said / record["seconds"], rel=1e-3)
 
 
 def test_a_generator_that_gives_up_is_an_error(server, tmp_path):

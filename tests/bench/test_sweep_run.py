@@ -98,6 +98,21 @@ def test_an_arm_that_does_not_start_is_named_with_the_reason(small_sweep, tmp_pa
     assert "ValueError: no GPU here" in text
 
 
+def test_llama_cpp_is_left_out_where_it_or_its_model_is_missing(small_sweep, tmp_path, monkeypatch):
+    """The sweep is whole without it, and says what to install."""
+    program = tmp_path / "llama-server"
+    arms = [arm.model_dump() for arm in make_sweep().arms]
+    arms.append({"name": "llama", "kind": "llama.cpp", "args": ["--model", "no-such.gguf"]})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert small_sweep(measure_well, arms=arms) == 0
+    report = tmp_path / "out" / "report.md"
+    assert "- llama: does not start: llama-server is not on the PATH" in report.read_text()
+    program.write_text("")
+    program.chmod(0o755)
+    assert small_sweep(measure_well, arms=arms) == 0
+    assert "- llama: does not start: no-such.gguf does not exist" in report.read_text()
+
+
 def test_an_interrupted_sweep_writes_its_report(small_sweep, tmp_path):
     def interrupt(sweep, cell, server, out):
         if cell.concurrency == 8:

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,17 @@ def test_a_hook_that_is_not_in_place_is_named(change, message):
     hook = next(h for h in hooks() if h.target.endswith("spec_need_hidden_states"))
     with pytest.raises(UnsupportedError, match=message):
         check_hooks((dataclasses.replace(hook, **change),))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "fits"), [("self text ...", True), ("self input_ids ...", False)]
+)
+def test_of_many_parameters_the_first_are_looked_at(parameters, fits):
+    hook = next(h for h in hooks() if h.target.endswith("GenerateReqInput.__init__"))
+    with (
+        nullcontext() if fits else pytest.raises(UnsupportedError, match=r"expected .self input")
+    ):
+        check_hooks((dataclasses.replace(hook, parameters=parameters),))
 
 
 def test_a_hook_that_sglang_failed_to_apply_is_found():

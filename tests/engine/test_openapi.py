@@ -27,6 +27,7 @@ _FOUND = (
     ("/v1/detokenize", {"tokens": [-1]}),
     ("/encode", {"input_ids": []}),
     ("/encode", {"input_ids": [[]], "multi_item_delimiter_indices": []}),
+    ("/vertex_generate", {"instances": [{}], "parameters": {"no such": 1}}),
     ("/separate_reasoning", {"text": "", "reasoning_parser": "no such"}),
     ("/api/chat", {"model": "", "messages": []}),
     ("/api/chat", {"model": "", "messages": _TEXT}),

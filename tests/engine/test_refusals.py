@@ -44,6 +44,15 @@ def test_a_parser_that_is_not_known_is_the_clients_fault():
     assert (refused.value.status_code, refused.value.detail) == (400, "wrong")
 
 
+def test_fields_of_no_request_are_the_clients_fault():
+    def original(self, text=None):
+        pass
+
+    refusals._built(original, object(), text="x")
+    with pytest.raises(HTTPException, match="unexpected keyword argument"):
+        refusals._built(original, object(), no="x")
+
+
 def test_a_stream_that_cannot_begin_is_refused_and_another_is_whole():
     assert ollama(b"1", b"2", b"3") == [b"1", b"2", b"3"]
     with pytest.raises(HTTPException, match="400: wrong"):

@@ -29,7 +29,8 @@ class Hook:
         target: dotted name of SGLang's function.
         function: ours; an AROUND hook gets the original first.
         kind: AROUND or REPLACE.
-        parameters: the original's parameter names in the tested SGLang, separated by spaces.
+        parameters: the original's parameter names in the tested SGLang, separated by spaces; those
+            behind an ellipsis may be any.
     """
 
     target: str
@@ -201,7 +202,8 @@ def _problem(hook: Hook) -> str | None:
     except (ImportError, AttributeError):
         return f"{hook.target} does not exist"
     found = " ".join(inspect.signature(inspect.unwrap(function)).parameters)
-    if found != hook.parameters:
+    first = hook.parameters.removesuffix("...")
+    if not found.startswith(first) or (found != first and first == hook.parameters):
         return f"{hook.target} takes ({found}), expected ({hook.parameters})"
     while function is not None:
         cells = getattr(function, "__closure__", None) or ()

@@ -2,7 +2,7 @@
 
 Its Ollama endpoints, `/parse_function_call`, `/separate_reasoning` and `/v1/loads` let the
 ValueError of a wrong request pass, and a stream of Ollama's breaks off after status 200;
-`/v1/detokenize` fails on what is no 32-bit number.
+`/v1/detokenize` fails on what is no 32-bit number, `/vertex_generate` on parameters of no request.
 """
 
 from collections.abc import AsyncIterator
@@ -48,6 +48,18 @@ async def _detokenize(original, handler, adapted, request, raw_request):
     return await original(handler, adapted, request, raw_request)
 
 
+def _built(original, self, *args, **kwargs) -> None:
+    """`/vertex_generate` makes a client's `parameters` a request's fields, whatever they are."""
+    from fastapi import HTTPException
+
+    try:
+        original(self, *args, **kwargs)
+    except TypeError as error:
+        if not is_active():
+            raise
+        raise HTTPException(400, f"the request cannot be served as written: {error}") from error
+
+
 async def _chain(first: Any, rest: Any) -> AsyncIterator[Any]:
     yield first
     async for part in rest:
@@ -68,6 +80,7 @@ REFUSALS = (
         "tool_call_parser_active prefix",
     ),
     ("managers.load_snapshot.LoadSnapshot.to_dict", _refuse, "self include"),
+    ("managers.io_struct.GenerateReqInput.__init__", _built, "self text input_ids ..."),
     (
         "entrypoints.openai.serving_tokenize.OpenAIServingDetokenize._handle_non_streaming_request",
         _detokenize,
