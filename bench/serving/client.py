@@ -40,29 +40,29 @@ def measure(sweep: Sweep, cell: Cell, server: BenchServer, out: Path) -> dict[st
     details = _run_generator(sweep, cell, server, out, count, sweep.output_tokens)
     server.check()
     delta = {name: value - before.get(name, 0.0) for name, value in server.counters().items()}
-    record = summarise(details, delta, server.THROUGHPUT)
+    record = summarise(details, delta, server.TOKENS)
     if record["errors"] == record["requests"]:
         raise RuntimeError(f"every request failed: {details['errors'][0].strip()[-300:]}")
     return cell.model_dump() | record | {"machine_load": load_before}
 
 
 def summarise(
-    details: dict[str, Any], delta: dict[str, float], throughput: str = "output_throughput"
+    details: dict[str, Any], delta: dict[str, float], tokens: str = "total_output_tokens"
 ) -> dict[str, Any]:
     """The figures of one run.
 
     Args:
         details: The generator's result, with its details.
         delta: What the server's counters gained during the run.
-        throughput: The generator's name of the figure that counts.
+        tokens: The generator's name of the count of output tokens that is right.
 
     Returns:
         Among others `accept_length`, tokens committed per request and step, and `mean_width`,
         tokens verified per request and step.
     """
     record: dict[str, Any] = {
-        "output_tok_s": details[throughput],
-        "output_tokens": details["total_output_tokens"],
+        "output_tok_s": details[tokens] / details["duration"],
+        "output_tokens": details[tokens],
         "seconds": details["duration"],
         "requests": len(details["errors"]),
         "errors": sum(bool(error) for error in details["errors"]),

@@ -20,7 +20,7 @@ class LlamaServer(BenchServer):
     COMMAND = (PROGRAM, "--no-webui", "--no-cache-prompt")
     # Its stream does not tell how many tokens a piece of text had: the generator's own tokenizer
     # counts them.
-    THROUGHPUT = "output_throughput_retokenized"
+    TOKENS = "total_output_tokens_retokenized"
 
     def __init__(self, args: list[str], target: str, log: Path):
         """

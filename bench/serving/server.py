@@ -14,10 +14,10 @@ class BenchServer(ServerProcess):
 
     Attributes:
         warmed_up: Loads that it has met, (dataset, concurrency).
-        THROUGHPUT: Which of the generator's figures is its throughput.
+        TOKENS: Which of the generator's counts of output tokens is right.
     """
 
-    THROUGHPUT = "output_throughput"
+    TOKENS = "total_output_tokens"
 
     def __init__(self, args: list[str], log: Path, env: dict[str, str] | None = None):
         """

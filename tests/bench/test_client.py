@@ -3,9 +3,8 @@ from bench.serving import client, plan
 from sweep_cells import make_sweep
 
 
-def generator_result(errors=("", ""), rate=42.0):
+def generator_result(errors=("", "")):
     result = {
-        "output_throughput": rate,
         "total_output_tokens": 100,
         "duration": 2.0,
         "errors": list(errors),
@@ -19,7 +18,7 @@ def generator_result(errors=("", ""), rate=42.0):
 class FakeServer:
     """Writes down when its counters were read."""
 
-    THROUGHPUT = "output_throughput"
+    TOKENS = "total_output_tokens"
 
     def __init__(self, events):
         self.warmed_up = set()
@@ -43,6 +42,7 @@ def test_a_run_is_summarised_from_the_generator_and_the_servers_counters():
     }
     found = client.summarise(generator_result(errors=["", "timeout"]), delta)
     assert found["errors"] == 1
+    assert found["output_tok_s"] == 50
     assert found["accept_length"] == 2.5
     assert found["mean_width"] == 1.75
     assert len(found["outputs"]) == 2
@@ -67,7 +67,7 @@ def test_a_server_is_warmed_up_once_for_each_load_before_its_counters_are_read(
 
 
 def test_a_cell_of_which_every_request_failed_is_a_failure(tmp_path, monkeypatch):
-    result = generator_result(errors=["refused"], rate=0.0)
+    result = generator_result(errors=["refused"])
     monkeypatch.setattr(client, "_run_generator", lambda *_: result)
     cell = plan.Cell(arm="none", dataset="easy", concurrency=1, repeat=0)
     with pytest.raises(RuntimeError, match="every request failed: refused"):

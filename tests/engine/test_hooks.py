@@ -48,9 +48,7 @@ def test_a_hook_that_is_not_in_place_is_named(change, message):
 )
 def test_of_many_parameters_the_first_are_looked_at(parameters, fits):
     hook = next(h for h in hooks() if h.target.endswith("GenerateReqInput.__init__"))
-    with (
-        nullcontext() if fits else pytest.raises(UnsupportedError, match=r"expected .self input")
-    ):
+    with nullcontext() if fits else pytest.raises(UnsupportedError, match=r"expected .self input"):
         check_hooks((dataclasses.replace(hook, parameters=parameters),))
 
 
