@@ -4,7 +4,7 @@ import re
 from typing import ClassVar
 
 import pytest
-from bench.serving import fleet
+from bench.serving import fleet, llama
 from bench.serving import sweep as sweep_script
 from sweep_cells import make_sweep, record
 
@@ -103,10 +103,10 @@ def test_llama_cpp_is_left_out_where_it_or_its_model_is_missing(small_sweep, tmp
     program = tmp_path / "llama-server"
     arms = [arm.model_dump() for arm in make_sweep().arms]
     arms.append({"name": "llama", "kind": "llama.cpp", "args": ["--model", "no-such.gguf"]})
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(llama, "PROGRAM", str(program))
     assert small_sweep(measure_well, arms=arms) == 0
     report = tmp_path / "out" / "report.md"
-    assert "- llama: does not start: llama-server is not on the PATH" in report.read_text()
+    assert f"- llama: does not start: {program} is not on the PATH" in report.read_text()
     program.write_text("")
     program.chmod(0o755)
     assert small_sweep(measure_well, arms=arms) == 0
