@@ -75,6 +75,8 @@ def summarise(
     for name in ("ttft", "tpot", "e2e_latency"):
         for p, theirs in (("p50", "median"), ("p90", "p90"), ("p99", "p99")):
             record[f"{name}_{p}_ms"] = details[f"{theirs}_{name}_ms"]
+            if name == "tpot" and tokens != "total_output_tokens":
+                record[f"{name}_{p}_ms"] = None  # it is by the count that is wrong
     if steps := delta.get("sglang:spec_verify_calls_total"):
         # An answer's first token comes from its prefill.
         decoded = delta["sglang:generation_tokens_total"] - delta["sglang:num_requests_total"]
