@@ -40,29 +40,31 @@ def measure(sweep: Sweep, cell: Cell, server: BenchServer, out: Path) -> dict[st
     details = _run_generator(sweep, cell, server, out, count, sweep.output_tokens)
     server.check()
     delta = {name: value - before.get(name, 0.0) for name, value in server.counters().items()}
-    record = summarise(details, delta, server.TOKENS)
+    record = summarise(details, delta, counted=server.COUNTS_TOKENS)
     if record["errors"] == record["requests"]:
         raise RuntimeError(f"every request failed: {details['errors'][0].strip()[-300:]}")
     return cell.model_dump() | record | {"machine_load": load_before}
 
 
 def summarise(
-    details: dict[str, Any], delta: dict[str, float], tokens: str = "total_output_tokens"
+    details: dict[str, Any], delta: dict[str, float], *, counted: bool = True
 ) -> dict[str, Any]:
     """The figures of one run.
 
     Args:
         details: The generator's result, with its details.
         delta: What the server's counters gained during the run.
-        tokens: The generator's name of the count of output tokens that is right.
+        counted: Whether the server told how many tokens an answer has. If not, the generator takes
+            what was asked for, but for the count by its own tokenizer.
 
     Returns:
         Among others `accept_length`, tokens committed per request and step, and `mean_width`,
         tokens verified per request and step.
     """
+    tokens = details["total_output_tokens" if counted else "total_output_tokens_retokenized"]
     record: dict[str, Any] = {
-        "output_tok_s": details[tokens] / details["duration"],
-        "output_tokens": details[tokens],
+        "output_tok_s": tokens / details["duration"],
+        "output_tokens": tokens,
         "seconds": details["duration"],
         "requests": len(details["errors"]),
         "errors": sum(bool(error) for error in details["errors"]),
@@ -74,9 +76,8 @@ def summarise(
     }
     for name in ("ttft", "tpot", "e2e_latency"):
         for p, theirs in (("p50", "median"), ("p90", "p90"), ("p99", "p99")):
-            record[f"{name}_{p}_ms"] = details[f"{theirs}_{name}_ms"]
-            if name == "tpot" and tokens != "total_output_tokens":
-                record[f"{name}_{p}_ms"] = None  # it is by the count that is wrong
+            known = counted or name != "tpot"
+            record[f"{name}_{p}_ms"] = details[f"{theirs}_{name}_ms"] if known else None
     if steps := delta.get("sglang:spec_verify_calls_total"):
         # An answer's first token comes from its prefill.
         decoded = delta["sglang:generation_tokens_total"] - delta["sglang:num_requests_total"]

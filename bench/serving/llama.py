@@ -18,9 +18,7 @@ class LlamaServer(BenchServer):
     """`llama-server`, ready when it is made; it has no counters that we read."""
 
     COMMAND = (PROGRAM, "--no-webui", "--no-cache-prompt")
-    # Its stream does not tell how many tokens a piece of text had: the generator's own tokenizer
-    # counts them.
-    TOKENS = "total_output_tokens_retokenized"
+    COUNTS_TOKENS = False
 
     def __init__(self, args: list[str], target: str, log: Path):
         """

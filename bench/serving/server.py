@@ -14,10 +14,10 @@ class BenchServer(ServerProcess):
 
     Attributes:
         warmed_up: Loads that it has met, (dataset, concurrency).
-        TOKENS: Which of the generator's counts of output tokens is right.
+        COUNTS_TOKENS: Whether its stream tells how many tokens an answer has.
     """
 
-    TOKENS = "total_output_tokens"
+    COUNTS_TOKENS = True
 
     def __init__(self, args: list[str], log: Path, env: dict[str, str] | None = None):
         """

@@ -18,7 +18,7 @@ def generator_result(errors=("", "")):
 class FakeServer:
     """Writes down when its counters were read."""
 
-    TOKENS = "total_output_tokens"
+    COUNTS_TOKENS = True
 
     def __init__(self, events):
         self.warmed_up = set()

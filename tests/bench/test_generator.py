@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 class EchoServer:
     """Answers the generator's requests with five tokens; counts every path that it is asked for."""
 
-    TOKENS, generator_flags = Server.TOKENS, Server.generator_flags
+    COUNTS_TOKENS, generator_flags = Server.COUNTS_TOKENS, Server.generator_flags
 
     def __init__(self, target):
         self._target = str(target)
@@ -86,7 +86,7 @@ def test_a_cell_is_measured_apart_from_its_warm_up(server, tmp_path, monkeypatch
     monkeypatch.setattr(
         client,
         "summarise",
-        lambda details, delta, _: gained.append(delta) or summarise(details, {}),
+        lambda details, delta, **_: gained.append(delta) or summarise(details, {}),
     )
     sweep = make_sweep(datasets=[dataset], min_requests=6)
     cell = plan.Cell(arm="none", dataset=dataset.name, concurrency=2, repeat=0)
@@ -100,7 +100,7 @@ def test_a_cell_is_measured_apart_from_its_warm_up(server, tmp_path, monkeypatch
 
 def test_tokens_of_a_llama_server_are_counted_from_its_text(server, tmp_path, monkeypatch):
     """Its stream has no counts, and the generator would take what was asked for."""
-    monkeypatch.setattr(EchoServer, "TOKENS", LlamaServer.TOKENS)
+    monkeypatch.setattr(EchoServer, "COUNTS_TOKENS", LlamaServer.COUNTS_TOKENS)
     monkeypatch.setattr(EchoServer, "generator_flags", LlamaServer.generator_flags)
     sweep = make_sweep(datasets=DATASETS[:1], min_requests=6, output_tokens=64)
     cell = plan.Cell(arm="none", dataset="file", concurrency=2, repeat=0)

@@ -102,6 +102,10 @@ class AdaptiveConfig(BaseModel):
         sizes = {"chain": self.widths[1:], "lookup": lookups, "tree": self.trees}
         return (PLAIN, *(Arm(who, nodes) for who in self.proposers for nodes in sizes[who]))
 
+    def as_tree(self, arm: Arm) -> bool:
+        """Whether an arm's steps are run as trees: look-ups too, if requests may differ."""
+        return arm.proposer == "tree" or (arm.proposer == "lookup" and self.ragged)
+
     def most(self, arm: Arm) -> int:
         """Tokens that one request may verify in a step of an arm."""
         return self._most if self.ragged and arm.proposer == "tree" else arm.nodes

@@ -144,7 +144,7 @@ class Arms:
         if config:
             trees = tuple(nodes for nodes in config.trees if nodes in self._states.trees)
             config = config.model_copy(update={"widths": self._states.widths, "trees": trees})
-        self._ragged = config is not None and config.ragged
+        self._config = config
         arms = config.arms if config else (chain(self._block),)
         self._agreement = Agreement(group, arms)
         policy = make_policy(config, lambda: self._measure(arms)) if config else None
@@ -178,7 +178,7 @@ class Arms:
 
     def at(self, arm: Arm) -> AbstractContextManager[None]:
         """Run the worker as an arm needs it."""
-        as_tree = arm.proposer == "tree" or (arm.proposer == "lookup" and self._ragged)
+        as_tree = self._config is not None and self._config.as_tree(arm)
         return self._states.at(arm.nodes, tree=as_tree)
 
     def interrupt(self) -> None:
@@ -237,8 +237,7 @@ def _tree_sizes(config: AdaptiveConfig | None) -> tuple[int, ...]:
     """Nodes of the steps that are run as those of trees."""
     if config is None:
         return ()
-    as_trees = ("tree", "lookup") if config.ragged else ("tree",)
-    return tuple(sorted({arm.nodes for arm in config.arms if arm.proposer in as_trees}))
+    return tuple(sorted({arm.nodes for arm in config.arms if config.as_tree(arm)}))
 
 
 def _worth_measuring(arms: Sequence[Arm]) -> list[Arm]:

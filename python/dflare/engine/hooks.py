@@ -203,7 +203,8 @@ def _problem(hook: Hook) -> str | None:
         return f"{hook.target} does not exist"
     found = " ".join(inspect.signature(inspect.unwrap(function)).parameters)
     first = hook.parameters.removesuffix("...")
-    if not found.startswith(first) or (found != first and first == hook.parameters):
+    whole = first == hook.parameters
+    if not (found == first if whole else found.startswith(first)):
         return f"{hook.target} takes ({found}), expected ({hook.parameters})"
     while function is not None:
         cells = getattr(function, "__closure__", None) or ()

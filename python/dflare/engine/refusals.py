@@ -5,37 +5,40 @@ ValueError of a wrong request pass, and a stream of Ollama's breaks off after st
 `/v1/detokenize` fails on what is no 32-bit number, `/vertex_generate` on parameters of no request.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dflare.engine.request_guard import is_active
 
 
-def _refuse(original, *args, **kwargs):
+@contextmanager
+def _refused(kind: type[Exception] = ValueError, reason: str = "") -> Iterator[None]:
+    """Make an exception of this kind the client's fault."""
     from fastapi import HTTPException
 
     try:
-        return original(*args, **kwargs)
-    except ValueError as error:
+        yield
+    except kind as error:
         if not is_active():
             raise
-        raise HTTPException(400, str(error)) from error
+        raise HTTPException(400, f"{reason}{error}") from error
+
+
+def _refuse(original, *args, **kwargs):
+    with _refused():
+        return original(*args, **kwargs)
 
 
 async def _ollama(original, *args, **kwargs):
-    from fastapi import HTTPException
     from fastapi.responses import StreamingResponse
 
-    try:
+    with _refused():
         answer = await original(*args, **kwargs)
         if isinstance(answer, StreamingResponse) and is_active():
             first = await anext(aiter(answer.body_iterator))
             answer.body_iterator = _chain(first, answer.body_iterator)
         return answer
-    except ValueError as error:
-        if not is_active():
-            raise
-        raise HTTPException(400, str(error)) from error
 
 
 async def _detokenize(original, handler, adapted, request, raw_request):
@@ -50,14 +53,8 @@ async def _detokenize(original, handler, adapted, request, raw_request):
 
 def _built(original, self, *args, **kwargs) -> None:
     """`/vertex_generate` makes a client's `parameters` a request's fields, whatever they are."""
-    from fastapi import HTTPException
-
-    try:
+    with _refused(TypeError, "the request cannot be served as written: "):
         original(self, *args, **kwargs)
-    except TypeError as error:
-        if not is_active():
-            raise
-        raise HTTPException(400, f"the request cannot be served as written: {error}") from error
 
 
 async def _chain(first: Any, rest: Any) -> AsyncIterator[Any]:

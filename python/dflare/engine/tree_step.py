@@ -92,8 +92,8 @@ class TreeStep:
         self.proposals = TreeProposals(worker, ragged=config.ragged)
 
     def runs(self, arm: Arm) -> bool:
-        """Whether steps of an arm are run here: look-ups too, where requests may differ."""
-        return arm.proposer == "tree" or (arm.proposer == "lookup" and self._config.ragged)
+        """Whether steps of an arm are run here."""
+        return self._config.as_tree(arm)
 
     def most(self, arm: Arm, batch: Any) -> int:
         """Tokens that one request may verify in a step of an arm.

@@ -47,7 +47,7 @@ def decoder_layers(
     """Run a batch through all layers; keys and values of its tokens go into the pools.
 
     It computes what `add_rms_norm`, `linear`, `rotate_heads`, `paged_attention` and `silu_and_mul`
-    compute one after the other, to the bit: a row is the same whatever stands beside it.
+    compute one after the other, to the bit.
 
     Args:
         embedded: [rows, hidden], float32 or bfloat16, contiguous; overwritten.
