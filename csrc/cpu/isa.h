@@ -13,10 +13,9 @@ struct KernelsFor {
   void (*fuse_norm)(const AppendParams<T>&, int64_t begin, int64_t end);
   void (*project)(const AppendParams<T>&, int64_t begin, int64_t end);
   // See kernels/attention.h.
-  void (*attend)(const AttentionParams<T>&, const AttentionItem&, int64_t tile_begin,
-                 int64_t tile_end, float* partial);
-  void (*merge)(const AttentionParams<T>&, const AttentionItem&, const float* const* pieces,
-                int64_t count);
+  void (*attend)(const AttentionParams<T>&, const AttentionItem&, int64_t split_begin,
+                 int64_t split_end, float* parts);
+  void (*merge)(const AttentionParams<T>&, const AttentionItem&, float* parts, int64_t count);
   // Tasks in [begin, end); see kernels/linear.h.
   void (*linear)(const LinearParams<T>&, int64_t begin, int64_t end);
   void (*head_argmax)(const HeadParams<T>&, int64_t begin, int64_t end);

@@ -67,7 +67,11 @@ struct BadSlot {
   int64_t request, index;
 };
 
-constexpr int64_t kKeyTile = 64;  // keys that one step of the online softmax takes
+constexpr int64_t kKeyTile = 64;              // keys that one step of the online softmax takes
+constexpr int64_t kSplitKeys = 4 * kKeyTile;  // threads share an item's context by so many keys
+
+// Floats of an item's rows over one split: o [rows][head_dim], m [rows], l [rows].
+inline int64_t part_size(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }
 
 // Norms and RoPE are a draft block's, whose keys and values lie beside the queries.
 template <typename T>

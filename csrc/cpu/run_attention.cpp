@@ -21,7 +21,11 @@ constexpr int64_t kTileOverheadRows = 8;
 constexpr int64_t kThreadCost = 4096;
 
 int64_t tiles_of(const AttentionItem& item) {
-  return (item.key_end - item.key_begin + kKeyTile - 1) / kKeyTile;
+  return (item.key_end + kKeyTile - 1) / kKeyTile - item.key_begin / kKeyTile;
+}
+int64_t first_split(const AttentionItem& item) { return item.key_begin / kSplitKeys; }
+int64_t num_splits(const AttentionItem& item) {
+  return (item.key_end + kSplitKeys - 1) / kSplitKeys - first_split(item);
 }
 
 // The items of all requests in the order in which they are worked off, with the running sum of
@@ -29,7 +33,6 @@ int64_t tiles_of(const AttentionItem& item) {
 struct Plan {
   std::vector<AttentionItem> items;
   std::vector<int64_t> cost_before;  // items.size() + 1 of them
-  int64_t max_rows = 0;
 };
 
 template <typename T>
@@ -67,93 +70,82 @@ Plan make_plan(const AttentionParams<T>& p, const std::vector<Request>& requests
         if (p.causal) item.key_end = last + 1;
         plan.items.push_back(item);
         plan.cost_before.push_back(plan.cost_before.back() + tiles_of(item) * tile_cost(p, item));
-        plan.max_rows = std::max(plan.max_rows, item.num_tokens * p.group);
       }
     }
   }
   return plan;
 }
 
-// A position in the plan: a key tile of an item.
+// A position in the plan: a split of an item's context.
 struct Cut {
-  int64_t item, tile;
+  int64_t item, split;
 };
 
+// Where every thread begins, an equal share of the cost after the one before it, but for splits.
 template <typename T>
-Cut cut_at(const AttentionParams<T>& p, const Plan& plan, int64_t cost) {
-  const auto after = std::upper_bound(plan.cost_before.begin(), plan.cost_before.end(), cost);
-  const int64_t item = after - plan.cost_before.begin() - 1;
-  if (item == static_cast<int64_t>(plan.items.size())) return {item, 0};
-  return {item, (cost - plan.cost_before[item]) / tile_cost(p, plan.items[item])};
+std::vector<Cut> cut_plan(const AttentionParams<T>& p, const Plan& plan) {
+  const int64_t total = plan.cost_before.back();
+  const int64_t shares =
+      std::clamp<int64_t>(total * p.head_dim / kThreadCost, 1, at::get_num_threads());
+  std::vector<Cut> cuts;
+  for (int64_t share = 0; share < shares; ++share) {
+    const int64_t cost = total * share / shares;
+    const auto after = std::upper_bound(plan.cost_before.begin(), plan.cost_before.end(), cost);
+    const int64_t i = after - plan.cost_before.begin() - 1;
+    const AttentionItem& item = plan.items[i];
+    const int64_t tiles = (cost - plan.cost_before[i]) / tile_cost(p, item);
+    cuts.push_back({i, (item.key_begin / kKeyTile + tiles) * kKeyTile / kSplitKeys});
+  }
+  cuts.push_back({static_cast<int64_t>(plan.items.size()), 0});
+  return cuts;
 }
-
-// Part of an item whose result waits for the others.
-struct Piece {
-  int64_t item = -1;
-  const float* data = nullptr;
-};
 
 }  // namespace
 
 template <typename T>
 void run_attention(const char* op, AttentionParams<T>& p, const std::vector<Request>& requests) {
   const Plan plan = make_plan(p, requests);
-  if (plan.items.empty()) return;
+  const int64_t items = plan.items.size();
+  if (items == 0) return;
   const KernelsFor<T>& kernel = kernels().get<T>();
   BadSlot bad_slot{};
   p.requests = requests.data();
   p.bad_slot = &bad_slot;
 
-  // Every thread takes an equal share of the cost, wherever that cuts an item's context; it leaves
-  // at most two pieces, of the items that its share begins and ends in.
-  const int64_t total = plan.cost_before.back();
-  const int64_t shares =
-      std::clamp<int64_t>(total * p.head_dim / kThreadCost, 1, at::get_num_threads());
-  const int64_t piece_size = plan.max_rows * (p.head_dim + 2);
-  std::unique_ptr<float[]> piece_data;
-  std::vector<Piece> pieces;
-  if (shares > 1) {
-    piece_data.reset(new float[2 * shares * piece_size]);
-    pieces.resize(2 * shares);
+  const std::vector<Cut> cuts = cut_plan(p, plan);
+  // Of the items that several threads share, the parts of all splits.
+  std::vector<std::unique_ptr<float[]>> parts(items);
+  const auto size = [&](const AttentionItem& x) {
+    return part_size(x.num_tokens * p.group, p.head_dim);
+  };
+  for (auto cut = cuts.begin(); cut + 1 != cuts.end(); ++cut) {
+    const AttentionItem& item = plan.items[cut->item];
+    if (cut->split == first_split(item) || parts[cut->item]) continue;
+    parts[cut->item].reset(new float[num_splits(item) * size(item)]);
   }
+  const auto work = [&](const Cut& begin, const Cut& end) {
+    for (int64_t i = begin.item; i < std::min(items, end.item + 1); ++i) {
+      const AttentionItem& item = plan.items[i];
+      const int64_t first = first_split(item);
+      const int64_t from = i == begin.item ? begin.split : first;
+      const int64_t to = i == end.item ? end.split : first + num_splits(item);
+      if (from == to) continue;
+      kernel.attend(p, item, from, to,
+                    parts[i] ? parts[i].get() + (from - first) * size(item) : nullptr);
+    }
+  };
+  const int64_t shares = cuts.size() - 1;
   parallel_for(shares, shares, 1, [&](int64_t first_share, int64_t last_share) {
     for (int64_t share = first_share; share < last_share; ++share) {
-      const Cut begin = cut_at(p, plan, total * share / shares);
-      const Cut end = cut_at(p, plan, total * (share + 1) / shares);
-      int64_t next_piece = 2 * share;
-      for (int64_t i = begin.item; i <= end.item; ++i) {
-        if (i == end.item && end.tile == 0) break;
-        const AttentionItem& item = plan.items[i];
-        const int64_t tiles = tiles_of(item);
-        const int64_t from = i == begin.item ? begin.tile : 0;
-        const int64_t to = i == end.item ? end.tile : tiles;
-        if (from == to) continue;
-        float* partial = nullptr;
-        if (from > 0 || to < tiles) {
-          partial = piece_data.get() + next_piece * piece_size;
-          pieces[next_piece++] = {i, partial};
-        }
-        kernel.attend(p, item, from, to, partial);
-      }
+      work(cuts[share], cuts[share + 1]);
     }
   });
   TORCH_CHECK(!bad_slot.found, op, ": req_to_token gives slot ",
               requests[bad_slot.request].slots[bad_slot.index], " for index ", bad_slot.index,
               " of request ", bad_slot.request, ", but the pool has ", p.num_slots, " slots");
-
-  std::vector<const float*> parts;
-  int64_t item = -1;
-  auto flush = [&] {
-    if (!parts.empty()) kernel.merge(p, plan.items[item], parts.data(), parts.size());
-    parts.clear();
-  };
-  for (const Piece& piece : pieces) {
-    if (piece.item < 0) continue;
-    if (piece.item != item) flush();
-    item = piece.item;
-    parts.push_back(piece.data);
+  for (int64_t i = 0; i < items; ++i) {
+    if (parts[i]) kernel.merge(p, plan.items[i], parts[i].get(), num_splits(plan.items[i]));
   }
-  flush();
 }
 
 template <typename T>

@@ -67,6 +67,16 @@ def test_configurations(demo_pair, demo_tokenizer, alone, flags):
     assert tokens(again) == cut(expected[:6], 24)
 
 
+def test_bfloat16(demo_pair, demo_tokenizer):
+    """Where a near tie falls as in plain decoding only if every sum is taken in the same order."""
+    prompts = repeating(demo_tokenizer) + chat_prompts(demo_tokenizer, 12)
+    with running_engine(demo_pair[0], dtype="bfloat16") as engine:
+        expected = tokens(generate(engine, prompts, concurrency=8, max_new_tokens=NEW_TOKENS))
+    with running_engine(*demo_pair, ALL_ARMS, dtype="bfloat16") as engine:
+        answers = generate(engine, prompts, concurrency=4, max_new_tokens=NEW_TOKENS)
+    assert tokens(answers) == expected
+
+
 def test_small_pool_retracts_and_loses_nothing(demo_pair, demo_tokenizer, alone):
     flags = {"max_total_tokens": 320, "schedule_conservativeness": 0.01}
     prompts = chat_prompts(demo_tokenizer, 10)

@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,12 +84,54 @@ def test_a_request_without_queries_may_hold_garbage():
     assert torch.equal(case.call(paged_attention, x), expected)
 
 
-def test_a_token_gives_the_same_output_in_prefill_in_verify_and_in_decode():
-    case = PagedCase((100,), (0,))
-    q, expected = case.inputs()["q"], run(case)
-    for rows in (1, 8):
-        out = run(case, q=q[-rows:], query_start=torch.tensor([0, rows]))
-        assert torch.allclose(out, expected[-rows:], rtol=1e-5, atol=1e-6)
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def plainly_decoded(case: PagedCase) -> torch.Tensor:
+    """Every token alone, after those before it, by one thread."""
+    x, out = case.inputs(), []
+    with threads(1):
+        for request, (count, context) in enumerate(zip(case.queries, case.contexts, strict=True)):
+            for token in range(count):
+                row = sum(case.queries[:request]) + token
+                alone = {
+                    "q": x["q"][row : row + 1],
+                    "req_pool_indices": x["req_pool_indices"][request : request + 1],
+                    "seq_lens": torch.tensor([context + token + 1]),
+                    "query_start": torch.tensor([0, 1]),
+                }
+                out.append(case.call(paged_attention, x | alone))
+    return torch.cat(out)
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_a_token_has_the_bits_of_plain_decoding_in_any_batch(data):
+    """In prefill and verify, beside other requests, shared by any number of threads."""
+    draw = data.draw
+    requests = st.tuples(st.sampled_from([1, 2, 6, 17, 40]), st.integers(0, 600))
+    queries, contexts = zip(*draw(st.lists(requests, min_size=1, max_size=3)), strict=True)
+    case = PagedCase(
+        queries,
+        contexts,
+        kv_heads=draw(st.integers(1, 3)),
+        group=draw(st.integers(1, 9)),
+        head_dim=draw(st.sampled_from([16, 64, 128])),
+        window=draw(st.sampled_from([-1, 7, 64, 300])),
+        logit_cap=draw(st.sampled_from([0.0, 30.0])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 1 << 20)),
+    )
+    with threads(draw(st.sampled_from([1, 2, 5]))):
+        out = run(case)
+    assert out.equal(plainly_decoded(case))
 
 
 def test_a_window_leaves_out_pool_slots_before_it():
@@ -104,17 +149,18 @@ def test_an_empty_batch_gives_zero_rows():
     assert out.shape == (2, 9 * 64) and (out == 0).all()
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     ("queries", "contexts"), [((1,), (30,)), ((1,), (1500,)), ((8, 1, 200), (900, 3, 0))]
 )
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_any_number_of_threads_gives_the_reference_result(queries, contexts, threads):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        check(PagedCase(queries, contexts))
-    finally:
-        torch.set_num_threads(before)
+def test_any_number_of_threads_gives_the_same_bits(queries, contexts, causal):
+    case = PagedCase(queries, contexts, causal=causal)
+    outs = []
+    for count in (1, 2, 5, 16):
+        with threads(count):
+            outs.append(run(case))
+    check(case)
+    assert all(out.equal(outs[0]) for out in outs)
 
 
 def tree_parents(seed: int, queries: tuple[int, ...], padding: int = 0) -> torch.Tensor:
@@ -153,35 +199,26 @@ def test_trees_equal_the_reference(data):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("context", [0, 40, 57, 63, 64, 200])
+@pytest.mark.parametrize("context", [0, 40, 57, 63, 64, 200, 250, 700])
 @pytest.mark.parametrize("group", [1, 2])
 def test_a_node_has_the_bits_of_plain_decoding(context, group, dtype):
     """Whatever stands beside it, and though its slot lies in another tile of keys."""
     case = PagedCase((12,), (context,), kv_heads=1, group=group, dtype=dtype)
     x, parents = case.inputs(), tree_parents(context, (12,))
-    close = 1e-5 if dtype == torch.float32 else 2**-7
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them cut a context where the work of a step is halved
-    try:
-        out = case.call(paged_attention, x | {"parents": parents})
-        for node in range(12):
-            path = [node]
-            while parents[path[0]] >= 0:
-                path.insert(0, int(parents[path[0]]))
-            table, row = x["req_to_token"].clone(), int(x["req_pool_indices"][0])
-            table[row, context : context + len(path)] = table[row, [context + i for i in path]]
-            alone = {
-                "q": x["q"][node : node + 1],
-                "req_to_token": table,
-                "seq_lens": torch.tensor([context + len(path)]),
-                "query_start": torch.tensor([0, 1]),
-            }
-            expected = case.call(paged_attention, x | alone)
-            if context < 64:  # no tile is shared, where rows go side by side through vectors
-                assert out[node : node + 1].equal(expected)
-            assert torch.allclose(out[node : node + 1], expected, rtol=close, atol=1e-6)
-    finally:
-        torch.set_num_threads(before)
+    out = case.call(paged_attention, x | {"parents": parents})
+    for node in range(12):
+        path = [node]
+        while parents[path[0]] >= 0:
+            path.insert(0, int(parents[path[0]]))
+        table, row = x["req_to_token"].clone(), int(x["req_pool_indices"][0])
+        table[row, context : context + len(path)] = table[row, [context + i for i in path]]
+        alone = {
+            "q": x["q"][node : node + 1],
+            "req_to_token": table,
+            "seq_lens": torch.tensor([context + len(path)]),
+            "query_start": torch.tensor([0, 1]),
+        }
+        assert out[node : node + 1].equal(case.call(paged_attention, x | alone))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 // Keys come in tiles of kKeyTile pointers gathered through the request's slots, so K and V are read
 // in place and once for all rows; bfloat16 rows are widened into scratch first.
 //
-// attention_tile.h computes a tile. A piece of an item leaves m, l and o of its rows for merge().
+// attention_tile.h computes a tile. Tiles and splits begin at fixed indices of the context, each
+// split is summed by itself and added to those before it: whether threads share an item's splits
+// or one takes them all, the sums are the same.
 //
 // The nodes of a draft tree share the tiles of their context. From the tile on in which the first
 // node lies, each takes its own keys: the rest of the context, then its ancestors in the order of
@@ -20,28 +22,23 @@ template <typename T>
 inline Workspace make_workspace(const AttentionParams<T>& p, const AttentionItem& item) {
   Workspace w;
   w.rows = item.num_tokens * p.group;
-  w.wide = w.rows > kNarrowRows;
-  w.padded_rows = round_up(w.rows, kLanes);
   const int64_t block = p.block_k ? p.requests[item.request].num_queries * p.head_dim : 0;
   const int64_t tile = sizeof(T) == sizeof(float) ? 0 : kKeyTile * p.head_dim;
-  const int64_t o_size = w.padded_rows * p.head_dim;
-  const int64_t q_rows = w.wide && p.requests[item.request].depths ? o_size : 0;
-  float* next = thread_scratch(2 * o_size + q_rows + w.padded_rows * (kKeyTile + 5) +
+  const int64_t part = part_size(w.rows, p.head_dim);
+  float* next = thread_scratch(2 * part + w.rows * (p.head_dim + kKeyTile + 3) +
                                2 * (block + tile) + p.head_dim);
   auto take = [&](int64_t size) {
     float* taken = next;
     next += size;
     return taken;
   };
-  w.q = take(o_size);
-  w.scores = take(w.padded_rows * kKeyTile);
-  w.o = take(o_size);
-  w.q_rows = q_rows ? take(q_rows) : w.wide ? w.o : w.q;
-  w.m = take(w.padded_rows);
-  w.l = take(w.padded_rows);
-  w.alpha = take(w.padded_rows);
-  w.first = reinterpret_cast<int32_t*>(take(w.padded_rows));
-  w.last = reinterpret_cast<int32_t*>(take(w.padded_rows));
+  w.q = take(w.rows * p.head_dim);
+  w.scores = take(w.rows * kKeyTile);
+  w.part = part_at(take(part), w.rows, p.head_dim);
+  w.total = part_at(take(part), w.rows, p.head_dim);
+  w.alpha = take(w.rows);
+  w.first = reinterpret_cast<int32_t*>(take(w.rows));
+  w.last = reinterpret_cast<int32_t*>(take(w.rows));
   w.block_k = take(block);
   w.block_v = take(block);
   w.tile_k = take(tile);
@@ -61,14 +58,13 @@ inline int32_t clamp_index(int64_t index) {
 template <typename T>
 void load_queries(const AttentionParams<T>& p, const AttentionItem& item, Workspace& w) {
   const Request& request = p.requests[item.request];
-  float* rows = w.q_rows;
   for (int64_t t = 0; t < item.num_tokens; ++t) {
     const int64_t row = request.first_row + item.first_token + t;
     const int64_t index = request.index_of(item.first_token + t);
     const T* heads = p.q + row * p.q_stride + item.kv_head * p.group * p.head_dim;
     for (int64_t g = 0; g < p.group; ++g) {
       const int64_t r = t * p.group + g;
-      float* x = rows + r * p.head_dim;
+      float* x = w.q + r * p.head_dim;
       load_row(x, heads + g * p.head_dim, p.head_dim);
       if (p.q_norm_weight) {
         head_norm(x, p.q_norm_weight, p.eps, p.head_dim);
@@ -77,24 +73,8 @@ void load_queries(const AttentionParams<T>& p, const AttentionItem& item, Worksp
       store_row(x, x, p.scale, p.head_dim);
       w.first[r] = p.window < 0 ? INT32_MIN : clamp_index(index - p.window);
       w.last[r] = p.causal ? clamp_index(index) : INT32_MAX;
-      w.m[r] = kLowest;
-      w.l[r] = 0.0f;
     }
   }
-  for (int64_t r = w.rows; r < w.padded_rows; ++r) {
-    w.first[r] = INT32_MIN;
-    w.last[r] = INT32_MAX;
-    w.m[r] = kLowest;
-    w.l[r] = 0.0f;
-  }
-  if (w.wide) {
-    for (int64_t c = 0; c < p.head_dim; ++c) {
-      float* column = w.q + c * w.padded_rows;
-      for (int64_t r = 0; r < w.rows; ++r) column[r] = rows[r * p.head_dim + c];
-      for (int64_t r = w.rows; r < w.padded_rows; ++r) column[r] = 0.0f;
-    }
-  }
-  memset(w.o, 0, sizeof(float) * w.rows * p.head_dim);
 }
 
 // The block's own keys and values of one KV head.
@@ -127,6 +107,10 @@ void gather(const AttentionParams<T>& p, const AttentionItem& item, Workspace& w
   const int64_t offset = item.kv_head * p.head_dim;
   for (int64_t i = 0; i < count; ++i) {
     int64_t index = begin + i;
+    if (index < item.key_begin) {  // left the window: the pool may have given the slot away
+      w.k[i] = w.v[i] = w.zeros;
+      continue;
+    }
     if (path && index >= request.first_index) {
       index = request.first_index + path[index - request.first_index];
     }
@@ -148,16 +132,26 @@ void gather(const AttentionParams<T>& p, const AttentionItem& item, Workspace& w
     w.k[i] = as_float(p.k_pool + slot * p.k_slot_stride + offset, w.tile_k + at, p.head_dim);
     w.v[i] = as_float(p.v_pool + slot * p.v_slot_stride + offset, w.tile_v + at, p.head_dim);
   }
-  for (int64_t i = count; i < round_up(count, kScoreKeys); ++i) w.k[i] = w.zeros;
+  for (int64_t i = count; i < round_up(count, 4); ++i) w.k[i] = w.zeros;
 }
 
 template <typename T>
-void write_row(const AttentionParams<T>& p, const AttentionItem& item, int64_t r, const float* o,
-               float l) {
-  const int64_t row = p.requests[item.request].first_row + item.first_token + r / p.group;
-  const int64_t head = item.kv_head * p.group + r % p.group;
-  T* out = p.out + (row * p.kv_heads * p.group + head) * p.head_dim;
-  store_row(out, o, 1.0f / l, p.head_dim);
+void write_rows(const AttentionParams<T>& p, const AttentionItem& item, const Part& part) {
+  for (int64_t r = 0; r < item.num_tokens * p.group; ++r) {
+    const int64_t row = p.requests[item.request].first_row + item.first_token + r / p.group;
+    const int64_t head = item.kv_head * p.group + r % p.group;
+    T* out = p.out + (row * p.kv_heads * p.group + head) * p.head_dim;
+    store_row(out, part.o + r * p.head_dim, 1.0f / part.l[r], p.head_dim);
+  }
+}
+
+template <typename T>
+void attend_tile(const AttentionParams<T>& p, const Workspace& w, int64_t key, int64_t count,
+                 bool masked) {
+  score(w, p.head_dim, count);
+  if (p.logit_cap > 0) cap_logits(w.scores, w.rows * kKeyTile, p.logit_cap);
+  softmax(w, key, count, masked);
+  add_values(w, p.head_dim, count);
 }
 
 // One key tile, of which each node of a tree sees its own keys.
@@ -170,35 +164,25 @@ void attend_tree_tile(const AttentionParams<T>& p, const AttentionItem& item, Wo
     const int64_t count = min(kKeyTile, request.index_of(node) + 1 - key);
     if (count <= 0) continue;
     Workspace own = w;
-    own.wide = false;
     own.rows = p.group;
-    own.q = w.q_rows + row * p.head_dim;
-    own.o = w.o + row * p.head_dim;
-    own.m = w.m + row;
-    own.l = w.l + row;
+    own.q = w.q + row * p.head_dim;
+    own.part = {w.part.o + row * p.head_dim, w.part.m + row, w.part.l + row};
     own.alpha = w.alpha + row;
     own.first = w.first + row;
     own.last = w.last + row;
     gather(p, item, own, key, count, request.paths + node * request.path_stride);
-    score_narrow(own, p.head_dim, count);
-    if (p.logit_cap > 0) cap_logits(own.scores, own.rows * kKeyTile, p.logit_cap);
-    softmax_narrow(own, key, count, p.window >= 0);
-    add_values(own, p.head_dim, count);
+    attend_tile(p, own, key, count, p.window >= 0);
   }
 }
 
-// Attends over the item's key tiles tile_begin .. tile_end - 1. Without `partial` writes the
-// output; else leaves o [rows][head_dim], m [rows], l [rows] there.
+// Adds a split's key tiles to w.part.
 template <typename T>
-void attend(const AttentionParams<T>& p, const AttentionItem& item, int64_t tile_begin,
-            int64_t tile_end, float* partial) {
-  Workspace w = make_workspace(p, item);
-  load_queries(p, item, w);
-  const int64_t begin = item.key_begin + tile_begin * kKeyTile;
-  const int64_t end = min(item.key_end, item.key_begin + tile_end * kKeyTile);
+void attend_split(const AttentionParams<T>& p, const AttentionItem& item, Workspace& w,
+                  int64_t split) {
   const Request& request = p.requests[item.request];
-  if (end > request.pooled) load_block(p, item, w);
-
+  const int64_t first_tile = item.key_begin / kKeyTile * kKeyTile;
+  const int64_t begin = max(split * kSplitKeys, first_tile);
+  const int64_t end = min((split + 1) * kSplitKeys, item.key_end);
   for (int64_t key = begin; key < end; key += kKeyTile) {
     const int64_t count = min(kKeyTile, end - key);
     if (request.depths && key + count > request.first_index) {
@@ -210,49 +194,45 @@ void attend(const AttentionParams<T>& p, const AttentionItem& item, int64_t tile
     const bool masked =
         request.depths ? p.window >= 0 : key < w.first[w.rows - 1] || key + count - 1 > w.last[0];
     gather(p, item, w, key, count, nullptr);
-    if (w.wide) {
-      score_wide(w, p.head_dim, count);
-      if (p.logit_cap > 0) cap_logits(w.scores, count * w.padded_rows, p.logit_cap);
-      softmax_wide(w, key, count, masked);
-    } else {
-      score_narrow(w, p.head_dim, count);
-      if (p.logit_cap > 0) cap_logits(w.scores, w.rows * kKeyTile, p.logit_cap);
-      softmax_narrow(w, key, count, masked);
-    }
-    add_values(w, p.head_dim, count);
+    attend_tile(p, w, key, count, masked);
   }
-
-  if (!partial) {
-    for (int64_t r = 0; r < w.rows; ++r) write_row(p, item, r, w.o + r * p.head_dim, w.l[r]);
-    return;
-  }
-  memcpy(partial, w.o, sizeof(float) * w.rows * p.head_dim);
-  memcpy(partial + w.rows * p.head_dim, w.m, sizeof(float) * w.rows);
-  memcpy(partial + w.rows * (p.head_dim + 1), w.l, sizeof(float) * w.rows);
 }
 
-// Combines the pieces of one item and writes its output.
+// Attends over the item's splits split_begin .. split_end - 1. Without `parts` these are all, and
+// the output is written; else each leaves its part there, of `part_size` floats.
 template <typename T>
-void merge(const AttentionParams<T>& p, const AttentionItem& item, const float* const* pieces,
-           int64_t count) {
-  const int64_t rows = item.num_tokens * p.group;
-  const int64_t m_at = rows * p.head_dim, l_at = m_at + rows;
-  float* o = thread_scratch(p.head_dim);
-  for (int64_t r = 0; r < rows; ++r) {
-    float m = kLowest;
-    for (int64_t i = 0; i < count; ++i) m = pieces[i][m_at + r] > m ? pieces[i][m_at + r] : m;
-    float l = 0.0f;
-    memset(o, 0, sizeof(float) * p.head_dim);
-    for (int64_t i = 0; i < count; ++i) {
-      const float factor = exp(broadcast(pieces[i][m_at + r] - m))[0];
-      l += factor * pieces[i][l_at + r];
-      const float* piece = pieces[i] + r * p.head_dim;
-      for (int64_t c = 0; c < p.head_dim; c += kLanes) {
-        store(o + c, load(o + c) + factor * load(piece + c));
-      }
-    }
-    write_row(p, item, r, o, l);
+void attend(const AttentionParams<T>& p, const AttentionItem& item, int64_t split_begin,
+            int64_t split_end, float* parts) {
+  Workspace w = make_workspace(p, item);
+  load_queries(p, item, w);
+  if (min(split_end * kSplitKeys, item.key_end) > p.requests[item.request].pooled) {
+    load_block(p, item, w);
   }
+  const Part next = w.part;
+  for (int64_t split = split_begin; split < split_end; ++split) {
+    const bool first = split == split_begin;
+    if (parts) {
+      const int64_t at = (split - split_begin) * part_size(w.rows, p.head_dim);
+      w.part = part_at(parts + at, w.rows, p.head_dim);
+    } else {
+      w.part = first ? w.total : next;
+    }
+    clear(w.part, w.rows, p.head_dim);
+    attend_split(p, item, w, split);
+    if (!parts && !first) add_part(w.total, w.part, w.rows, p.head_dim);
+  }
+  if (!parts) write_rows(p, item, w.total);
+}
+
+// Adds up the parts of an item's splits, in place, and writes its output.
+template <typename T>
+void merge(const AttentionParams<T>& p, const AttentionItem& item, float* parts, int64_t count) {
+  const int64_t rows = item.num_tokens * p.group, size = part_size(rows, p.head_dim);
+  const Part total = part_at(parts, rows, p.head_dim);
+  for (int64_t i = 1; i < count; ++i) {
+    add_part(total, part_at(parts + i * size, rows, p.head_dim), rows, p.head_dim);
+  }
+  write_rows(p, item, total);
 }
 
 }  // namespace dflare::cpu::DFLARE_ISA

@@ -76,6 +76,7 @@ inline void store_partial(T* p, Vec x, int count) {
 }
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 // [a0+a1, a2+a3, b0+b1, b2+b3] in each group of four lanes.
