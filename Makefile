@@ -54,8 +54,8 @@ wheel: $(STAMP)  ## a wheel with CUDA kernels, for every Python and torch (dist/
 demo: $(STAMP)  ## serve the demo pair with and without DFLARE, chat, print a table
 	$(VENV)/bin/dflare demo
 
-# Two processes, each with whole folders: most tests keep one core busy.
-IN_TWO := -n 2 --dist loadgroup
+# Two processes, each with whole groups (tests/conftest.py): most tests keep one core busy.
+IN_TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 
 test: $(STAMP)  ## run the tests, but for the few that take long (half an hour on two cores)
 	$(PY) -m pytest $(IN_TWO) --durations=25 -m "not long"

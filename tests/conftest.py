@@ -4,22 +4,34 @@ from pathlib import Path
 
 import pytest
 
-# Folders whose tests share what takes long to start, or compile the same sources.
+# What shares what takes long to start, or compiles the same sources, runs in one process; the
+# longest first, so that the two of `make test` end together. Any other file is a group of its own.
+_SERVERS = ("test_server.py", "test_server_end.py", "test_openapi.py", "test_swap.py")
+_ENGINE, _DEVICE, _EMULATOR = "engine", "device", "emulator"
+_LONGEST_FIRST = (_ENGINE, _DEVICE, "servers", _EMULATOR)
 _TOGETHER = {
-    "engine": "engine",
-    "cuda_path": "device",
-    "cuda_device": "device",
-    "ops": "emulator",
-    "emulation": "emulator",
-    "kernels": "emulator",
+    **{f"engine/{name}": "servers" for name in _SERVERS},
+    "training/test_serving.py": _ENGINE,
+    "engine": _ENGINE,
+    "cuda_path": _DEVICE,
+    "cuda_device": _DEVICE,
+    "ops": _EMULATOR,
+    "emulation": _EMULATOR,
+    "kernels": _EMULATOR,
 }
+
+
+def _group(item: pytest.Item) -> str:
+    path = item.path.relative_to(Path(__file__).parent)
+    return _TOGETHER.get(path.as_posix()) or _TOGETHER.get(path.parts[0]) or path.as_posix()
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With `-n 2 --dist loadgroup`, as `make test` has it, one process runs a group whole."""
-    if config.pluginmanager.hasplugin("xdist"):
-        here = Path(__file__).parent
-        for item in items:
-            folder = item.path.relative_to(here).parts[0]
-            item.add_marker(pytest.mark.xdist_group(_TOGETHER.get(folder, "rest")))
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    order = {name: place for place, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(_group(item), len(order)))
