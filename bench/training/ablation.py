@@ -32,8 +32,9 @@ from dflare.training.data.target import Target, load_tokenizer, target_path
 from dflare.training.drafter.init import draft_config
 from dflare.training.drafter.model import Drafter
 from dflare.training.errors import ConfigError
+from dflare.training.run.answers import held_out_prompts, known_answers
 from dflare.training.run.config import TrainConfig, load_config
-from dflare.training.run.evaluate import evaluate, held_out_prompts, known_answers
+from dflare.training.run.evaluate import evaluate
 from dflare.training.run.loop import train
 from dflare.training.run.trainer import Trainer, compute_dtype
 

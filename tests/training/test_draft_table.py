@@ -13,8 +13,9 @@ from dflare.errors import DFlareError
 from dflare.training.data.slot_cache import ATTENTION
 from dflare.training.data.target import Target
 from dflare.training.run import evaluate as evaluation
+from dflare.training.run.answers import known_answers
 from dflare.training.run.draft_table import DraftTable, draft_table
-from dflare.training.run.evaluate import check_by_decoding, compare, known_answers
+from dflare.training.run.evaluate import check_by_decoding, compare
 from dflare.training.run.look_ups import look_ups
 from dflare.training.run.speculate import decode
 

@@ -17,8 +17,8 @@ from dflare.training.data.target import Target
 from dflare.training.drafter.draft_vocabulary import write_draft_vocabulary
 from dflare.training.drafter.export import export_drafter, load_drafter
 from dflare.training.errors import ConfigError
+from dflare.training.run.answers import known_answers
 from dflare.training.run.draft_table import draft_table
-from dflare.training.run.evaluate import known_answers
 from dflare.training.run.speculate import decode
 
 

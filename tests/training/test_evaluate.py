@@ -13,8 +13,8 @@ from dflare.training.data.generate import Answer
 from dflare.training.data.prompts import encode
 from dflare.training.data.target import load_target, load_tokenizer
 from dflare.training.drafter.export import export_drafter, load_drafter
-from dflare.training.run import evaluate as evaluation
-from dflare.training.run.evaluate import run_evaluation
+from dflare.training.run import answers as answers_of
+from dflare.training.run.evaluation_run import run_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_turns_are_answered_one_after_the_other_and_the_last_is_measured(target)
     """By the target itself, not as user turns in a row; prompts of one turn stay as they are."""
     tokenizer, model = load_tokenizer(str(target)), load_target(str(target))
     turns = [{"role": "user", "content": text} for text in ("hello", "and now?")]
-    ((prompt, _),) = evaluation.answered(model, tokenizer, [turns[:1]], 6, ())
+    ((prompt, _),) = answers_of.answered(model, tokenizer, [turns[:1]], 6, ())
     assert prompt == encode(tokenizer, turns[:1])
     said = tokenizer("I am well", add_special_tokens=False)["input_ids"]
     answers = iter([said, said[:4]])
@@ -93,8 +93,8 @@ def test_turns_are_answered_one_after_the_other_and_the_last_is_measured(target)
                 yield Answer(number, next(answers), "length")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "Generator", Says)
-        ((prompt, answer),) = evaluation.answered(model, tokenizer, [turns], 6, ())
+        patch.setattr(answers_of, "Generator", Says)
+        ((prompt, answer),) = answers_of.answered(model, tokenizer, [turns], 6, ())
     own = {"role": "assistant", "content": "I am well"}
     assert prompt == encode(tokenizer, [turns[0], own, turns[1]]) and answer == said[:4]
 

@@ -11,7 +11,9 @@ from tiny_models import random_drafter, tiny_causal_lm, tiny_draft_config
 from dflare.training.data.generate import Generator, Sampling
 from dflare.training.data.slot_cache import ATTENTION
 from dflare.training.data.target import Target
-from dflare.training.run.evaluate import Score, evaluate, known_answers, write_report
+from dflare.training.run.answers import known_answers
+from dflare.training.run.evaluate import Score, evaluate
+from dflare.training.run.evaluation_run import write_report
 from dflare.training.run.prompt_lookup import propose, simulate
 from dflare.training.run.speculate import decode
 

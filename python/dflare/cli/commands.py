@@ -287,7 +287,7 @@ def evaluate_command(
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
 ) -> None:
     """Draft at every position of the target's answers; report accept lengths."""
-    from dflare.training.run.evaluate import run_evaluation
+    from dflare.training.run.evaluation_run import run_evaluation
 
     run_evaluation(
         draft,

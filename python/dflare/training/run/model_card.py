@@ -89,7 +89,7 @@ def model_card(
     Args:
         train: Of the run.
         last: Last line of the training log.
-        report: Of :func:`dflare.training.run.evaluate.run_evaluation`.
+        report: Of :func:`dflare.training.run.evaluation_run.run_evaluation`.
         draft_vocabulary: How many tokens may be drafted, or all, and their share of the answers.
         overrides: Given on the command line.
     """

@@ -29,7 +29,7 @@ from dflare.training.drafter.init import draft_config
 from dflare.training.drafter.model import Drafter
 from dflare.training.errors import ConfigError
 from dflare.training.run.config import TrainConfig, load_config
-from dflare.training.run.evaluate import run_evaluation
+from dflare.training.run.evaluation_run import run_evaluation
 from dflare.training.run.loop import train
 from dflare.training.run.model_card import model_card
 from dflare.training.run.snapshot import FILE
