@@ -15,7 +15,7 @@ import torch
 
 from dflare.adaptive import LEAST_MATCH, AdaptiveConfig, ArmPolicy, CostTable, NodePrices, StepTime
 from dflare.branch import BranchOdds
-from dflare.ops import build_draft_tree, lookup_continuations, tree_log_probs, walk_draft_tree
+from dflare.ops import build_draft_tree, lookup_continuations, walk_draft_tree
 
 _BLOCK = 6
 _CONTEXT = 1024  # tokens that look-ups search
@@ -73,8 +73,10 @@ class _TreeStep:
         text = self._text, self._table, self._row, self._lens, self._anchors
         found, self._match = lookup_continuations(*text, self._most, least_match=LEAST_MATCH)
         branch = self._odds.branches(found, self._match)
-        nodes = build_draft_tree(self._anchors, *self._drafts, self._most, *branch)
-        scores = tree_log_probs(nodes, *self._drafts, *branch)[:, 1:]
+        scores = torch.empty(len(self._anchors), self._most + 1)
+        drafts = *self._drafts, self._most
+        nodes = build_draft_tree(self._anchors, *drafts, *branch, scores=scores)
+        scores = scores[:, 1:]
         self._prices.observe(scores.numpy())
         (scores >= self._prices.least(3)).sum(-1)
         walk_draft_tree(nodes[0], nodes[1], torch.zeros_like(nodes[0]), self._most + 1)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 
 from dflare.adaptive import PLAIN, Arm, Comparison
-from dflare.ops import build_draft_tree, tree_log_probs, walk_draft_tree
+from dflare.ops import build_draft_tree, walk_draft_tree
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -66,6 +66,7 @@ class Tree:
 
     Attributes:
         tokens, parents, depths: As `build_draft_tree` gives them; a token is called by its rank.
+        reached: Chance of each node's prefix to be right, [bs, nodes].
         chances: Of each rank of each depth to be right, [bs, depths, ranks].
         remaining: Tokens that requests may still produce, [bs].
     """
@@ -73,14 +74,13 @@ class Tree:
     tokens: Ints
     parents: npt.NDArray[np.int32]
     depths: npt.NDArray[np.int32]
+    reached: npt.NDArray[np.float32]
     chances: Array
     remaining: Ints
 
     def expected_tokens(self) -> Array:
         """Of the first so many nodes of each tree, the anchor included: [bs, nodes]."""
-        nodes = tuple(map(torch.from_numpy, (self.tokens, self.parents, self.depths)))
-        score = tree_log_probs(nodes, *_ranked(self.chances)).exp().numpy()
-        return np.cumsum(score * (self.depths < self.remaining[:, None]), axis=1)
+        return np.cumsum(self.reached * (self.depths < self.remaining[:, None]), axis=1)
 
     def accepted(self, luck: np.random.Generator) -> Ints:
         """Drawn numbers of right drafts, [bs]."""
@@ -142,8 +142,9 @@ class World:
         second = np.minimum(self.scenario.second, right / (1 - right))
         chances = np.where(rank, (1 - right) * second * (1 - second) ** (rank - 1), right)
         anchors = torch.zeros(len(right), dtype=torch.long)
-        grown = build_draft_tree(anchors, *_ranked(chances), nodes - 1)
-        return Tree(*(x.numpy() for x in grown), chances, self._remaining())
+        scores = torch.empty(len(right), nodes)
+        grown = build_draft_tree(anchors, *_ranked(chances), nodes - 1, scores=scores)
+        return Tree(*(x.numpy() for x in (*grown, scores.exp())), chances, self._remaining())
 
     def _remaining(self) -> Ints:
         return np.array([request.remaining for request in self.batch])

@@ -11,7 +11,8 @@ namespace dflare {
 
 inline constexpr char kBuildDraftTree[] =
     "build_draft_tree(Tensor anchors, Tensor tokens, Tensor log_probs, int nodes,"
-    " Tensor? branch=None, Tensor? branch_log_probs=None, Tensor? branch_lens=None)"
+    " Tensor? branch=None, Tensor? branch_log_probs=None, Tensor? branch_lens=None,"
+    " Tensor(a!)? scores=None)"
     " -> (Tensor, Tensor, Tensor)";
 inline constexpr char kWalkDraftTree[] =
     "walk_draft_tree(Tensor tokens, Tensor parents, Tensor target_tokens, int stride)"
@@ -26,6 +27,7 @@ struct BuildDraftTree {
   const std::optional<Tensor>& branch;
   const std::optional<Tensor>& branch_log_probs;
   const std::optional<Tensor>& branch_lens;
+  const std::optional<Tensor>& scores;
   // What `check` reads from them; `longest` is 0 without a branch.
   int64_t batch = 0, depths = 0, ranks = 0, longest = 0;
 
@@ -40,6 +42,7 @@ struct BuildDraftTree {
                   " and tokens has shape ", tokens.sizes(),
                   ", expected 0 or more nodes, a depth, and at least as many ranks as nodes");
     check.tree(nodes + 1);
+    if (scores) check.table("scores", *scores, {batch, nodes + 1}, "[bs, nodes + 1]");
     const bool has_branch = branch.has_value();
     check.require(
         has_branch == branch_log_probs.has_value() && has_branch == branch_lens.has_value(),
@@ -82,8 +85,9 @@ template <class Tensor, Tree<Tensor> (*run)(BuildDraftTree<Tensor>)>
 Tree<Tensor> build_draft_tree(const Tensor& anchors, const Tensor& tokens, const Tensor& log_probs,
                               int64_t nodes, const std::optional<Tensor>& branch,
                               const std::optional<Tensor>& branch_log_probs,
-                              const std::optional<Tensor>& branch_lens) {
-  return run({anchors, tokens, log_probs, nodes, branch, branch_log_probs, branch_lens});
+                              const std::optional<Tensor>& branch_lens,
+                              const std::optional<Tensor>& scores) {
+  return run({anchors, tokens, log_probs, nodes, branch, branch_log_probs, branch_lens, scores});
 }
 
 template <class Tensor, Tree<Tensor> (*run)(WalkDraftTree<Tensor>)>

@@ -40,7 +40,7 @@ struct Workspace {
 
 // Fills rows of `width` entries that hold the anchor already.
 void grow(const Growth& g, int64_t width, int64_t* tokens, int32_t* parents, int32_t* depths,
-          Workspace& w) {
+          float* scores, Workspace& w) {
   w.heap.clear();
   w.branch_nodes.assign(g.branch_len + 1, -1);
   w.branch_nodes[0] = 0;
@@ -73,6 +73,7 @@ void grow(const Growth& g, int64_t width, int64_t* tokens, int32_t* parents, int
     tokens[node] = token;
     parents[node] = best.parent;
     depths[node] = best.depth + 1;
+    if (scores) scores[node] = best.score;
     push_children(best.score, node, best.depth + 1);
   }
 }
@@ -107,7 +108,9 @@ Tree<at::Tensor> build(BuildDraftTree<at::Tensor> x) {
     own_tokens[0] = x.anchors.const_data_ptr<int64_t>()[b];
     own_parents[0] = -1;
     own_depths[0] = 0;
-    grow(growth, width, own_tokens, own_parents, own_depths, workspace);
+    float* own_scores = x.scores ? x.scores->mutable_data_ptr<float>() + b * width : nullptr;
+    if (own_scores) own_scores[0] = 0.0f;
+    grow(growth, width, own_tokens, own_parents, own_depths, own_scores, workspace);
   }
   return {tokens, parents, depths};
 }

@@ -12,6 +12,7 @@ Tree<at::Tensor> build(BuildDraftTree<at::Tensor> x) {
   const DeviceGuard guard(check.device().index());
   overlaps_launches(check);
   x.check(check);
+  check.require(!x.scores, "got scores, which are written on the CPU only");
   const at::Tensor tokens = empty({x.batch, x.nodes + 1}, at::kLong, x.anchors);
   const at::Tensor parents = empty({x.batch, x.nodes + 1}, at::kInt, x.anchors);
   const at::Tensor depths = empty({x.batch, x.nodes + 1}, at::kInt, x.anchors);

@@ -13,7 +13,6 @@ from dflare.ops import (
     build_draft_tree,
     move_tree_path,
     tree_ancestors,
-    tree_log_probs,
     walk_draft_tree,
     write_tree_mask,
 )
@@ -83,7 +82,8 @@ def test_a_tree_holds_the_most_probable_prefixes(device, data):
     anchors, best, log_probs = marginals(data.draw(st.integers(0, 1 << 20)), bs, depths, ranks)
     grown = on(device, build_draft_tree, anchors, best, log_probs, nodes)
     tokens, parents, levels = grown
-    scores = tree_log_probs(grown, best, log_probs)
+    scores = torch.empty(bs, nodes + 1)
+    build_draft_tree(anchors, best, log_probs, nodes, scores=scores)
     assert tokens.shape == parents.shape == levels.shape == (bs, nodes + 1)
     assert tokens[:, 0].equal(anchors)
     for b in range(bs):
@@ -115,7 +115,8 @@ def test_a_branch_competes_with_the_drafter_and_shares_its_prefixes(device, data
     drafts = best, log_probs, nodes
     grown = on(device, build_draft_tree, anchors, *drafts, branch, chances, lens)
     tokens, parents, depth = grown
-    scores = tree_log_probs(grown, best, log_probs, branch, chances, lens)
+    scores = torch.empty(2, nodes + 1)
+    build_draft_tree(anchors, *drafts, branch, chances, lens, scores=scores)
     for b in range(2):
         proposed = list(zip(branch[b].tolist(), chances[b].tolist(), strict=True))[: lens[b]]
         prefixes = prefixes_of(tokens[b], parents[b])
@@ -175,6 +176,17 @@ def test_trees_of_many_nodes_and_requests(device):
 
 
 @KERNELS
+def test_kernels_say_that_they_write_no_scores(device):
+    anchors, best, log_probs = marginals(0, 1, 2, 3)
+
+    def build(*args):
+        return build_draft_tree(*args[:-1], scores=args[-1])
+
+    with pytest.raises(RuntimeError, match="got scores, which are written on the CPU only"):
+        on(device, build, anchors, best, log_probs, 3, torch.empty(1, 4))
+
+
+@KERNELS
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_a_mask_shows_each_node_its_ancestors_behind_the_context(device, dtype):
     anchors, best, log_probs = marginals(3, 4, 5, 39, vocab=60)
@@ -226,6 +238,7 @@ def build_case():
         "branch": torch.zeros(2, 5, dtype=torch.long),
         "branch_log_probs": torch.zeros(2, 5),
         "branch_lens": torch.ones(2, dtype=torch.int32),
+        "scores": torch.empty(2, 5),
     }
 
 
@@ -270,6 +283,12 @@ def move_case():
             build_case,
             {"log_probs": torch.ones(2, 3, 4).double()},
             "log_probs has dtype Double, expected Float",
+        ),
+        (
+            build_draft_tree,
+            build_case,
+            {"scores": torch.empty(2, 4)},
+            "scores has shape [2, 4], expected [2, 5]",
         ),
         (walk_draft_tree, walk_case, {"stride": 2}, "request 0 commits more than stride = 2"),
         (walk_draft_tree, walk_case, {"stride": 0}, "stride is 0"),

@@ -126,16 +126,17 @@ class TreeProposals:
         if look_up:
             found = look_up.found[:, : most - 1].contiguous()
             branch = self._odds.branches(found, look_up.match)
-        nodes = ops.build_draft_tree(anchors, tokens, log_probs, most - 1, *branch)
-        tree = DraftTree(*nodes)
-        if not self._ragged:
+        drafts = tokens, log_probs, most - 1
+        scores = log_probs.new_empty(len(anchors), most) if self._ragged else None
+        tree = DraftTree(*ops.build_draft_tree(anchors, *drafts, *branch, scores=scores))
+        if scores is None:
             return tree
         if not batch.reqs or arm.nodes >= most:  # start-up measures what it asks for
             return tree.cut(torch.full_like(anchors, min(arm.nodes, most)))
-        scores = ops.tree_log_probs(nodes, tokens, log_probs, *branch)[:, 1:]
-        self._prices.observe(scores.numpy())
+        drafted = scores[:, 1:]
+        self._prices.observe(drafted.numpy())
         least = self._prices.least(arm.nodes - 1)
-        return tree.cut(1 + (scores >= least).sum(-1))
+        return tree.cut(1 + (drafted >= least).sum(-1))
 
     def learn(self, look_up: Proposal, right: torch.Tensor, commit_lens: torch.Tensor) -> None:
         """Learn what look-ups are worth as branches.

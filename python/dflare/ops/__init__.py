@@ -33,7 +33,6 @@ from dflare.ops.draft_tree import (  # noqa: E402
     build_draft_tree,
     move_tree_path,
     tree_ancestors,
-    tree_log_probs,
     walk_draft_tree,
     write_tree_mask,
 )
@@ -80,7 +79,6 @@ __all__ = [
     "silu_and_mul",
     "token_of",
     "tree_ancestors",
-    "tree_log_probs",
     "walk_draft_tree",
     "write_tree_mask",
 ]

@@ -8,8 +8,6 @@ These operators run outside of compilers only: they have no fake implementations
 device memory are the caller's promise, as checking them would wait for the device.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -22,6 +20,8 @@ def build_draft_tree(
     branch: Tensor | None = None,
     branch_log_probs: Tensor | None = None,
     branch_lens: Tensor | None = None,
+    *,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best `nodes` prefixes of a factorised draft (DDTree, arXiv 2604.12989).
 
@@ -39,6 +39,8 @@ def build_draft_tree(
         branch_log_probs: [bs, L] float32, of each given those before it. Where the drafter has the
             same token, the higher probability counts.
         branch_lens: [bs] int32, how many of each row count; all three are given, or none.
+        scores: [bs, n + 1] float32, written in place on the CPU: log-probability of each node's
+            prefix, 0 for the anchor; along a row they do not rise.
 
     Returns:
         tokens [bs, n + 1] int64, parents [bs, n + 1] int32 with -1 for the anchor, and depths
@@ -47,51 +49,10 @@ def build_draft_tree(
     Raises:
         RuntimeError: a shape, dtype, device, stride or length that does not fit.
     """
+    branches = branch, branch_log_probs, branch_lens
     return torch.ops.dflare.build_draft_tree.default(
-        anchors, tokens, log_probs, nodes, branch, branch_log_probs, branch_lens
+        anchors, tokens, log_probs, nodes, *branches, scores
     )
-
-
-def tree_log_probs(
-    nodes: tuple[Tensor, Tensor, Tensor],
-    tokens: Tensor,
-    log_probs: Tensor,
-    branch: Tensor | None = None,
-    branch_log_probs: Tensor | None = None,
-    branch_lens: Tensor | None = None,
-) -> Tensor:
-    """Log-probability of each node's prefix, by which `build_draft_tree` has grown the trees.
-
-    Args:
-        nodes: what that gave, of what follows: tokens, parents and depths [bs, n + 1].
-        tokens, log_probs: [bs, D, K].
-        branch, branch_log_probs, branch_lens: [bs, L] twice and [bs]; all are given, or none.
-
-    Returns:
-        [bs, n + 1] float32, 0 for the anchor; along a row they do not rise.
-    """
-    said, parents, depths = nodes
-    above = parents.long().clamp(min=0)
-    slot = (depths.long() - 1).clamp(min=0)
-    at = slot.clamp(max=tokens.shape[1] - 1)[..., None].expand(-1, -1, tokens.shape[2])
-    drafted = (tokens.gather(1, at) == said[..., None]) & (slot < tokens.shape[1])[..., None]
-    own = log_probs.gather(1, at).masked_fill(~drafted, -math.inf).amax(-1)
-    doublings = range((depths.shape[1] - 1).bit_length())  # a path is no longer
-    if branch is not None:
-        assert branch_log_probs is not None and branch_lens is not None
-        at = slot.clamp(max=branch.shape[1] - 1)
-        on_branch = (branch.gather(1, at) == said) & (slot < branch_lens[:, None])
-        on_branch[:, 0] = True
-        up = above
-        for _ in doublings:
-            on_branch &= on_branch.gather(1, up)
-            up = up.gather(1, up)
-        own = own.maximum(branch_log_probs.gather(1, at).masked_fill(~on_branch, -math.inf))
-    own[:, 0] = 0.0
-    for _ in doublings:  # each time a node's sum reaches twice as far up
-        own = own + own.gather(1, above)
-        above = above.gather(1, above)
-    return own
 
 
 def walk_draft_tree(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dflare.adaptive import Comparison
-from dflare.ops import build_draft_tree, tree_log_probs, walk_draft_tree
+from dflare.ops import build_draft_tree, walk_draft_tree
 from dflare.training.data.target import Target
 from dflare.training.drafter.model import Drafter
 from dflare.training.run.look_ups import LookUps
@@ -91,9 +91,10 @@ class DraftTable:
         """
         anchors = torch.from_numpy(self.answer[:-1])
         drafts = torch.from_numpy(self.tokens), torch.from_numpy(self.log_probs)
-        grown = build_draft_tree(anchors, *drafts, nodes, *(branches or ()))
-        tokens, parents, depths = grown
-        log_probs = tree_log_probs(grown, *drafts, *(branches or ()))
+        log_probs = torch.empty(len(anchors), nodes + 1)
+        tokens, parents, depths = build_draft_tree(
+            anchors, *drafts, nodes, *(branches or ()), scores=log_probs
+        )
         # Behind a node on the right path the target says the answer's token of its depth.
         after = torch.arange(len(anchors))[:, None] + 1 + depths
         ended = after >= len(self.answer)
