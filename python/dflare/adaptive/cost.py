@@ -17,7 +17,7 @@ tens of steps; where start-up may have measured anything, the first steps are be
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -75,18 +75,25 @@ class CostTable:
         self._column = {arm: i for i, arm in enumerate(self.arms)}
         self._nodes = np.array([arm.nodes for arm in self.arms], dtype=float)
         # Columns of each proposer, behind the plain arm's: along them time does not fall.
-        proposers = dict.fromkeys(arm.proposer for arm in self.arms if arm != PLAIN)
-        self._rising = [
+        proposers = list(dict.fromkeys(arm.proposer for arm in self.arms if arm != PLAIN))
+        rising = [
             [i for i, arm in enumerate(self.arms) if arm.proposer in (PLAIN.proposer, who)]
             for who in proposers
         ] or [[0]]
+        longest = max(map(len, rising))  # the others repeat their last
+        self._rising = np.array([own + own[-1:] * (longest - len(own)) for own in rising])
+        self._row = [0 if arm == PLAIN else proposers.index(arm.proposer) for arm in self.arms]
+        # All proposers on one axis of nodes, one behind the other.
+        first = (1 + self._nodes.max()) * np.arange(len(rising))
+        self._axis = (first[:, None] + self._nodes[self._rising]).ravel()
+        self._first = first[self._row]
         batches = sorted({batch for batch, _ in cells})
         median = {cell: float(np.median(seconds)) for cell, seconds in cells.items()}
-        seed = _fill(np.array(batches), self.arms, self._rising, median)
+        seed = _fill(np.array(batches), self.arms, rising, median)
         own_var = [_CELL_VAR] * len(batches)
         while batches[-1] < largest:
             batches.append(min(2 * batches[-1], largest))
-            seed = np.vstack((seed, _next_row(batches, seed, self._rising)))
+            seed = np.vstack((seed, _next_row(batches, seed, rising)))
             own_var.append(_GUESS_VAR)
         self._batches = np.array(batches)
         self._log_seed = np.log(seed)
@@ -112,14 +119,11 @@ class CostTable:
         low, high, share = self._between(batch)
         seconds = self._grid[low] + share * (self._grid[high] - self._grid[low])
         # Beyond the largest measured batch the last slopes go on; they may cross.
-        seconds = self._of_each(seconds, np.maximum.accumulate) if share > 1 else seconds
+        if share > 1:
+            seconds[self._rising] = np.maximum.accumulate(seconds[self._rising], axis=1)
         if nodes is None:
             return seconds
-        result = seconds.copy()
-        for rising in self._rising:
-            wanted = nodes[rising[1:]]
-            result[rising[1:]] = np.interp(wanted, self._nodes[rising], seconds[rising])
-        return result
+        return np.interp(nodes + self._first, self._axis, seconds[self._rising].ravel())
 
     def describe(self) -> str:
         """The table in one line: milliseconds for every measured batch size, by arm."""
@@ -171,7 +175,7 @@ class CostTable:
         limit = _CLIP * math.sqrt(self._scale**2 + unknown)
         self._mean += gain * _clip(residuals, limit).mean()
         # What was clipped may have been a stall: it leaves the doubt, and the next step decides.
-        self._var -= (np.abs(residuals) < limit).mean() * gain[:, None] * along
+        self._var -= ((np.abs(residuals) < limit).mean() * gain)[:, None] * along
         usual = 1.25 * float(np.abs(_clip(residuals, _CLIP * self._scale)).mean())
         self._scale += _SCALE_GAIN * (usual - self._scale)
         self._refresh()
@@ -181,11 +185,11 @@ class CostTable:
         own = self._column[arm]
         if nodes is None or nodes == arm.nodes:
             return [own], (1.0,)
-        rising = next(columns for columns in self._rising if own in columns)
+        rising = self._rising[self._row[own]].tolist()
         sizes = self._nodes[rising]
-        high = min(max(int(np.searchsorted(sizes, nodes)), 1), len(rising) - 1)
-        part = (nodes - sizes[high - 1]) / (sizes[high] - sizes[high - 1])
-        part = min(max(float(part), 0.0), 1.0)
+        nodes = min(nodes, sizes[-1])
+        high = max(int(np.searchsorted(sizes, nodes)), 1)
+        part = float((nodes - sizes[high - 1]) / (sizes[high] - sizes[high - 1]))
         return [rising[high - 1], rising[high]], (1 - part, part)
 
     def _forget(self, steps: int) -> None:
@@ -214,22 +218,13 @@ class CostTable:
         correction = self._mean[1:].reshape(self._log_seed.shape)
         grid = self._raw = np.exp(self._log_seed + correction + self._mean[0])
         # The middle between the tightest monotone bounds from above and from below.
-        upper = self._of_each(np.maximum.accumulate(grid, axis=0), np.maximum.accumulate)
+        upper = np.maximum.accumulate(grid, axis=0)
+        upper[:, self._rising] = np.maximum.accumulate(upper[:, self._rising], axis=2)
         lower = np.minimum.accumulate(grid[::-1], axis=0)[::-1]
-        plain = lower[:, 0]
-        for rising in self._rising:
-            from_above = np.minimum.accumulate(lower[:, rising[::-1]], axis=1)[:, ::-1]
-            lower[:, rising[1:]] = from_above[:, 1:]
-            plain = np.minimum(plain, from_above[:, 0])
-        lower[:, 0] = plain
+        from_above = np.minimum.accumulate(lower[:, self._rising[:, ::-1]], axis=2)[..., ::-1]
+        lower[:, self._rising] = from_above
+        lower[:, 0] = from_above[..., 0].min(axis=1)
         self._grid = (upper + lower) / 2
-
-    def _of_each(self, seconds: Array, along: Callable[..., Array]) -> Array:
-        """Apply a function along the arms of each proposer, the plain one before them."""
-        result = seconds.copy()
-        for rising in self._rising:
-            result[..., rising[1:]] = along(seconds[..., rising], axis=-1)[..., 1:]
-        return result
 
     @classmethod
     def load(cls, path: Path, arms: Sequence[Arm]) -> Self:
