@@ -34,6 +34,9 @@ STABLE_TORCH_LIBRARY(dflare, m) {
   // slots, and its attention takes masks; on a CPU ours takes parents.
   m.def(dflare::kBuildDraftTree);
   m.def(dflare::kWalkDraftTree);
+  m.def(
+      "cut_draft_tree(Tensor tokens, Tensor parents, Tensor depths, Tensor counts)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("write_tree_mask(Tensor parents, Tensor seq_lens, Tensor(a!) mask) -> ()");
   m.def("move_tree_path(Tensor path, Tensor commit_lens, Tensor slots, Tensor(a!)[] pools) -> ()");
   // Instruction set that the CPU kernels run with: "baseline", "avx2", "avx512" or "avx512bf16".

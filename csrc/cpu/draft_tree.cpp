@@ -1,4 +1,4 @@
-// torch.ops.dflare.{build_draft_tree, walk_draft_tree, move_tree_path} on the CPU.
+// torch.ops.dflare.{build_draft_tree, cut_draft_tree, walk_draft_tree, move_tree_path} on the CPU.
 
 #include "contract/draft_tree.h"
 
@@ -21,6 +21,7 @@ struct Growth {
 };
 
 constexpr int32_t kBranch = -1;
+constexpr int64_t kNothing = -1;  // a token that no target says
 
 // A node that may come next, behind `parent` at depth `depth`: the `rank`th token of the drafter
 // there, or the branch's.
@@ -115,6 +116,47 @@ Tree<at::Tensor> build(BuildDraftTree<at::Tensor> x) {
   return {tokens, parents, depths};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cut(const at::Tensor& tokens,
+                                                               const at::Tensor& parents,
+                                                               const at::Tensor& depths,
+                                                               const at::Tensor& counts) {
+  const Checker check("cut_draft_tree", kLimits, tokens);
+  check.int64s("tokens", tokens, {kAny, kAny}, "[bs, nodes + 1]");
+  const int64_t bs = tokens.size(0), width = tokens.size(1);
+  check.int32s("parents", parents, tokens.sizes(), "shape of tokens");
+  check.int32s("depths", depths, tokens.sizes(), "shape of tokens");
+  check.int64s("counts", counts, {bs}, "[bs]");
+  const int64_t* count = counts.const_data_ptr<int64_t>();
+  int64_t kept = 0, all = 0;
+  for (int64_t b = 0; b < bs; ++b) {
+    TORCH_CHECK(count[b] >= 1 && count[b] <= width, "cut_draft_tree: counts[", b, "] is ", count[b],
+                ", expected 1 to ", width, ", the columns of tokens");
+    kept = std::max(kept, count[b]);
+    all += count[b];
+  }
+  at::Tensor kept_tokens = at::empty({bs, kept}, at::kLong, tokens);
+  at::Tensor kept_parents = at::empty({bs, kept}, at::kInt, tokens);
+  at::Tensor kept_depths = at::empty({bs, kept}, at::kInt, tokens);
+  at::Tensor rows = at::empty({all}, at::kLong, tokens);
+  const int64_t* token = tokens.const_data_ptr<int64_t>();
+  const int32_t* parent = parents.const_data_ptr<int32_t>();
+  const int32_t* depth = depths.const_data_ptr<int32_t>();
+  int64_t* out_token = kept_tokens.mutable_data_ptr<int64_t>();
+  int32_t* out_parent = kept_parents.mutable_data_ptr<int32_t>();
+  int32_t* out_depth = kept_depths.mutable_data_ptr<int32_t>();
+  int64_t* row = rows.mutable_data_ptr<int64_t>();
+  for (int64_t b = 0; b < bs; ++b, token += width, parent += width, depth += width) {
+    for (int64_t i = 0; i < kept; ++i) {
+      const bool there = i < count[b];
+      if (there) *row++ = b * kept + i;
+      *out_token++ = there ? token[i] : kNothing;
+      *out_parent++ = there ? parent[i] : static_cast<int32_t>(i);
+      *out_depth++ = there ? depth[i] : 0;
+    }
+  }
+  return {kept_tokens, kept_parents, kept_depths, rows};
+}
+
 Tree<at::Tensor> walk(WalkDraftTree<at::Tensor> x) {
   x.check(Checker("walk_draft_tree", kLimits, x.tokens));
   const int64_t width = x.width, stride = x.stride;
@@ -201,6 +243,7 @@ void move_tree_path(const at::Tensor& path, const at::Tensor& commit_lens, const
 STABLE_TORCH_LIBRARY_IMPL(dflare, CPU, m) {
   m.impl("build_draft_tree",
          TORCH_BOX((&dflare::build_draft_tree<dflare::at::Tensor, dflare::cpu::build>)));
+  m.impl("cut_draft_tree", TORCH_BOX(&dflare::cpu::cut));
   m.impl("walk_draft_tree",
          TORCH_BOX((&dflare::walk_draft_tree<dflare::at::Tensor, dflare::cpu::walk>)));
   m.impl("move_tree_path", TORCH_BOX(&dflare::cpu::move_tree_path));

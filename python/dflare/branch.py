@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 _LONGEST = 16  # matches beyond it are one class
-_AT_ONCE = 8  # steps: to learn from one takes some thirty operations, whatever its size
+_AT_ONCE = 16  # steps: to learn from one takes some twenty operations, whatever its size
 _WEIGHT = 8.0  # observations that the prior of a class is worth
 
 
@@ -45,7 +45,7 @@ class BranchOdds:
         if self._log_probs is None or self._log_probs.shape[1] != count:
             right, seen = self._counts
             self._log_probs = (right / seen).log()[_classes(self._length, count)]
-        return self._log_probs[match.clamp(max=_LONGEST)]
+        return self._log_probs.index_select(0, match.clamp(max=_LONGEST))
 
     def branches(self, found: Tensor, match: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Look-ups as `ops.build_draft_tree` takes branches.
@@ -58,8 +58,7 @@ class BranchOdds:
             Tokens and log-probabilities [bs, L], and lengths [bs] int32.
         """
         count = found.shape[1]
-        lens = torch.full_like(match, count).where(match > 0, 0)
-        return found, self.log_probs(match, count), lens
+        return found, self.log_probs(match, count), match.clamp(max=1) * count
 
     def note(self, match: Tensor, proposed: Tensor, right: Tensor, count: int) -> None:
         """As `observe`, but learns from several steps at once."""
@@ -74,19 +73,17 @@ class BranchOdds:
         """Learn from a step.
 
         Args:
-            match: [bs] tokens of each match.
+            match: [bs] tokens of each match; 0: there was no proposal.
             proposed: [bs] tokens of each look-up of which it is known whether they were right up to
-                the first wrong one; 0 teaches nothing.
+                the first wrong one.
             right: [bs] how many of them were right before the first wrong one.
             count: No fewer than were proposed.
         """
-        token = torch.arange(count, device=match.device)
-        shown = token < torch.minimum(proposed, right + 1)[:, None]
-        true = shown & (token < right[:, None])
+        known = proposed.where(match > 0, 0)
+        ends = torch.stack((right.minimum(known), (right + 1).minimum(known)))
+        counted = torch.arange(count, device=match.device) < ends[..., None]
         classes = _classes(match, count).flatten()
-        seen = torch.zeros_like(self._counts)
-        for row, counted in zip(seen, (true, shown), strict=True):
-            row.index_add_(0, classes, counted.flatten().float())
+        seen = torch.zeros_like(self._counts).index_add_(1, classes, counted.flatten(1).float())
         fade = (seen[1].sum() * self._log_fade).exp()
         self._counts = self._prior + (self._counts - self._prior) * fade + seen
         self._log_probs = None

@@ -86,18 +86,22 @@ def test_tokens_that_were_not_reached_teach_nothing():
     before = odds.log_probs(five, 6)
     odds.observe(five, none, none, 6)
     assert (odds.log_probs(five, 6) == before).all()
+    every = torch.arange(20)
+    untaught = odds.log_probs(every, 6)
+    odds.observe(none, torch.tensor([6]), none, 6)  # there was no proposal
+    assert odds.log_probs(every, 6).equal(untaught)
     odds.observe(five, torch.tensor([6]), torch.tensor([1]), 6)  # the second was wrong
     changed = odds.log_probs(five, 6) != before
     assert changed[0, :2].all() and not changed[0, 2:].any()
 
 
 def test_odds_that_are_noted_are_learned_from_every_few_steps():
-    """What eight steps taught one by one; batches and look-ups may differ in size."""
+    """What sixteen steps taught one by one; batches and look-ups may differ in size."""
     together, alone, g = BranchOdds(), BranchOdds(), torch.Generator().manual_seed(0)
     three = torch.tensor([3])
-    for step in range(8):
+    for step in range(16):
         assert together.log_probs(three, 1).equal(BranchOdds().log_probs(three, 1))
-        bs, count = 1 + step % 3, 12 - step
+        bs, count = 1 + step % 3, 12 - step // 2
         match = torch.randint(3, 10, (bs,), generator=g).int()
         proposed, right = (torch.randint(0, count, (bs,), generator=g) for _ in range(2))
         together.note(match, proposed, right, count)

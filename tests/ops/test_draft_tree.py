@@ -11,6 +11,7 @@ from op_devices import DEVICES, KERNELS, place
 
 from dflare.ops import (
     build_draft_tree,
+    cut_draft_tree,
     move_tree_path,
     tree_ancestors,
     walk_draft_tree,
@@ -162,6 +163,29 @@ def test_a_walk_is_what_decoding_token_by_token_accepts(device, data):
     assert rows == torch.where(tree_ancestors(torch.tensor([parents]))[0, rows[-1]])[0].tolist()
 
 
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_what_is_cut_off_stands_on_no_way_from_the_anchor(data):
+    bs, width = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 6))
+    counts = [data.draw(st.integers(1, width)) for _ in range(bs)]
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 20)))
+    whole = [torch.randint(0, 9, (bs, width), generator=g) for _ in range(3)]
+    whole[1:] = [x.int() for x in whole[1:]]
+    *cut, rows = cut_draft_tree(*whole, torch.tensor(counts, dtype=torch.long))
+    kept = max(counts, default=0)
+    for b, count in enumerate(counts):
+        for x, all_of_it in zip(cut, whole, strict=True):
+            assert x[b, :count].equal(all_of_it[b, :count])
+        left = range(count, kept)
+        assert [x[b, count:].tolist() for x in cut] == [
+            [-1 for _ in left],
+            [*left],
+            [0 for _ in left],
+        ]
+    assert rows.tolist() == [b * kept + i for b, count in enumerate(counts) for i in range(count)]
+    assert all(x.shape == (bs, kept) for x in cut)
+
+
 @KERNELS
 def test_trees_of_many_nodes_and_requests(device):
     """More nodes than a warp has lanes; the CPU's tree is held against all prefixes above."""
@@ -242,6 +266,12 @@ def build_case():
     }
 
 
+def cut_case():
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    rows = {"parents": tokens.int(), "depths": tokens.int()}
+    return {"tokens": tokens, **rows, "counts": torch.tensor([3, 1])}
+
+
 def walk_case():
     return {
         "tokens": torch.tensor([[1, 2, 3]]),
@@ -290,6 +320,19 @@ def move_case():
             {"scores": torch.empty(2, 4)},
             "scores has shape [2, 4], expected [2, 5]",
         ),
+        (
+            cut_draft_tree,
+            cut_case,
+            {"counts": torch.tensor([3, 0])},
+            "counts[1] is 0, expected 1 to 3",
+        ),
+        (
+            cut_draft_tree,
+            cut_case,
+            {"counts": torch.tensor([4, 1])},
+            "counts[0] is 4, expected 1 to 3",
+        ),
+        (cut_draft_tree, cut_case, {"depths": torch.zeros(2, 2).int()}, "depths has shape [2, 2]"),
         (walk_draft_tree, walk_case, {"stride": 2}, "request 0 commits more than stride = 2"),
         (walk_draft_tree, walk_case, {"stride": 0}, "stride is 0"),
         (walk_draft_tree, walk_case, {"parents": torch.zeros(1, 3).long()}, "parents has dtype"),
@@ -325,6 +368,7 @@ def test_what_does_not_fit_is_refused(function, case, change, message):
     ("operator", "case"),
     [
         ("build_draft_tree", build_case),
+        ("cut_draft_tree", cut_case),
         ("walk_draft_tree", walk_case),
         ("move_tree_path", move_case),
     ],

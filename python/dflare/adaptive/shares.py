@@ -6,6 +6,7 @@ import numpy.typing as npt
 _PER_NAT = 10  # classes of log-probabilities
 _CLASSES = 60  # anything below exp(-6) is not worth verifying
 _MEMORY = 128  # requests' steps in which what was seen fades to a third
+_AT_ONCE = 32  # of them: to learn takes as long from all as from one
 
 
 class NodePrices:
@@ -20,6 +21,8 @@ class NodePrices:
     def __init__(self) -> None:
         self._counts = np.zeros(_CLASSES)  # of nodes by log-probability, from 0 down
         self._requests = 0.0
+        self._noted: list[npt.NDArray[np.float32]] = []  # what nothing was learned from yet
+        self._least: dict[float, float] = {}  # prices that were asked for since
 
     def observe(self, log_probs: npt.NDArray[np.float32]) -> None:
         """Note what a step could verify.
@@ -27,11 +30,17 @@ class NodePrices:
         Args:
             log_probs: [bs, n] of the nodes that its requests could have.
         """
-        classes = (np.maximum(log_probs, -_CLASSES) * -_PER_NAT).astype(np.int64).ravel()
-        seen = np.bincount(np.minimum(classes, _CLASSES), minlength=_CLASSES + 1)[:_CLASSES]
-        kept = np.exp(-len(log_probs) / _MEMORY)
+        self._noted.append(log_probs)
+        requests = sum(map(len, self._noted))
+        if self._requests and requests < _AT_ONCE:
+            return
+        noted = np.concatenate([x.ravel() for x in self._noted])
+        classes = np.minimum(noted * -_PER_NAT, _CLASSES).astype(np.int64)
+        seen = np.bincount(classes, minlength=_CLASSES + 1)[:_CLASSES]
+        kept = np.exp(-requests / _MEMORY)
         self._counts = kept * self._counts + seen
-        self._requests = kept * self._requests + len(log_probs)
+        self._requests = kept * self._requests + requests
+        self._noted, self._least = [], {}
 
     def least(self, nodes: float) -> float:
         """The log-probability from which on a request has so many nodes in the mean.
@@ -39,6 +48,11 @@ class NodePrices:
         Args:
             nodes: Drafted ones.
         """
+        if nodes not in self._least:
+            self._least[nodes] = self._price(nodes)
+        return self._least[nodes]
+
+    def _price(self, nodes: float) -> float:
         up_to = np.cumsum(self._counts) / max(self._requests, 1e-9)
         wanted = int(np.searchsorted(up_to, nodes))
         if wanted == _CLASSES:

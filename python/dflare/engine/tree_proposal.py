@@ -17,8 +17,6 @@ from dflare.branch import BranchOdds
 from dflare.engine.lookups import Proposal
 from dflare.engine.tree_draft import draft_marginals
 
-_NOTHING = -1  # a token that no target says
-
 
 @dataclass(frozen=True)
 class DraftTree:
@@ -52,17 +50,10 @@ class DraftTree:
 
     def cut(self, counts: torch.Tensor) -> "DraftTree":
         """Only the first so many rows of each request, [bs] int64, at least 1."""
-        width = int(counts.max())
-        row = torch.arange(width, dtype=torch.int32)
-        there = row < counts[:, None]
-        kept = (
-            self.tokens[:, :width].where(there, _NOTHING),
-            self.parents[:, :width].where(there, row),
-            self.depths[:, :width].where(there, 0),
-        )
-        if there.all():
+        *kept, rows = ops.cut_draft_tree(self.tokens, self.parents, self.depths, counts)
+        if len(rows) == kept[0].numel():
             return DraftTree(*kept)
-        return DraftTree(*kept, counts, there.flatten().nonzero()[:, 0])
+        return DraftTree(*kept, counts, rows)
 
     def packed(self, x: torch.Tensor) -> torch.Tensor:
         """Values of all rows, [bs, n + 1], of those that are there, [N]."""
@@ -121,22 +112,41 @@ class TreeProposals:
         if arm.proposer == "lookup":
             assert look_up
             return _chains(anchors, look_up, min(arm.nodes, most), all_of_them=not batch.reqs)
-        tokens, log_probs = draft_marginals(self._worker, batch, most - 1)
+        drafts = draft_marginals(self._worker, batch, most - 1)
+        if not batch.reqs:  # start-up measures what it asks for
+            most = min(arm.nodes, most)
+        return self.merge(anchors, drafts, look_up, arm.nodes, most)
+
+    def merge(
+        self,
+        anchors: torch.Tensor,
+        drafts: tuple[torch.Tensor, torch.Tensor],
+        look_up: Proposal | None,
+        nodes: int,
+        most: int,
+    ) -> DraftTree:
+        """The best of what the drafter and a look-up propose.
+
+        Args:
+            anchors: [bs] int64.
+            drafts: tokens and log-probabilities [bs, D, K], as `ops.build_draft_tree` takes them.
+            look_up: what the text so far proposes.
+            nodes: rows of a request, in the mean if requests may differ.
+            most: rows that a request may have.
+        """
         branch: tuple[torch.Tensor, ...] = ()
         if look_up:
-            found = look_up.found[:, : most - 1].contiguous()
-            branch = self._odds.branches(found, look_up.match)
-        drafts = tokens, log_probs, most - 1
-        scores = log_probs.new_empty(len(anchors), most) if self._ragged else None
-        tree = DraftTree(*ops.build_draft_tree(anchors, *drafts, *branch, scores=scores))
+            branch = self._odds.branches(look_up.found, look_up.match)
+        shared = self._ragged and nodes < most
+        scores = drafts[1].new_empty(len(anchors), most) if shared else None
+        grown = ops.build_draft_tree(anchors, *drafts, most - 1, *branch, scores=scores)
+        tree = DraftTree(*grown)
         if scores is None:
             return tree
-        if not batch.reqs or arm.nodes >= most:  # start-up measures what it asks for
-            return tree.cut(torch.full_like(anchors, min(arm.nodes, most)))
-        drafted = scores[:, 1:]
-        self._prices.observe(drafted.numpy())
-        least = self._prices.least(arm.nodes - 1)
-        return tree.cut(1 + (drafted >= least).sum(-1))
+        log_probs = scores.numpy()  # few operations on little: NumPy's start faster than torch's
+        self._prices.observe(log_probs[:, 1:])
+        counts = (log_probs >= self._prices.least(nodes - 1)).sum(1)
+        return tree.cut(torch.from_numpy(counts))
 
     def learn(self, look_up: Proposal, right: torch.Tensor, commit_lens: torch.Tensor) -> None:
         """Learn what look-ups are worth as branches.
@@ -146,8 +156,7 @@ class TreeProposals:
             right: [bs] tokens of it that were committed before the first other one.
             commit_lens: [bs].
         """
-        known = commit_lens.where(look_up.match > 0, 0)
-        self._odds.note(look_up.match, known, right, look_up.found.shape[1])
+        self._odds.note(look_up.match, commit_lens, right, look_up.found.shape[1])
 
 
 def _chains(
@@ -155,7 +164,7 @@ def _chains(
 ) -> DraftTree:
     """Look-ups alone: so many rows, and the anchor's alone where nothing was found."""
     bs = len(anchors)
-    row = torch.arange(nodes, dtype=torch.int32).expand(bs, -1)
+    row = torch.arange(nodes, dtype=torch.int32).repeat(bs, 1)
     tokens = torch.cat((anchors[:, None], look_up.found[:, : nodes - 1]), 1)
     counts = torch.full_like(anchors, nodes)
     if not all_of_them:

@@ -31,6 +31,7 @@ from dflare.ops.block_attention import (  # noqa: E402
 from dflare.ops.decoder_layers import DecoderWeights, decoder_layers  # noqa: E402
 from dflare.ops.draft_tree import (  # noqa: E402
     build_draft_tree,
+    cut_draft_tree,
     move_tree_path,
     tree_ancestors,
     walk_draft_tree,
@@ -66,6 +67,7 @@ __all__ = [
     "check_kernels_for",
     "check_sizes",
     "check_support",
+    "cut_draft_tree",
     "decoder_layers",
     "head_argmax",
     "head_argmax_reference",

@@ -55,6 +55,26 @@ def build_draft_tree(
     )
 
 
+def cut_draft_tree(
+    tokens: Tensor, parents: Tensor, depths: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keep the first so many rows of each tree; on the CPU.
+
+    Args:
+        tokens, parents, depths: as `build_draft_tree` gives them.
+        counts: [bs] int64, from 1 to n + 1 each; the largest is W.
+
+    Returns:
+        The three with W columns, in which rows that a request does not have stand on no way from
+        the anchor: token -1, their own parents, depth 0. And [N] int64, the other rows, in the
+        order of [bs * W].
+
+    Raises:
+        RuntimeError: a shape, dtype, device, stride or count that does not fit.
+    """
+    return torch.ops.dflare.cut_draft_tree.default(tokens, parents, depths, counts)
+
+
 def walk_draft_tree(
     tokens: Tensor, parents: Tensor, target_tokens: Tensor, stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:

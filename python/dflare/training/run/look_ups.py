@@ -31,7 +31,7 @@ class LookUps(NamedTuple):
         """Let all anchors of the answer be seen."""
         count = self.found.shape[1]
         left = torch.arange(len(self.match), 0, -1).clamp(max=count)
-        odds.observe(self.match, left.where(self.match > 0, 0), torch.from_numpy(self.right), count)
+        odds.observe(self.match, left, torch.from_numpy(self.right), count)
 
 
 def look_ups(prompt: list[int], answer: list[int], count: int) -> LookUps:
