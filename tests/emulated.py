@@ -94,7 +94,13 @@ def _unique(path: Path) -> Path:
 
 
 def _compile(tree: Path, source: Path, flags: list[str]) -> Path:
-    key = repr((FLAGS, flags, _with_includes(source, tree, set())))
+    text = _with_includes(source, tree, set())
+    original = ROOT / "csrc"
+    if source.is_relative_to(tree) and text != _with_includes(
+        original / source.relative_to(tree), original, set()
+    ):
+        flags = ["-O1", *flags]  # a planted bug runs a few times: compiling it takes longer
+    key = repr((FLAGS, flags, text))
     target = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.o"
     if not target.exists():
         folders = [f"-I{tree / name}" for name in ("emulation", "cuda", "")]

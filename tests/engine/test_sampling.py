@@ -1,6 +1,5 @@
 """With temperature, the distribution of the next tokens is the target's own."""
 
-import itertools
 from collections import Counter
 
 import pytest
@@ -117,15 +116,27 @@ def test_distribution_of_three_tokens_with_look_ups(constant_pair):
     assert SAMPLES * 0.05 < accepted < SAMPLES * 1.9, "both accepting and rejecting must happen"
 
 
-def test_distribution_of_three_tokens(constant_pair):
+@pytest.fixture(scope="module")
+def drafts_alone(constant_pair):
+    """Three tokens of many samples; greedy requests, alone and beside sampled ones."""
     target, draft, model, constant = constant_pair
-    prompt = find_prompt(model, constant)
-    expected = three_tokens(model, prompt)
     sampling = SAMPLING | {"max_new_tokens": LENGTH}
+    greedy = {"temperature": 0, "max_new_tokens": 30, "ignore_eos": True}
+    hot = greedy | {"temperature": 1.5}
+    prompt, prompts = find_prompt(model, constant), [[9, 10, 11], [12, 13, 14]]
     rids = [f"sample-{i}" for i in range(SAMPLES)]
     with running_engine(target, draft, widths=(4, 2, 1, 3), random_seed=7) as engine:
-        answers = engine.generate(input_ids=[prompt] * SAMPLES, sampling_params=sampling, rid=rids)
-    assert_distribution(answers, expected)
+        return (
+            engine.generate(input_ids=[prompt] * SAMPLES, sampling_params=sampling, rid=rids),
+            engine.generate(input_ids=prompts, sampling_params=greedy),
+            engine.generate(input_ids=prompts * 2, sampling_params=[greedy, greedy, hot, hot]),
+        )
+
+
+def test_distribution_of_three_tokens(constant_pair, drafts_alone):
+    _, _, model, constant = constant_pair
+    answers, *_ = drafts_alone
+    assert_distribution(answers, three_tokens(model, find_prompt(model, constant)))
     blocks = [step["block"] for i in range(0, SAMPLES, 50) for step in proposals(f"sample-{i}")]
     assert {len(block) for block in blocks} == {1, 2, 3, 4}, "all widths must happen"
     assert {token for block in blocks for token in block[1:]} == {constant}
@@ -133,17 +144,8 @@ def test_distribution_of_three_tokens(constant_pair):
     assert SAMPLES * 0.05 < accepted < SAMPLES * 1.9, "both accepting and rejecting must happen"
 
 
-def test_greedy_and_sampled_requests_in_one_batch(constant_pair, random_pair):
+def test_greedy_and_sampled_requests_in_one_batch(drafts_alone):
     """Rows that ask for greedy stay greedy beside sampled ones."""
-    target, draft, *_ = constant_pair
-    prompts = [[9, 10, 11], [12, 13, 14]]
-    greedy = {"temperature": 0, "max_new_tokens": 30, "ignore_eos": True}
-    hot = greedy | {"temperature": 1.5}
-    with running_engine(target, draft, random_seed=3) as engine:
-        alone = engine.generate(input_ids=prompts, sampling_params=greedy)
-        mixed = engine.generate(
-            input_ids=list(itertools.chain(prompts, prompts)),
-            sampling_params=[greedy, greedy, hot, hot],
-        )
-    assert [a["output_ids"] for a in mixed[:2]] == [a["output_ids"] for a in alone]
-    assert [a["output_ids"] for a in mixed[2:]] != [a["output_ids"] for a in alone]
+    _, alone, mixed = ([answer["output_ids"] for answer in answers] for answers in drafts_alone)
+    assert mixed[:2] == alone
+    assert mixed[2:] != alone
