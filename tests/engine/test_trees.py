@@ -58,12 +58,10 @@ def test_a_served_tree_accepts_what_the_table_of_drafts_says(demo_pair, question
     assert more > 0, "trees saved no step, so nothing was shown"
 
 
+@pytest.mark.long  # test_lossless.py has the same flags, with trees behind trees in its turns
 @pytest.mark.parametrize(
     "flags",
-    [
-        pytest.param({}, marks=pytest.mark.long),
-        {"page_size": 16, "chunked_prefill_size": 64, "enable_mixed_chunk": True},
-    ],
+    [{}, {"page_size": 16, "chunked_prefill_size": 64, "enable_mixed_chunk": True}],
     ids=str,
 )
 def test_greedy_answers_with_trees_alone(demo_pair, questions, expected, flags):
