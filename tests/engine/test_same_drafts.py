@@ -65,7 +65,7 @@ def combinations(short: set[tuple], *options) -> list:
 
 @pytest.mark.parametrize(
     ("page_size", "radix", "widths"),
-    # Each page size, with and without a radix cache, at both kinds of widths.
+    # Each page size, with and without a radix cache, at both kinds of widths; one in chunks.
     combinations(
         {
             (1, True, "all-widths"),
@@ -81,9 +81,10 @@ def test_pages_and_radix_hits(random_pair, random_reference, page_size, radix, w
     prompts = random_prompts(6, 1, 150)
     shared = [prompts[0][:70] + tail for tail in random_prompts(3, 1, 60, seed=1)]
     name = f"pages-{page_size}-{radix}-{widths}"
-    with running_engine(
-        *random_pair, WIDTHS[widths], page_size=page_size, disable_radix_cache=not radix
-    ) as engine:
+    flags = {"page_size": page_size, "disable_radix_cache": not radix}
+    if page_size == 16:
+        flags["chunked_prefill_size"] = 64
+    with running_engine(*random_pair, WIDTHS[widths], **flags) as engine:
         check(engine, random_reference, prompts, 70, name)
         # The same prompts again, and others that begin alike: from the cache if there is one.
         check(engine, random_reference, prompts[:3], 20, name + "-again")
@@ -124,7 +125,8 @@ def test_radix_hits_in_answers(random_pair, random_reference, page_size):
             assert cached > len(prompt) + len(output) - 2 * page_size, "no hit in the answer"
 
 
-@pytest.mark.parametrize("page_size", [pytest.param(1, marks=pytest.mark.long), 16])
+@pytest.mark.long  # pages of 16 come in chunks above
+@pytest.mark.parametrize("page_size", [1, 16])
 def test_chunked_prefill(random_pair, random_reference, page_size):
     with running_engine(*random_pair, page_size=page_size, chunked_prefill_size=64) as engine:
         check(engine, random_reference, random_prompts(5, 100, 300), 30, f"chunked-{page_size}")
@@ -153,32 +155,27 @@ def test_retraction(random_pair, random_reference, page_size, widths):
     assert retracted, "the pool was large enough after all"
 
 
-def test_sliding_window_layers(tmp_path):
-    target = write_random_target(tmp_path / "target")
-    draft = write_random_draft(
-        tmp_path / "draft",
-        num_layers=3,
-        layer_types=("full_attention", "sliding_attention", "sliding_attention"),
-        sliding_window=24,
-    )
-    with running_engine(target, draft) as engine:
-        check(engine, ReferencePair(target, draft), random_prompts(4, 10, 120), 40, "sliding")
-
-
 def test_draft_window(random_pair, random_reference):
     turns = (1, 1, 1, 4)  # behind plain steps too
     with running_engine(*random_pair, turns, speculative_draft_window_size=32) as engine:
         check(engine, random_reference, random_prompts(4, 10, 120), 40, "window", window=32)
 
 
-def test_attention_bias_and_wide_heads(tmp_path):
+def test_sliding_layers_attention_bias_and_wide_heads(tmp_path):
     """GPT-OSS-like shapes: biased projections, heads that do not add up to the hidden size."""
     target = write_random_target(tmp_path / "target", architecture="qwen3", head_dim=32)
     draft = write_random_draft(
-        tmp_path / "draft", attention_bias=True, head_dim=64, num_heads=8, num_kv_heads=1
+        tmp_path / "draft",
+        num_layers=3,
+        layer_types=("full_attention", "sliding_attention", "sliding_attention"),
+        sliding_window=24,
+        attention_bias=True,
+        head_dim=64,
+        num_heads=8,
+        num_kv_heads=1,
     )
     with running_engine(target, draft, page_size=16) as engine:
-        check(engine, ReferencePair(target, draft), random_prompts(4, 10, 90), 40, "bias")
+        check(engine, ReferencePair(target, draft), random_prompts(4, 10, 120), 40, "shapes")
 
 
 def test_demo_pair_accepts(demo_pair, demo_reference, demo_tokenizer):
