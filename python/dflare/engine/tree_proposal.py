@@ -50,10 +50,11 @@ class DraftTree:
 
     def cut(self, counts: torch.Tensor) -> "DraftTree":
         """Only the first so many rows of each request, [bs] int64, at least 1."""
-        *kept, rows = ops.cut_draft_tree(self.tokens, self.parents, self.depths, counts)
-        if len(rows) == kept[0].numel():
-            return DraftTree(*kept)
-        return DraftTree(*kept, counts, rows)
+        cut = ops.cut_draft_tree(self.tokens, self.parents, self.depths, counts)
+        tokens, parents, depths, rows = cut
+        if len(rows) == tokens.numel():
+            return DraftTree(tokens, parents, depths)
+        return DraftTree(tokens, parents, depths, counts, rows)
 
     def packed(self, x: torch.Tensor) -> torch.Tensor:
         """Values of all rows, [bs, n + 1], of those that are there, [N]."""
