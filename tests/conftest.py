@@ -6,18 +6,16 @@ import pytest
 
 # What shares what takes long to start, or compiles the same sources, runs in one process; the
 # longest first, so that the two of `make test` end together. Any other file is a group of its own.
-_SERVERS = ("test_server.py", "test_server_end.py", "test_openapi.py", "test_swap.py")
-_ENGINE, _DEVICE, _EMULATOR = "engine", "device", "emulator"
-_LONGEST_FIRST = (_ENGINE, _DEVICE, "servers", _EMULATOR)
+_SERVERS = ("test_server.py", "test_server_api.py", "test_server_end.py", "test_swap.py")
+_LONGEST_FIRST = ("engine", "device", "servers", "emulator")
 _TOGETHER = {
     **{f"engine/{name}": "servers" for name in _SERVERS},
-    "training/test_serving.py": _ENGINE,
-    "engine": _ENGINE,
-    "cuda_path": _DEVICE,
-    "cuda_device": _DEVICE,
-    "ops": _EMULATOR,
-    "emulation": _EMULATOR,
-    "kernels": _EMULATOR,
+    "engine": "engine",
+    "cuda_path": "device",
+    "cuda_device": "device",
+    "ops": "emulator",
+    "emulation": "emulator",
+    "kernels": "emulator",
 }
 
 

@@ -1,6 +1,7 @@
 """Pairs and prompts that the engine tests share."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from checkpoints import write_random_draft, write_random_target  # noqa: E402
 from demo_answers import (  # noqa: E402
+    FEW_TOKENS,
     FLAGS,
     NEW_TOKENS,
     ask_everything,
     coming_and_going,
+    copy,
     generate,
 )
 from engines import ALL_ARMS, running_engine  # noqa: E402
 from prompts import chat_prompts  # noqa: E402
 from reference_drafter import ReferencePair  # noqa: E402
+from served import Served  # noqa: E402
+
+from dflare.adaptive.config import VARIABLE  # noqa: E402
+from dflare.engine.step_timing import TRACE_ENV  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +81,35 @@ def dflare(demo_pair, demo_tokenizer) -> dict[str, Any]:
         engine.flush_cache()
         asked["one by one"] = generate(engine, chats, concurrency=1, max_new_tokens=NEW_TOKENS)
     return asked
+
+
+@pytest.fixture(scope="session")
+def whole_blocks(demo_pair, demo_tokenizer) -> dict[str, Any]:
+    """The same pair where every step drafts and verifies the whole block."""
+    chats = chat_prompts(demo_tokenizer, 3)
+    with running_engine(*demo_pair, widths="off") as engine:
+        sampling = {"temperature": 0, "max_new_tokens": FEW_TOKENS}
+        rids = [f"whole-blocks-{i}" for i in range(len(chats))]
+        return {
+            "chats": engine.generate(input_ids=chats, sampling_params=sampling, rid=rids),
+            "copies": copy(engine, demo_tokenizer),
+        }
+
+
+@pytest.fixture(scope="session")
+def measured(demo_pair, demo_tokenizer) -> dict[str, Any]:
+    """The same pair with nothing set: step times are measured at start, and the policy chooses."""
+    with running_engine(*demo_pair, widths="on") as engine:
+        copies = [copy(engine, demo_tokenizer) for _ in range(3)]
+        aborted = coming_and_going(engine, chat_prompts(demo_tokenizer, 4), "doomed")
+    return {"copies": copies[-1], "aborted": aborted}
+
+
+@pytest.fixture(scope="session")
+def random_server(random_pair, tmp_path_factory) -> Iterator[Served]:
+    """`dflare serve` that traces its steps beside its log; test_server_end.py ends it."""
+    folder = tmp_path_factory.mktemp("server")
+    environment = {VARIABLE: '{"proposers": ["chain"]}', TRACE_ENV: str(folder / "trace")}
+    more = "--enable-metrics --max-running-requests 4"
+    with Served(*random_pair, folder / "log", more, **environment) as running:
+        yield running

@@ -38,7 +38,7 @@ _QUESTIONS = {
 }
 _PENALTIES = {"frequency_penalty": 0.4, "presence_penalty": 0.3, "repetition_penalty": 1.1}
 _GREEDY = {"temperature": 0, "max_new_tokens": 40}
-NEW_TOKENS = 64
+NEW_TOKENS, FEW_TOKENS = 64, 32
 
 
 def generate(engine, prompts, *, concurrency: int, **sampling) -> list[dict]:
@@ -71,6 +71,13 @@ def repeating(tokenizer) -> list[list[int]]:
     return [chat(tokenizer, question) for question in _REPEATING]
 
 
+def copy(engine, tokenizer) -> list[dict]:
+    """Answers that copy a text, which stands three times in the prompt, one after the other."""
+    text = tokenizer.encode(COPY + "\n")
+    prompts = [text * 3 + text[:cut] for cut in (5, 20, 35)]
+    return generate(engine, prompts, concurrency=1, max_new_tokens=80, ignore_eos=True)
+
+
 def coming_and_going(engine, prompts, rid: str) -> tuple[dict, list[dict]]:
     """One request is aborted while others join it; returns it and their answers."""
     sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS}
@@ -99,7 +106,7 @@ def coming_and_going(engine, prompts, rid: str) -> tuple[dict, list[dict]]:
 
 def ask_everything(engine, tokenizer) -> dict[str, Any]:
     """Answers by the name of what was asked."""
-    chats = chat_prompts(tokenizer, 16)
+    chats = chat_prompts(tokenizer, 10)
     return {
         "chats": generate(engine, chats, concurrency=8, max_new_tokens=NEW_TOKENS),
         "repeating": generate(

@@ -1,6 +1,6 @@
 """A real server under load: what it reports while it runs, and how it ends when it is asked to.
 
-test_server.py and test_openapi.py end theirs by killing a process.
+test_server.py and test_swap.py end theirs by killing a process.
 """
 
 import json
@@ -8,7 +8,6 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -16,8 +15,6 @@ import requests
 from served import KEY, Served, generate, processes
 
 from dflare.adaptive import AdaptiveConfig, CostTable
-from dflare.adaptive.config import VARIABLE
-from dflare.engine.step_timing import TRACE_ENV
 
 pytestmark = pytest.mark.slow
 
@@ -39,26 +36,14 @@ METRICS = {
 }
 
 
-@pytest.fixture(scope="module")
-def trace(tmp_path_factory):
-    return tmp_path_factory.mktemp("server") / "trace"
-
-
-@pytest.fixture(scope="module")
-def server(random_pair, trace) -> Iterator[Served]:
-    environment = {VARIABLE: '{"proposers": ["chain"]}', TRACE_ENV: str(trace)}
-    more = "--enable-metrics --max-running-requests 4"
-    with Served(*random_pair, trace.parent / "log", more, **environment) as running:
-        yield running
-
-
 def logged_steps(server) -> str:
     (batch_1,) = re.findall(r"step time in ms by arm, batch 1: ([^;]+);", server.log.read_text())
     return batch_1
 
 
-def test_it_measures_chooses_and_reports(server):
+def test_it_measures_chooses_and_reports(random_server):
     """Step times and a line a second in the log, Prometheus."""
+    server = random_server
     params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 200}
     body = {"input_ids": [[5, 6, 7], [8, 9]], "sampling_params": params}
     for _ in range(6):
@@ -75,7 +60,8 @@ def test_it_measures_chooses_and_reports(server):
     assert sorted(positions) == ["1", "2", "3"], "one for each drafted token of a block of four"
 
 
-def test_sigterm_under_load_lets_requests_finish_and_then_ends(server):
+def test_sigterm_under_load_lets_requests_finish_and_then_ends(random_server):
+    server = random_server
     expected = generate(server, 200).json()["output_ids"]
     answers = [generate(server, 200, stream=True).iter_lines() for _ in range(4)]
     assert all(next(lines).startswith(b"data: {") for lines in answers)
@@ -94,11 +80,12 @@ def test_sigterm_under_load_lets_requests_finish_and_then_ends(server):
     assert "Schedulers still alive" not in server.log.read_text()
 
 
-def test_it_leaves_a_trace_of_its_steps(server, trace):
+def test_it_leaves_a_trace_of_its_steps(random_server):
     """Written when it ended."""
+    trace = random_server.log.parent / "trace"
     check_step_trace(trace)
     (times,) = trace.glob("step-times-*.json")
-    logged = [float(cell.split(" ")[2]) / 1e3 for cell in logged_steps(server).split(", ")]
+    logged = [float(cell.split(" ")[2]) / 1e3 for cell in logged_steps(random_server).split(", ")]
     arms = AdaptiveConfig.for_block_size(4, proposers=["chain"]).arms
     assert CostTable.load(times, arms).seconds(1) == pytest.approx(logged, rel=0.01)
 

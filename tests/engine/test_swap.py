@@ -8,7 +8,7 @@ import requests
 import torch
 from checkpoints import write_random_draft, write_tensors
 from counting_pair import counting_drafter, rings, write_counting_target
-from served import ADMIN, CLIENT, KEY, Served
+from served import ADMIN, CLIENT, KEY, Served, kill_and_watch
 
 from dflare.engine import online_update
 from dflare.errors import DFlareError, UnsupportedError
@@ -51,7 +51,9 @@ def held_back(traffic):
 
 
 @pytest.mark.slow
-def test_a_better_drafter_goes_into_a_running_server(tmp_path):
+def test_a_better_drafter_goes_into_a_running_server_which_ends_when_its_detokenizer_is_killed(
+    tmp_path,
+):
     target = write_counting_target(tmp_path / "target")
     old, new = write_drafter(tmp_path / "old", blind), write_drafter(tmp_path / "new")
     nan = write_drafter(tmp_path / "nan", damaged)
@@ -88,6 +90,7 @@ def test_a_better_drafter_goes_into_a_running_server(tmp_path):
             with pytest.raises(DFlareError, match=f"400.*the drafter stays as it is.*{reason}"):
                 client.load(str(draft))
         assert ask(server, [3])[0][0] == again[3][0]
+        kill_and_watch(server, "sglang::detokenizer")
 
 
 class Scripted(Server):

@@ -36,16 +36,18 @@ def expected(alone, questions):
     return tokens(alone["chats"])[: len(questions)]
 
 
-def test_a_served_tree_accepts_what_the_table_of_drafts_says(demo_pair, questions):
-    """Step by step as many tokens as a walk over drafts made with PyTorch at every position."""
+def test_a_served_tree_accepts_what_the_table_of_drafts_says(demo_pair, questions, expected):
+    """The target's tokens, and step by step as many as a walk over drafts made with PyTorch."""
     sampling = {"max_new_tokens": 48, "ignore_eos": True}
     with running_engine(*demo_pair, (("tree", 12),)) as engine:
         answers = generate(engine, questions, concurrency=3, **sampling)
     drafter = load_drafter(str(demo_pair[1]))
     target = load_target(str(demo_pair[0]), drafter.config.target_layer_ids)
     more = 0
-    for prompt, answer in zip(questions, answers, strict=True):
-        table = draft_table(target, drafter, prompt, answer["output_ids"])
+    for prompt, answer, alone in zip(questions, answers, expected, strict=True):
+        ids = answer["output_ids"]
+        assert ids[: len(alone)] == alone[: len(ids)]
+        table = draft_table(target, drafter, prompt, ids)
         walked = table.tree([12])[12]
         meta = answer["meta_info"]
         assert meta["spec_verify_ct"] == len(walked)

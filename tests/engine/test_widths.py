@@ -1,9 +1,8 @@
 """Widths that change in the middle of requests change nothing else; and the real policy chooses."""
 
 import pytest
-from demo_answers import coming_and_going, tokens
+from demo_answers import tokens
 from engines import proposals, running_engine
-from prompts import chat_prompts
 
 pytestmark = pytest.mark.slow
 
@@ -26,9 +25,8 @@ def test_the_policy_finds_a_useless_drafter_out(random_pair):
     assert last.count(1) > 0.8 * len(last), last
 
 
-def test_requests_that_come_and_go_do_not_disturb_the_others(demo_pair, demo_tokenizer, alone):
+def test_requests_that_come_and_go_do_not_disturb_the_others(measured, alone):
     """The measured policy chooses while batches grow and shrink."""
-    with running_engine(*demo_pair, widths="on") as engine:
-        aborted, answers = coming_and_going(engine, chat_prompts(demo_tokenizer, 4), "doomed")
+    aborted, answers = measured["aborted"]
     assert aborted["meta_info"]["finish_reason"]["type"] == "abort"
     assert tokens(answers) == tokens(alone["chats"])[:4]

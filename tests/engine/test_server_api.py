@@ -13,7 +13,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
-from served import KEY, Served, generate, kill_and_watch
+from served import KEY, generate
 
 pytestmark = pytest.mark.slow
 
@@ -38,10 +38,9 @@ _FOUND = (
 
 
 @pytest.fixture(scope="module")
-def server(random_pair, tmp_path_factory):
-    with Served(*random_pair, tmp_path_factory.mktemp("openapi") / "log") as running:
-        running.expected = generate(running, 8).json()["output_ids"]
-        yield running
+def server(random_server):
+    random_server.expected = generate(random_server, 8).json()["output_ids"]
+    return random_server
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +111,3 @@ def test_thousands(server, operations):
     examples = int(os.environ.get("DFLARE_GENERATED", "5000")) // 40
     statuses = run(server, operations, examples)
     assert statuses[200] > examples and statuses[400] > 10 * examples, statuses
-
-
-def test_it_ends_when_its_detokenizer_is_killed(server):
-    """The last test of this file: nobody serves afterwards."""
-    kill_and_watch(server, "sglang::detokenizer")

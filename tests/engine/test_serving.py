@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from checkpoints import MASK, VOCAB_SIZE, write_random_target
+from demo_answers import FEW_TOKENS as NEW_TOKENS
 from engines import proposals, running_engine
 from prompts import chat_prompts
 from tiny_models import train_config
-from transformers import AutoTokenizer
 
-from dflare.demo import demo_draft, demo_target
 from dflare.training.data.files import Record, write_records
 from dflare.training.data.generate import Generator, Sampling
 from dflare.training.data.target import load_target
@@ -23,27 +22,19 @@ from dflare.training.run.speculate import decode
 from dflare.training.run.trainer import Trainer
 
 pytestmark = pytest.mark.slow
-NEW_TOKENS = 32
 
 
-def test_engine_and_training_code_draft_and_accept_alike():
-    folder, draft = demo_target(), demo_draft()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = chat_prompts(tokenizer, 3)
-    drafter = load_drafter(draft)
-    target = load_target(str(folder), drafter.config.target_layer_ids)
-    stop = (tokenizer.eos_token_id,)
-    expected = decode(target, drafter, prompts, NEW_TOKENS, stop)
-
-    rids = [f"training-{number}" for number in range(len(prompts))]
-    with running_engine(folder, draft, widths="off") as engine:
-        sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS}
-        answers = engine.generate(input_ids=prompts, sampling_params=sampling, rid=rids)
+def test_engine_and_training_code_draft_and_accept_alike(demo_pair, demo_tokenizer, whole_blocks):
+    drafter = load_drafter(demo_pair[1])
+    target = load_target(str(demo_pair[0]), drafter.config.target_layer_ids)
+    answers = whole_blocks["chats"]
+    prompts = chat_prompts(demo_tokenizer, len(answers))
+    expected = decode(target, drafter, prompts, NEW_TOKENS, (demo_tokenizer.eos_token_id,))
 
     steps = tokens = 0
-    for answer, rid, own in zip(answers, rids, expected, strict=True):
+    for answer, own in zip(answers, expected, strict=True):
         assert answer["output_ids"] == own.ids
-        served = [step["block"][1:] for step in proposals(rid)]
+        served = [step["block"][1:] for step in proposals(answer["meta_info"]["id"])]
         # The engine may draft once more behind the end.
         assert served[: len(own.blocks)] == own.blocks
         steps += answer["meta_info"]["spec_verify_ct"]
