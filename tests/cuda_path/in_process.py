@@ -66,7 +66,6 @@ class InProcessScheduler:
         plant: str | None = None,
         order: int | None = None,
         memory_gb: float | None = None,
-        sampling_part_bytes: int | None = None,
         rank: int = 0,
         ranks: int = 1,
         port: int | None = None,
@@ -77,10 +76,8 @@ class InProcessScheduler:
             DEVICE.set_memory_size(int(memory_gb * 1e9))
             DEVICE.set_work_limit(1 << 20)
         load_plugins()
-        if sampling_part_bytes:
-            sampling._PART_BYTES = sampling_part_bytes
         self._proposals = observers.Proposals()
-        self._widths = observers.script_widths(None if isinstance(widths, str) else widths)
+        self._script = None if isinstance(widths, str) else observers.Script(widths)
         if from_text:
             observers.draft_from_text()
         if plant:
@@ -112,6 +109,15 @@ class InProcessScheduler:
         """Let the device run work in a random legal order from now on, or at once (None)."""
         DEVICE.set_lazy(seed is not None, seed or 0)
 
+    def take(self, turns: list[Any]) -> None:
+        """Let decode steps be these in turn from now on, of what was built for `widths`."""
+        self._script.take(turns)
+
+    def sample_in_parts(self, part_bytes: int) -> int:
+        """Let sampling hold so many bytes of logits at once; returns how many it held before."""
+        before, sampling._PART_BYTES = sampling._PART_BYTES, part_bytes
+        return before
+
     def generate(
         self,
         requests: list[dict[str, Any]],
@@ -135,7 +141,8 @@ class InProcessScheduler:
             if "abort_after" in request:
                 self._aborts[request["rid"]] = request["abort_after"]
         self._polls = self._idle = 0
-        self._widths.clear()
+        ran = self._script.ran if self._script else []
+        ran.clear()
         replays = DEVICE.stats()["graph_launches"]
         if watch_races:
             DEVICE.watch_races(True)
@@ -152,8 +159,8 @@ class InProcessScheduler:
             races = list(DEVICE.races())
         return {
             "answers": answers,
-            "widths": [width for width, _ in self._widths],
-            "batches": [requests for _, requests in self._widths],
+            "widths": [width for width, _ in ran],
+            "batches": [requests for _, requests in ran],
             "replays": DEVICE.stats()["graph_launches"] - replays,
             "waits": dict(waits),
             "races": races,

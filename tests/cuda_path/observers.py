@@ -98,21 +98,25 @@ def _launched_since(before: dict[str, int]) -> tuple[int, int]:
     return made["tasks"] + made["graph_launches"], made["graph_nodes"]
 
 
-def script_widths(script: list[Turn] | None) -> list[tuple[int, int]]:
-    """Let decode steps be these in turn, unmeasured; returns those that ran: width, requests."""
-    ran: list[tuple[int, int]] = []
-    if script is None:
-        return ran
+class Script:
+    """Lets decode steps be these in turn, unmeasured.
 
-    def configure(block_size: int) -> AdaptiveConfig:
-        return configuration(script, block_size)
+    Attributes:
+        ran: width of each step that ran, and for how many requests.
+    """
 
-    def make_policy(config: AdaptiveConfig, _measure: Any) -> ArmPolicy:
-        return ScriptedPolicy(config, script, lambda *step: ran.append(step))
+    def __init__(self, turns: list[Turn]) -> None:
+        self.ran: list[tuple[int, int]] = []
 
-    DFlareWorker.configure = staticmethod(configure)
-    DFlareWorker.make_policy = staticmethod(make_policy)
-    return ran
+        def make_policy(config: AdaptiveConfig, _measure: Any) -> ArmPolicy:
+            self._policy = ScriptedPolicy(config, turns, lambda *step: self.ran.append(step))
+            return self._policy
+
+        DFlareWorker.configure = staticmethod(lambda block_size: configuration(turns, block_size))
+        DFlareWorker.make_policy = staticmethod(make_policy)
+
+    def take(self, turns: list[Turn]) -> None:
+        self._policy.take(turns)
 
 
 def draft_from_text() -> None:

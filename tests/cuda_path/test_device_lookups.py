@@ -17,6 +17,12 @@ def requests():
     return repeating("look", 5)
 
 
+@pytest.fixture(scope="module")
+def scheduler(pair):
+    with running_scheduler(*pair, widths=ALL_ARMS + LOOK_UPS, **FLAGS) as scheduler:
+        yield scheduler
+
+
 def found(result, requests) -> int:
     """Every proposal is what the request's own text says; how many steps proposed something."""
     return sum(
@@ -29,19 +35,20 @@ def found(result, requests) -> int:
     )
 
 
-def test_proposals_are_what_the_text_says(pair, requests):
-    with running_scheduler(*pair, widths=LOOK_UPS, **FLAGS) as scheduler:
-        result = scheduler.generate(requests)
-        assert found(result, requests) > 5
-        again = [request | {"rid": f"again-{request['rid']}"} for request in requests]
-        result = scheduler.generate(again)
-        assert found(result, again) > 5
-        assert any(result["answers"][r["rid"]]["cached"] > 10 for r in again)
-        scheduler.call("flush_cache")
-        scheduler.call("set_order", seed=3)
-        assert found(scheduler.generate(requests), requests) > 5
+def test_proposals_are_what_the_text_says(scheduler, requests):
+    scheduler.call("take", turns=LOOK_UPS)
+    result = scheduler.generate(requests)
+    assert found(result, requests) > 5
+    again = [request | {"rid": f"again-{request['rid']}"} for request in requests]
+    result = scheduler.generate(again)
+    assert found(result, again) > 5
+    assert any(result["answers"][r["rid"]]["cached"] > 10 for r in again)
+    scheduler.call("flush_cache")
+    scheduler.call("set_order", seed=3)
+    assert found(scheduler.generate(requests), requests) > 5
+    scheduler.call("set_order", seed=None)
 
 
-def test_every_arm_gives_the_targets_tokens_and_adds_no_wait(pair, reference, requests):
-    with running_scheduler(*pair, widths=ALL_ARMS, **FLAGS) as scheduler:
-        check_waits_and_races(scheduler, requests, reference)
+def test_every_arm_gives_the_targets_tokens_and_adds_no_wait(scheduler, reference, requests):
+    scheduler.call("take", turns=ALL_ARMS)
+    check_waits_and_races(scheduler, requests, reference)

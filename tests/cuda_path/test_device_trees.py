@@ -23,7 +23,7 @@ from test_device_features import CASES
 pytestmark = pytest.mark.slow
 
 BLOCK = 8
-TREES = [["tree", 8], ["tree", 3], ["tree", 5]]
+TREES = [["tree", 8], ["tree", 3], ["tree", 5], ["lookup", 2]]
 ALL_ARMS = [["tree", 8], 3, 1, ["tree", 5], ["lookup", 4], ["tree", 8], ["spliced", 4], 8, 1]
 FLAGS = {
     "attention_backend": "triton",
@@ -45,8 +45,8 @@ def reference(pair):
 
 @pytest.fixture(scope="module")
 def trees(pair):
-    script = [*TREES, ["lookup", 2]]
-    with running_scheduler(*pair, widths=script, **FLAGS, **GRAMMAR) as scheduler:
+    with running_scheduler(*pair, widths=TREES + ALL_ARMS, **FLAGS, **GRAMMAR) as scheduler:
+        scheduler.call("take", turns=TREES)
         yield scheduler
 
 
@@ -66,11 +66,6 @@ def test_batches_within_and_above_the_captured_sizes(trees, reference):
     trees.call("set_order", seed=3)
     check_answers(trees.generate(requests), requests, reference)
     trees.call("set_order", seed=None)
-
-
-def test_every_arm_gives_the_targets_tokens_and_adds_no_wait(pair, reference):
-    with running_scheduler(*pair, widths=ALL_ARMS, **FLAGS) as scheduler:
-        check_waits_and_races(scheduler, repeating("arms", 4), reference)
 
 
 @pytest.mark.long
@@ -107,6 +102,11 @@ def test_samples_have_their_seeds_and_limits(trees, reference):
     answers = trees.generate(requests)["answers"]
     assert answers["seed-0"]["ids"] == answers["seed-1"]["ids"]
     assert_greedy(reference, ids, answers["min-p"]["ids"])
+
+
+def test_every_arm_gives_the_targets_tokens_and_adds_no_wait(trees, reference):
+    trees.call("take", turns=ALL_ARMS)
+    check_waits_and_races(trees, repeating("arms", 4), reference)
 
 
 def test_what_cannot_mask_a_tree_is_served_chains(pair):

@@ -24,13 +24,13 @@ def test_pages(pair, reference, page):
 
 
 def test_retraction(pair, reference):
-    """Five answers of 80 tokens do not fit into 256 slots; those taken back begin again.
+    """Five answers of 36 tokens do not fit into 160 slots; those taken back begin again.
 
     SGLang takes none back that ignore their end: it knows how long they get.
     """
-    small = {"max_total_tokens": 256, "schedule_conservativeness": 0.01}
+    small = {"max_total_tokens": 160, "schedule_conservativeness": 0.01}
     with running_scheduler(*pair, widths=[3, 1, 4, 2], **small) as scheduler:
-        requests = greedy("retract", prompts(5, 20, 30, seed=90), 60)
+        requests = greedy("retract", prompts(5, 20, 30, seed=90), 36)
         for request in requests:
             request["sampling"] = request["sampling"] | {"ignore_eos": False}
         result = scheduler.generate(requests)
@@ -50,7 +50,7 @@ def test_a_draft_vocabulary(tmp_path):
     """The draft graphs of every width end with the rows of 200 tokens."""
     pair = write_pair(tmp_path, draft_vocab_size=200)
     with running_scheduler(*pair, widths=[4, 2, 1, 3]) as scheduler:
-        requests = greedy("vocabulary", prompts(3, 10, 60, seed=90), 24)
+        requests = greedy("vocabulary", prompts(3, 10, 60, seed=90), 16)
         check(scheduler.generate(requests), requests, ReferencePair(*pair))
         assert scheduler.call("report")["graph_launches"] > 0
 
@@ -73,17 +73,17 @@ def test_a_drafter_in_fp8(pair, reference):
         assert launches["jit::per_token_quant_fp8.per_token_quant_fp8"]
 
 
-def test_a_batch_that_is_sampled_in_parts(pair, reference):
+def test_a_batch_that_is_sampled_in_parts(dflare, reference):
     """Two requests at once, and one: beside free ones, greedy requests get the target's tokens."""
-    part = 2 * 4 * 4 * 512  # two requests, four tokens, float32, vocabulary
-    with running_scheduler(*pair, widths=[4, 2], sampling_part_bytes=part) as scheduler:
-        requests = greedy("part", prompts(5, 10, 60, seed=97), 24)
-        free = {"temperature": 1.0, "top_p": 0.9, "top_k": -1}
-        for name, more in (("free", {}), ("seeded", {"sampling_seed": 3})):
-            (other,) = greedy(name, [[5, 6, 7]], 24)
-            other["sampling"] |= free | more
-            check(scheduler.generate([other, *requests]), requests, reference)
-            scheduler.call("flush_cache")
+    before = dflare.call("sample_in_parts", part_bytes=2 * 4 * 4 * 512)  # two blocks, float32
+    requests = greedy("part", prompts(5, 10, 60, seed=97), 16)
+    free = {"temperature": 1.0, "top_p": 0.9, "top_k": -1}
+    for name, more in (("free", {}), ("seeded", {"sampling_seed": 3})):
+        (other,) = greedy(name, [[5, 6, 7]], 16)
+        other["sampling"] |= free | more
+        check(dflare.generate([other, *requests]), requests, reference, mixed=True)
+        dflare.call("flush_cache")
+    dflare.call("sample_in_parts", part_bytes=before)
 
 
 @pytest.mark.long

@@ -99,7 +99,7 @@ def whole_blocks(demo_pair, demo_tokenizer) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def measured(demo_pair, demo_tokenizer) -> dict[str, Any]:
     """The same pair with nothing set: step times are measured at start, and the policy chooses."""
-    with running_engine(*demo_pair, widths="on") as engine:
+    with running_engine(*demo_pair, widths="on", max_running_requests=8) as engine:
         copies = [copy(engine, demo_tokenizer) for _ in range(3)]
         aborted = coming_and_going(engine, chat_prompts(demo_tokenizer, 4), "doomed")
     return {"copies": copies[-1], "aborted": aborted}

@@ -73,11 +73,15 @@ class ScriptedPolicy(ArmPolicy):
             ran: is told the width of each step and for how many requests.
         """
         super().__init__(config, CostTable(config.arms, [StepTime(1, PLAIN, 0.001)], 1))
-        largest = config.widths[-1]
-        decisions = (_decision(turn, largest) for turn in turns)
-        script = [(_nearest(arm, config.arms), splice) for arm, splice in decisions]
-        self._script = itertools.cycle(script)
+        self._built, self._largest = config.arms, config.widths[-1]
         self._ran = ran
+        self.take(turns)
+
+    def take(self, turns: Sequence[Turn]) -> None:
+        """Go on with other turns, of what the worker is ready for."""
+        decisions = (_decision(turn, self._largest) for turn in turns)
+        script = [(_nearest(arm, self._built), splice) for arm, splice in decisions]
+        self._script = itertools.cycle(script)
 
     def choose(self, request_ids, remaining) -> Decision:
         decision = super().choose(request_ids, remaining)

@@ -58,8 +58,8 @@ def test_hundred_prompts_at_concurrency_1_and_8(demo_pair, demo_tokenizer):
     ids=str,
 )
 def test_configurations(demo_pair, demo_tokenizer, alone, flags):
-    prompts = repeating(demo_tokenizer) + chat_prompts(demo_tokenizer, 8)
-    expected = alone["repeating"] + alone["chats"][:8]
+    prompts = repeating(demo_tokenizer) + chat_prompts(demo_tokenizer, 4)
+    expected = alone["repeating"] + alone["chats"][:4]
     with running_engine(*demo_pair, ALL_ARMS, **flags) as engine:
         answers = generate(engine, prompts, concurrency=4, max_new_tokens=40)
         again = generate(engine, prompts[:6], concurrency=4, max_new_tokens=24)

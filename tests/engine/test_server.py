@@ -30,6 +30,7 @@ def server(demo_pair, tmp_path_factory):
     target, draft = map(str, demo_pair)
     flags = ["--model-path", target, *pair_args(draft)]
     flags += ["--context-length", "1024", "--max-total-tokens", "8192", "--enable-metrics"]
+    flags += ["--max-running-requests", "4"]  # larger batches are not measured at start
     with Server(flags, tmp_path_factory.mktemp("server") / "log") as running:
         running.wait_until_healthy()
         yield running

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def questions(demo_tokenizer):
-    return chat_prompts(demo_tokenizer, 6)
+    return chat_prompts(demo_tokenizer, 4)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_served_tree_accepts_what_the_table_of_drafts_says(demo_pair, question
 def test_greedy_answers_with_trees_alone(demo_pair, questions, expected, flags):
     turns = (("tree", 12), ("tree", 7), ("tree", 2), ("lookup", 2))
     with running_engine(*demo_pair, turns, **flags) as engine:
-        for concurrency in (1, 6):
+        for concurrency in (1, 4):
             answers = generate(engine, questions, concurrency=concurrency, max_new_tokens=64)
             assert tokens(answers) == expected
 
