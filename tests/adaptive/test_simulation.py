@@ -13,7 +13,7 @@ from dflare.adaptive import AdaptiveConfig
 MEASURED = Path(__file__).parents[2] / "bench/results/cpu-amd-epyc/step-times.json"
 DEMO = scenarios.measured(MEASURED, AdaptiveConfig.for_block_size(6, proposers=["chain"]).arms)
 STEP_TIMES = [
-    ("measured", DEMO, 6, 16, 4),
+    ("measured", DEMO, 6, 16, 2),
     ("cpu shape", scenarios.cpu, 8, 16, 1),
     ("gpu shape", scenarios.gpu, 16, 64, 1),
 ]

@@ -27,7 +27,7 @@ def test_decode_steps_add_no_wait(dflare, name):
         {
             "rid": f"{name}-{i}",
             "ids": ids,
-            "sampling": GREEDY | {"max_new_tokens": 24} | SAMPLINGS[name],
+            "sampling": GREEDY | {"max_new_tokens": 14} | SAMPLINGS[name],
         }
         for i, ids in enumerate(prompts(3, 5, 30, seed=9))
     ]

@@ -37,9 +37,9 @@ def test_the_default_path_of_hopper_runs(dflare, reference):
 
 @pytest.mark.parametrize("batch", [1, 3, 4, 7], ids=lambda n: f"batch{n}")
 def test_batches_within_and_above_the_captured_sizes(dflare, reference, batch):
-    requests = greedy(f"batch{batch}", prompts(batch, 5, 60, seed=batch), 24)
+    requests = greedy(f"batch{batch}", prompts(batch, 5, 60, seed=batch), 16)
     result = dflare.generate(requests)
-    assert all(len(answer["ids"]) == 24 for answer in result["answers"].values())
+    assert all(len(answer["ids"]) == 16 for answer in result["answers"].values())
     check(result, requests, reference, mixed=True)
     assert set(result["widths"]) == {1, 2, 3, 4}
     assert result["replays"] == expected_replays(result)
@@ -49,17 +49,17 @@ def test_requests_that_come_and_go(dflare, reference):
     """Batches of one to six and back, prefills between and beside decode steps."""
     requests = [
         request | {"after": 3 * i}
-        for i, request in enumerate(greedy("come", prompts(6, 5, 150, seed=20), 20))
+        for i, request in enumerate(greedy("come", prompts(6, 5, 150, seed=20), 16))
     ]
     check(dflare.generate(requests), requests, reference, mixed=True)
 
 
 def test_radix_hits_in_prompts_and_answers(dflare, reference):
-    first = greedy("radix", prompts(3, 80, 120, seed=30), 30)
+    first = greedy("radix", prompts(3, 80, 120, seed=30), 16)
     answers = dflare.generate(first)["answers"]
     turns = [r["ids"] + answers[r["rid"]]["ids"] + [7, 8, 9] for r in first]
     shared = [first[0]["ids"][:70] + tail for tail in prompts(2, 3, 30, seed=31)]
-    again = greedy("again", [*turns, *shared], 24)
+    again = greedy("again", [*turns, *shared], 12)
     result = dflare.generate(again)
     check(result, again, reference, mixed=True)
     for request, turn in zip(again, turns, strict=False):
@@ -69,12 +69,12 @@ def test_radix_hits_in_prompts_and_answers(dflare, reference):
 
 
 def test_aborted_requests_leave_the_others_alone(dflare, reference):
-    requests = greedy("abort", prompts(3, 10, 60, seed=40), 40)
+    requests = greedy("abort", prompts(3, 10, 60, seed=40), 24)
     requests[1] |= {"abort_after": 12}
     result = dflare.generate(requests)
     doomed = result["answers"]["abort-1"]
-    assert doomed["finish"]["type"] == "abort" and 12 <= len(doomed["ids"]) < 40
+    assert doomed["finish"]["type"] == "abort" and 12 <= len(doomed["ids"]) < 24
     check(result, [requests[0], requests[2]], reference, mixed=True)
     # What the radix cache keeps of the aborted one is right too.
-    follow = greedy("follow", [requests[1]["ids"] + doomed["ids"][:10]], 16)
+    follow = greedy("follow", [requests[1]["ids"] + doomed["ids"][:10]], 10)
     check(dflare.generate(follow), follow, reference, mixed=True)

@@ -15,9 +15,9 @@ FP8_TIE = 1.0  # of logits with a spread of about 4
 @pytest.mark.parametrize("page", [16, pytest.param(64, marks=pytest.mark.long)])
 def test_pages(pair, reference, page):
     with running_scheduler(*pair, widths=[3, 1, 1, 4], page_size=page) as scheduler:
-        requests = greedy("page", prompts(5, 30, 90, seed=50), 30)
+        requests = greedy("page", prompts(5, 30, 90, seed=50), 20)
         check(scheduler.generate(requests), requests, reference)
-        again = greedy("again", [requests[0]["ids"] + [7, 8]], 20)
+        again = greedy("again", [requests[0]["ids"] + [7, 8]], 12)
         result = scheduler.generate(again)
         check(result, again, reference)
         assert result["answers"]["again-0"]["cached"] >= len(requests[0]["ids"]) // page * page
@@ -99,7 +99,7 @@ def test_flashinfer_drafts_the_same(pair, reference, page):
     """Captured, with SGLang's plan for graphs, at every width; and eagerly in a larger batch."""
     settings = {"speculative_draft_attention_backend": "flashinfer", "page_size": page}
     with running_scheduler(*pair, widths=[3, 1, 4, 2], **settings) as scheduler:
-        requests = greedy("flashinfer", prompts(5, 10, 60, seed=85), 20)
+        requests = greedy("flashinfer", prompts(5, 10, 60, seed=85), 12)
         check(scheduler.generate(requests), requests, reference)
         assert scheduler.call("launches")["flashinfer::batch_prefill_paged"]
 

@@ -7,7 +7,9 @@ import json
 import re
 import signal
 import time
+from bisect import bisect_left, bisect_right
 from collections import Counter
+from operator import itemgetter
 
 import psutil
 import pytest
@@ -106,16 +108,21 @@ def test_nobody_is_left_when_the_first_process_is_killed(random_pair, tmp_path):
 def check_step_trace(folder):
     """Every part of the steps of both kinds is in the trace and, of the frequent, in the table."""
     (trace,) = (json.loads(file.read_text()) for file in folder.glob("trace-*.json"))
-    spans = [
-        (event["name"], event["ts"], event["ts"] + event["dur"], event["args"])
-        for event in trace
-        if event["ph"] == "X"
-    ]
+    spans = sorted(
+        (
+            (event["name"], event["ts"], event["ts"] + event["dur"], event["args"])
+            for event in trace
+            if event["ph"] == "X"
+        ),
+        key=itemgetter(1),
+    )
+    starts = [start for _, start, *_ in spans]
     parts_by_kind = {"plain": Counter(), "drafting": Counter()}
     inside = 0
     for name, start, end, args in spans:
         if name == "step":
-            parts = [part for part, *times, _ in spans if start <= times[0] and times[1] <= end]
+            met = spans[bisect_left(starts, start) : bisect_right(starts, end)]
+            parts = [part for part, _, last, _ in met if last <= end]
             parts_by_kind["plain" if args["width"] == 1 else "drafting"].update(parts)
             inside += len(parts) - 1
     counts = Counter(name for name, *_ in spans)
