@@ -144,10 +144,10 @@ def test_embeddings_that_are_given_go_to_sglang(body, monkeypatch):
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
     [
-        ("qwen3", "bfloat16"),  # a Llama with norms of the heads; tests/ops has either, and float32
-        pytest.param("llama", "bfloat16", marks=pytest.mark.long),
-        pytest.param("llama", "float32", marks=pytest.mark.long),
+        ("llama", "bfloat16"),  # norms of the heads, and float32: tests/ops/test_decoder_layers.py
         pytest.param("qwen3", "float32", marks=pytest.mark.long),
+        pytest.param("llama", "float32", marks=pytest.mark.long),
+        pytest.param("qwen3", "bfloat16", marks=pytest.mark.long),
     ],
 )
 def test_the_same_bits_as_layer_by_layer(tmp_path, architecture, dtype):
