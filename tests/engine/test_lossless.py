@@ -78,10 +78,10 @@ def test_bfloat16(demo_pair, demo_tokenizer):
 
 
 def test_small_pool_retracts_and_loses_nothing(demo_pair, demo_tokenizer, alone):
-    flags = {"max_total_tokens": 240, "schedule_conservativeness": 0.01}
-    prompts = chat_prompts(demo_tokenizer, 6)
+    flags = {"max_total_tokens": 320, "schedule_conservativeness": 0.01}
+    prompts = chat_prompts(demo_tokenizer, 10)
     with running_engine(*demo_pair, ALL_ARMS, **flags) as engine:
         # Two whole answers do not fit: it is enough if two requests meet, however late they come.
-        answers = generate(engine, prompts, concurrency=6, max_new_tokens=100)
-    assert cut(answers, NEW_TOKENS) == tokens(alone["chats"])[:6]
+        answers = generate(engine, prompts, concurrency=8, max_new_tokens=160)
+    assert cut(answers, NEW_TOKENS) == tokens(alone["chats"])[:10]
     assert any(answer["meta_info"]["num_retractions"] for answer in answers)
