@@ -57,7 +57,7 @@ demo: $(STAMP)  ## serve the demo pair with and without DFLARE, chat, print a ta
 # Two processes, each with whole groups (tests/conftest.py): most tests keep one core busy.
 IN_TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 
-test: $(STAMP)  ## run the tests, but for the few that take long (half an hour on two cores)
+test: $(STAMP)  ## run the tests, but for the few that take long (26 minutes on two cores)
 	$(PY) -m pytest $(IN_TWO) --durations=25 -m "not long"
 
 test-all: $(STAMP)  ## run every test
