@@ -143,3 +143,14 @@ def attend(
 
 def attention_error(device: str, case: AttentionCase, seed: int = 0, **options) -> float:
     return case.error(attend(device, case, seed, **options), tensor_cores=device != "cpu")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let CPU operators have so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -17,6 +17,7 @@ from op_devices import (
     GEMM,
     KERNELS,
     append_error,
+    threads,
 )
 
 from dflare import ops
@@ -136,15 +137,12 @@ def test_any_shape(device, dtype, head_dims, data):
 
 @pytest.mark.parametrize("rows", [1, 8, 100])
 def test_result_does_not_depend_on_the_number_of_threads(rows):
-    case, threads, outcomes = AppendCase(rows=rows, dtype=F32), torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            x = case.inputs()
+    case, outcomes = AppendCase(rows=rows, dtype=F32), []
+    for count in (1, 2, 3):
+        x = case.inputs()
+        with threads(count):
             case.call(ops.append_context_kv, x)
-            outcomes.append(torch.stack((x["k_pools"], x["v_pools"])))
-    finally:
-        torch.set_num_threads(threads)
+        outcomes.append(torch.stack((x["k_pools"], x["v_pools"])))
     assert torch.equal(outcomes[0], outcomes[1]) and torch.equal(outcomes[0], outcomes[2])
 
 

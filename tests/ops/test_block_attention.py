@@ -17,6 +17,7 @@ from op_devices import (
     KERNELS,
     attend,
     attention_error,
+    threads,
 )
 
 from dflare import ops
@@ -197,14 +198,10 @@ def test_an_empty_batch_gives_an_empty_result(device):
 
 
 @pytest.mark.parametrize("lens", [(0,), (100,), (1000,), (5, 2000, 64)], ids=str)
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_any_number_of_threads_gives_the_reference_result(lens, threads):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_any_number_of_threads_gives_the_reference_result(lens, count):
+    with threads(count):
         check("cpu", AttentionCase(lens, dtype=F32))
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("device", [CUDA])

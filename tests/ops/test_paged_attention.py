@@ -1,12 +1,9 @@
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import PagedCase
-from op_devices import ATTENTION_TOLERANCE
+from op_devices import ATTENTION_TOLERANCE, threads
 
 from dflare.ops import paged_attention, paged_attention_reference
 
@@ -82,16 +79,6 @@ def test_a_request_without_queries_may_hold_garbage():
     x["seq_lens"][1] = -7
     x["req_pool_indices"][1] = 1 << 40
     assert torch.equal(case.call(paged_attention, x), expected)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def plainly_decoded(case: PagedCase) -> torch.Tensor:
