@@ -14,6 +14,7 @@ from dflare.training.data.prompts import encode
 from dflare.training.data.target import load_target, load_tokenizer
 from dflare.training.drafter.export import export_drafter, load_drafter
 from dflare.training.run import answers as answers_of
+from dflare.training.run import evaluation_run
 from dflare.training.run.evaluation_run import run_evaluation
 
 
@@ -97,6 +98,26 @@ def test_turns_are_answered_one_after_the_other_and_the_last_is_measured(target)
         ((prompt, answer),) = answers_of.answered(model, tokenizer, [turns], 6, ())
     own = {"role": "assistant", "content": "I am well"}
     assert prompt == encode(tokenizer, [turns[0], own, turns[1]]) and answer == said[:4]
+
+
+def test_the_targets_template_is_told_what_it_is_told_in_serving(target, tmp_path):
+    draft = write_random_draft(tmp_path / "draft")
+    tokenizer = load_tokenizer(str(target))
+    asked = []
+
+    def answered(model, tokenizer, prompts, *how):
+        asked.append(encode(tokenizer, prompts[0], how[-1]))
+        return answers_of.known_answers(model, asked[-1:], 6, ())
+
+    text = "{{ messages[0]['content'] }}{% if not enable_thinking %} thought{% endif %}"
+    tokenizer.chat_template = text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation_run, "answered", answered)
+        patch.setattr(evaluation_run, "load_tokenizer", lambda _: tokenizer)
+        for thinking in ("true", "false"):
+            evaluate(draft, target, tmp_path, template=f'{{"enable_thinking": {thinking}}}')
+    plain, thought = (tokenizer.decode(ids) for ids in asked)
+    assert thought == plain + " thought"
 
 
 def test_a_broken_dflash_drafter_is_described(tmp_path):

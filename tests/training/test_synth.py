@@ -152,6 +152,7 @@ def test_what_is_written_can_be_trained_on(target, tmp_path):
     "line",
     [
         {"prompt": "hi"},
+        {"problem": "hi", "solution": "x"},  # MATH-500's
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]},
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "x"}]},
     ],
@@ -180,6 +181,69 @@ def test_a_base_model_gets_plain_text():
     tokenizer.chat_template = None
     ids = encode(tokenizer, [{"role": "user", "content": "abc"}])
     assert tokenizer.decode(ids) == "abc"
+
+
+TOOL_TEMPLATE = (
+    "{{ tools[0]['name'] }}|{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}"
+    "{% if m['reasoning_content'] %}<think>{{ m['reasoning_content'] }}</think>{% endif %}"
+    "{% for c in m['tool_calls'] %}call {{ c['function']['name'] }}{% endfor %}|{% endfor %}"
+    "assistant:{% if not enable_thinking %}<think></think>{% endif %}"
+)
+TOOL_ARGUMENTS = {"enable_thinking": False, "tools": [{"name": "weather"}]}
+TOOL_TURNS = [
+    {"role": "user", "content": "rain?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "look",
+        "tool_calls": [{"function": {"name": "weather"}}],
+    },
+    {"role": "tool", "content": "dry"},
+    {"role": "tool", "content": "warm"},
+]
+
+
+def test_thinking_tools_and_reasoning_are_as_the_template_renders_them(target, tmp_path, url):
+    """In what the target answers: a tool's result, not the turn that called it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    shutil.copytree(target, tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"messages": TOOL_TURNS}) + "\n")
+    arguments = ["--prompts", str(prompts), "--max-length", "256", "--server", url]
+    arguments += ["--template-arguments", json.dumps(TOOL_ARGUMENTS)]
+    header, record = synth(tmp_path / "target", tmp_path / "data.xz", *arguments)
+    ((start, _),) = record.answers
+    assert tokenizer.decode(record.ids[:start]) == (
+        "weather|user:rain?|assistant:<think>look</think>call weather|tool:dry|tool:warm|"
+        "assistant:<think></think>"
+    )
+    assert json.loads(header["generation"]["template_arguments"]) == TOOL_ARGUMENTS
+
+
+def test_prompts_that_differ_in_what_tools_were_called_are_two(tmp_path):
+    call = TOOL_TURNS[1] | {"tool_calls": [{"function": {"name": "clock"}}]}
+    other = [TOOL_TURNS[0], call, *TOOL_TURNS[2:]]
+    lines = [json.dumps({"messages": messages}) for messages in (TOOL_TURNS, other)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines) + "\n")
+    first, second = read_prompts(tmp_path / "p.jsonl")
+    assert key(first) != key(second)
+
+
+@pytest.mark.parametrize("given", ["[]", "{enable_thinking: false}"])
+def test_template_arguments_that_are_no_json_object_are_refused(target, tmp_path, given):
+    (tmp_path / "p.txt").write_text("hi\n")
+    arguments = ["--prompts", str(tmp_path / "p.txt"), "--template-arguments", given]
+    with pytest.raises(ConfigError, match=r"template arguments are .*expected a JSON object"):
+        synth(target, tmp_path / "data.xz", *arguments)
+
+
+def test_messages_that_a_template_refuses_are_shown():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no tools here') }}"
+    with pytest.raises(DataError, match=r'refuses .*"role": "user".*no tools here'):
+        encode(tokenizer, TOOL_TURNS[:1])
 
 
 class EchoServer(BaseHTTPRequestHandler):

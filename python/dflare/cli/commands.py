@@ -285,6 +285,9 @@ def evaluate_command(
     limit: Annotated[int | None, typer.Option(help="Prompts of each set; default all.")] = None,
     rows: Annotated[int, typer.Option(help="Prompts side by side.")] = 16,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    template_arguments: Annotated[
+        str, typer.Option(help="JSON for the target's chat template, as for `dflare synth`.")
+    ] = "{}",
 ) -> None:
     """Draft at every position of the target's answers; report accept lengths."""
     from dflare.training.run.evaluation_run import run_evaluation
@@ -297,6 +300,7 @@ def evaluate_command(
         output,
         against=against,
         check=check,
+        template=template_arguments,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         limit=limit,

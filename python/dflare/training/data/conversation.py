@@ -4,13 +4,13 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from dflare.training.data.files import Record, prompt_key
 from dflare.training.data.generate import Answer
-from dflare.training.data.prompts import Message, encode, key
+from dflare.training.data.prompts import ASKING, Message, encode, key
 
 
 class AnswersPrompts(Protocol):
@@ -29,12 +29,14 @@ class Conversation:
 
     Args:
         prompt: What was given.
+        template: Arguments of the chat template.
         ids: Tokens so far, ready for the answer.
         answers: Ranges of them that are answers.
         cut: The last answer was cut for its length.
     """
 
     prompt: list[Message]
+    template: dict[str, Any] = field(default_factory=dict)
     ids: list[int] = field(default_factory=list)
     answers: list[tuple[int, int]] = field(default_factory=list)
     cut: bool = False
@@ -47,14 +49,14 @@ class Conversation:
         return prompt_key(key(self.prompt).encode())
 
     def ask(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> bool:
-        """Go on to the next user turn without an answer; whether there is one, with room for it."""
+        """Go on to the next turn without an answer; whether there is one, with room for it."""
         while self._taken < len(self.prompt):
             self._turns.append(self.prompt[self._taken])
             self._taken += 1
-            following = self.prompt[self._taken : self._taken + 1]
-            answered = following and following[0]["role"] == "assistant"
-            if self._turns[-1]["role"] == "user" and not answered:
-                ids = encode(tokenizer, self._turns)
+            following = [turn["role"] for turn in self.prompt[self._taken : self._taken + 1]]
+            # Results of several tools are answered together.
+            if self._turns[-1]["role"] in ASKING and following not in (["assistant"], ["tool"]):
+                ids = encode(tokenizer, self._turns, self.template)
                 # What a server would be sent must go on from what the target said, token for
                 # token; where a template or a tokenizer writes it differently, it ends here.
                 if len(ids) >= max_length or ids[: len(self.ids)] != self.ids:
@@ -83,7 +85,7 @@ def converse(
     max_length: int,
     deadline: float | None = None,
 ) -> Iterator[Conversation]:
-    """Let a target answer every user turn that no answer follows, each after those before it.
+    """Let a target answer every turn of a user or tool that no answer follows, one after the other.
 
     Args:
         conversations: New ones; those whose first turn leaves no room are left out.

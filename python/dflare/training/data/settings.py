@@ -20,6 +20,10 @@ class GenerationSettings(Section):
         128, gt=0, description="Longer self-written prompts are thrown away."
     )
     seed: int = Field(0, description="Of everything drawn.")
+    template_arguments: str = Field(
+        "{}",
+        description='JSON for the target\'s chat template, such as {"enable_thinking": false}.',
+    )
 
 
 class SynthSettings(GenerationSettings):

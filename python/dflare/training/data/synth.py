@@ -14,7 +14,7 @@ from dflare.training.data.conversation import AnswersPrompts, Conversation, conv
 from dflare.training.data.files import DataFile
 from dflare.training.data.generate import Answer, Sampling
 from dflare.training.data.prompt_filter import PromptFilter
-from dflare.training.data.prompts import Message, read_lines
+from dflare.training.data.prompts import Message, read_lines, template_arguments
 from dflare.training.data.settings import SynthSettings
 from dflare.training.errors import ConfigError, DataError
 
@@ -116,6 +116,7 @@ class Synth:
         self._path, self._tokenizer, self._make_generator = path, tokenizer, make_generator
         self._settings, self._stop_ids, self.deadline = settings, stop_ids, deadline
         self._filter = PromptFilter(excluded)
+        self._template = template_arguments(settings.template_arguments)
         self._header = {
             "target": target_name,
             "vocab_size": vocab_size,
@@ -214,7 +215,10 @@ class Synth:
                 "give prompts with --prompts"
             )
         text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": _MARK}],
+            tokenize=False,
+            add_generation_prompt=True,
+            **self._template,
         )
         before, mark, after = str(text).partition(_MARK)
         if not mark:
@@ -267,7 +271,7 @@ class Synth:
         open_turns: list[Conversation] = []
         known = set(file.keys)
         for messages in prompts:
-            conversation = Conversation(messages)
+            conversation = Conversation(messages, self._template)
             if conversation.key in known or not self._filter.allows(messages):
                 continue
             known.add(conversation.key)

@@ -1,11 +1,13 @@
 """What a target answers: the text that drafters are measured on."""
 
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 from dflare.training.data.conversation import Conversation, converse
 from dflare.training.data.corpus import Corpus
 from dflare.training.data.generate import Generator, Sampling
-from dflare.training.data.prompts import Message, encode
+from dflare.training.data.prompts import ASKING, Message, encode
 from dflare.training.data.target import Target
 
 
@@ -26,19 +28,22 @@ def answered(
     stop_ids: tuple[int, ...],
     temperature: float = 0.0,
     rows: int = 16,
+    template: dict[str, Any] | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """Let the target answer conversations turn by turn; the last answers, as :func:`known_answers`.
 
-    Turns without an answer that are not the last are answered first, by the target too.
+    Turns without an answer that are not the last are answered first, by the target too;
+    ``template`` are arguments of its chat template.
     """
-    turns = max(sum(m["role"] == "user" for m in messages) for messages in prompts)
-    longest = max(len(encode(tokenizer, messages)) for messages in prompts)
+    template = template or {}
+    turns = max(sum(m["role"] in ASKING for m in messages) for messages in prompts)
+    longest = max(len(encode(tokenizer, messages, template)) for messages in prompts)
     room = longest + turns * (max_new_tokens + 8)  # 8: what a template puts around an answer
     sampling = Sampling(temperature, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
     generator = Generator(target, min(rows, len(prompts)), room, sampling)
     order = {id(messages): number for number, messages in enumerate(prompts)}
     ended = sorted(
-        converse(map(Conversation, prompts), generator, tokenizer, room),
+        converse((Conversation(p, template) for p in prompts), generator, tokenizer, room),
         key=lambda conversation: order[id(conversation.prompt)],
     )
     pairs = [(c.ids[: c.answers[-1][0]], c.ids[c.answers[-1][0] :]) for c in ended]

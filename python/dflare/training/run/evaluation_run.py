@@ -8,7 +8,7 @@ import torch
 
 from dflare.checkpoint import check_pair
 from dflare.training.data.corpus import load_corpus, split
-from dflare.training.data.prompts import read_prompts, stop_tokens
+from dflare.training.data.prompts import read_prompts, stop_tokens, template_arguments
 from dflare.training.data.target import Target, load_target, load_tokenizer, target_path
 from dflare.training.drafter.export import load_drafter
 from dflare.training.drafter.model import Drafter
@@ -68,6 +68,7 @@ def run_evaluation(
     *,
     against: str | None = None,
     check: int = 0,
+    template: str = "{}",
     max_new_tokens: int,
     temperature: float,
     limit: int | None,
@@ -85,6 +86,7 @@ def run_evaluation(
     """
     if not prompt_files and held_out is None:
         raise ConfigError("nothing to draft: give --prompts FILE, --held-out CONFIG.yaml, or both")
+    arguments = template_arguments(template)
     path = target_path(target_name)
     drafters = [_load_drafter(name, path) for name in (draft, against) if name is not None]
     where = start_ranks(device).device
@@ -95,7 +97,7 @@ def run_evaluation(
     stop_ids = stop_tokens(tokenizer, model.model.generation_config)
     how = (max_new_tokens, stop_ids, temperature, rows)
     sets = {
-        file.stem: answered(model, tokenizer, read_prompts(file)[:limit], *how)
+        file.stem: answered(model, tokenizer, read_prompts(file)[:limit], *how, arguments)
         for file in prompt_files
     }
     if held_out is not None:
