@@ -1,6 +1,7 @@
 """Whole runs: learning, resuming, splitting over ranks, exporting."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from dflare.training.data.generate import Generator, Sampling
 from dflare.training.data.slot_cache import ATTENTION
 from dflare.training.data.target import Target
 from dflare.training.drafter.export import export_size, load_drafter
+from dflare.training.errors import ConfigError
 from dflare.training.run import loop
 from dflare.training.run.clock import Clock
 from dflare.training.run.config import load_config
@@ -291,6 +293,38 @@ def test_a_dflash_export_carries_its_projection(tmp_path):
 
     tensors = load_file(tmp_path / "run/drafter/model.safetensors")
     assert tensors["fc.weight"].shape == (32, 96) and "layer_fusion_weights" not in tensors
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_another_tracker_gets_what_the_log_holds(tmp_path, monkeypatch, tracker):
+    started, logged_there, ended = [], {}, []
+
+    def log(values, step):
+        logged_there.setdefault(step, {}).update(values)
+
+    run = SimpleNamespace(log=log, finish=lambda: ended.append(True))
+    package = SimpleNamespace(init=lambda **how: started.append(how) or run)
+    monkeypatch.setitem(sys.modules, tracker, package)
+    write_data(tmp_path / "data.xz", 14)
+    config = train_config(tmp_path, run__steps=2, run__log_every=1, run__tracker=tracker)
+    train(Trainer(config, target()))
+    assert started[0]["project"] == "dflare" and started[0]["name"] == Path(config.run.output).name
+    assert started[0]["config"]["run"]["steps"] == 2 and ended == [True]
+    for line in logged(Path(config.run.output)):
+        numbers = logged_there[line["step"]]
+        assert numbers[f"{line['kind']}/accept_length"] == line["accept_length"]
+        assert numbers[f"{line['kind']}/reached/slot01"] == line["reached"][0]
+    assert not (Path(config.run.output) / "tensorboard").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    write_data(tmp_path / "data.xz", 14)
+    config = train_config(tmp_path, run__tracker="trackio")
+    trainer = Trainer(config, target())
+    with pytest.raises(ConfigError, match=r"run.tracker is trackio.*pip install trackio"):
+        train(trainer)
+    assert trainer.steps_done == 0
 
 
 def test_one_answer_is_learned_to_full_accept_length(tmp_path):

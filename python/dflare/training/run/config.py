@@ -120,6 +120,9 @@ class RunSection(Section):
         accumulate: Micro-batches a step on each rank.
         shard: Shard weights and optimizer over the ranks (FSDP2) instead of replicating (DDP).
         threads: CPU threads; none leaves PyTorch's choice.
+        tracker: ``tensorboard`` in the output folder, if it is installed, or a run of ``wandb`` or
+            ``trackio`` named like that folder, in the project ``dflare`` or what
+            ``WANDB_PROJECT`` or ``TRACKIO_PROJECT`` names.
         log_every: Steps between log lines.
         validate_every: Steps between validations; none only at the end.
         save_minutes: Minutes between snapshots to resume from.
@@ -137,6 +140,7 @@ class RunSection(Section):
     accumulate: int = Field(default=1, gt=0)
     shard: bool = False
     threads: int | None = Field(default=None, gt=0)
+    tracker: Literal["tensorboard", "wandb", "trackio"] = "tensorboard"
     log_every: int = Field(default=10, gt=0)
     validate_every: int | None = Field(default=None, gt=0)
     save_minutes: float = Field(default=10.0, gt=0)

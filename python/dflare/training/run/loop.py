@@ -36,7 +36,7 @@ def train(trainer: Trainer) -> Acceptance | None:
         TrainingError: Something is not finite, memory or disk is full; the last snapshot stays.
     """
     corpus, clock = trainer.corpus, trainer.clock
-    monitor = Monitor(trainer.folder, trainer.ranks.leads, clock.steps)
+    monitor = Monitor(trainer.config, trainer.ranks.leads, clock.steps)
     if trainer.ranks.leads:
         check_disk(trainer.folder, trainer.drafter)
     monitor.say(

@@ -1,24 +1,90 @@
-"""What a run tells while it runs: a progress bar, JSONL and, where it is installed, TensorBoard."""
+"""What a run tells while it runs: a progress bar, JSONL, and TensorBoard, wandb or trackio."""
 
+import importlib
 import json
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dflare.training.errors import ConfigError
+from dflare.training.run.config import TrainConfig
+
+
+class Tracker(Protocol):
+    """What a run of wandb is, and one of trackio."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Take in numbers of a step."""
+
+    def finish(self) -> None:
+        """Write what is left."""
+
+
+class TensorBoard:
+    """TensorBoard, spoken to as the others are.
+
+    Args:
+        folder: Of its files.
+        resumed_at: Step at which the run goes on; what was logged after it is taken out.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+
+    def __init__(self, folder: Path, resumed_at: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Purges from this step on; the line of the step that was saved last stays.
+        purge = resumed_at + 1 if resumed_at else 0
+        self._writer = SummaryWriter(str(folder), purge_step=purge)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Take in numbers of a step."""
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+
+    def finish(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+def start_tracker(config: TrainConfig, resumed_at: int) -> Tracker | None:
+    """Start what ``run.tracker`` names; none where it is TensorBoard and not installed.
+
+    Raises:
+        ConfigError: One that was asked for is not installed.
+    """
+    name, folder = config.run.tracker, Path(config.run.output)
+    if name == "tensorboard":
+        try:
+            return TensorBoard(folder / "tensorboard", resumed_at)
+        except ImportError:
+            return None  # an optional dependency; the JSONL log holds everything
+    try:
+        package = importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"run.tracker is {name}, which is not installed ({error}); run: pip install {name}"
+        ) from error
+    project = os.environ.get(f"{name.upper()}_PROJECT", "dflare")
+    settings = config.model_dump(mode="json")
+    return package.init(project=project, name=folder.name, config=settings, resume="allow")
 
 
 class Monitor:
     """Writes a run's log and shows its progress; silent on every rank but the first.
 
     Args:
-        folder: Output folder: ``log.jsonl`` and ``tensorboard/``.
+        config: Gives the output folder, for ``log.jsonl``, and the tracker.
         speaks: Whether this rank writes.
         resumed_at: Step at which the run goes on; lines logged after it are taken out.
     """
 
-    def __init__(self, folder: Path, speaks: bool, resumed_at: int = 0) -> None:
+    def __init__(self, config: TrainConfig, speaks: bool, resumed_at: int = 0) -> None:
         self._speaks = speaks
         self.console = Console(stderr=True, quiet=not speaks)
         self._progress = Progress(
@@ -31,22 +97,15 @@ class Monitor:
             disable=not speaks,
         )
         self._task = self._progress.add_task("training", total=1.0, left="")
-        self._file = folder / "log.jsonl"
-        self._board: Any = None
+        self._file = Path(config.run.output) / "log.jsonl"
+        self._tracker: Tracker | None = None
         if not speaks:
             return
         if resumed_at:
             self._drop_after(resumed_at)
         else:
             self._file.unlink(missing_ok=True)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # Purges from this step on; the line of the step that was saved last stays.
-            purge = resumed_at + 1 if resumed_at else 0
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
-        except ImportError:
-            pass  # an optional dependency; the JSONL log holds everything
+        self._tracker = start_tracker(config, resumed_at)
 
     def _drop_after(self, step: int) -> None:
         """A run that died after its last snapshot repeats steps; the log keeps one of each."""
@@ -62,11 +121,11 @@ class Monitor:
 
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
-        if self._board is not None:
-            self._board.close()
+        if self._tracker is not None:
+            self._tracker.finish()
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append a line to the log and its numbers to TensorBoard.
+        """Append a line to the log, and give its numbers to the tracker.
 
         Args:
             kind: ``train`` or ``validation``.
@@ -78,13 +137,15 @@ class Monitor:
         line = {"kind": kind, "step": step, "time": round(time.time(), 1), **values}
         with self._file.open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
-        if self._board is not None:
+        if self._tracker is not None:
+            numbers: dict[str, float] = {}
             for key, value in values.items():
                 if isinstance(value, list):
-                    for slot, share in enumerate(value, 1):
-                        self._board.add_scalar(f"{kind}/{key}/slot{slot:02d}", share, step)
+                    slots = enumerate(value, 1)
+                    numbers |= {f"{kind}/{key}/slot{slot:02d}": share for slot, share in slots}
                 else:
-                    self._board.add_scalar(f"{kind}/{key}", value, step)
+                    numbers[f"{kind}/{key}"] = value
+            self._tracker.log(numbers, step=step)
 
     def show(self, share: float, text: str, left: str) -> None:
         """Move the progress bar to a share of the run."""

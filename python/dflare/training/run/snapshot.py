@@ -24,7 +24,7 @@ FILE = "snapshot.pt"
 _FREE = {"max_minutes", "epochs", "steps"}
 # ... and these do not change what is computed, but for rounding (other code, other kernels).
 _FREE |= {"output", "device", "compile", "threads", "checkpoint_activations", "shard"}
-_FREE |= {"log_every", "validate_every", "save_minutes"}
+_FREE |= {"log_every", "validate_every", "save_minutes", "tracker"}
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
