@@ -185,6 +185,9 @@ class Counters(NamedTuple):
     copied_bytes: int
     prefetched_bytes: int
     bytes_in_flight: int
+    l2_bytes: int
+    block_l2_bytes: int
+    cluster_bytes: int
 
 
 class Emulator:
@@ -273,7 +276,7 @@ class Emulator:
 
     def counters(self, launch: int) -> Counters:
         """Of a launch of the last run, counted from 0, stand-ins of kernels included."""
-        out = (c_int64 * 8)()
+        out = (c_int64 * 11)()
         self.library.emu_counters(c_size_t(launch), out)
         return Counters(*out)
 

@@ -37,7 +37,16 @@ from bench.kernels.timing import (
 
 DTYPES = {"cuda": ("bfloat16", "float16"), "cpu": ("float32", "bfloat16")}
 SLOW_ARMS = ("compile",)  # takes longer to compile than to measure: only where it is asked for
-CUDA_ARMS = {"wgmma", "dspark", "schedule", "prologue", "gemm", "gemm+dflare", "gemm+fa3"}
+CUDA_ARMS = {
+    "wgmma",
+    "cluster",
+    "dspark",
+    "schedule",
+    "prologue",
+    "gemm",
+    "gemm+dflare",
+    "gemm+fa3",
+}
 CUDA_ARMS |= set(attention.libraries.ARMS)
 
 

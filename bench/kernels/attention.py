@@ -1,6 +1,7 @@
 """block_attention: the operator, PyTorch's ways, and what stock backends need besides attention.
 
-Arms: `dflare`, one layer with the schedule made before; `schedule`, that schedule, once a step;
+Arms: `dflare`, one layer with the schedule made before; `cluster`, the same with parts merged in
+clusters of blocks; `schedule`, that schedule, once a step;
 `eager`, norm and RoPE in PyTorch, gather, scaled_dot_product_attention; `compile`, the same under
 torch.compile; `prologue`, what the libraries' arms (libraries.py) leave out: norm, RoPE and the
 block's K/V write; `gemm`, the QKV projection that comes before; `gemm+dflare` and `gemm+fa3`, the
@@ -8,7 +9,9 @@ two together: attention launched behind attention overlaps more than it does in 
 """
 
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +24,17 @@ from bench.kernels.timing import Arm, Case, buffer_sets, kept_going, relative_er
 from dflare import ops
 from dflare.ops.reference_math import apply_rope, rms_norm
 
-ARMS = ("dflare", "schedule", "eager", "compile", "prologue", "gemm", "gemm+dflare", "gemm+fa3")
+ARMS = (
+    "dflare",
+    "cluster",
+    "schedule",
+    "eager",
+    "compile",
+    "prologue",
+    "gemm",
+    "gemm+dflare",
+    "gemm+fa3",
+)
 ARMS += libraries.ARMS
 # No output to compare, or that of another mask.
 UNCHECKED = ("schedule", "prologue", "gemm", "gemm+dflare", "gemm+fa3", "flashinfer_uniform")
@@ -145,6 +158,16 @@ def prologue(x: dict[str, Any], slots: Tensor) -> Tensor:
 compiled_prologue = torch.compile(prologue, dynamic=True)
 
 
+@contextmanager
+def clusters() -> Iterator[None]:
+    """Asks `block_attention` and its schedule for clusters of blocks."""
+    os.environ["DFLARE_CLUSTER"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["DFLARE_CLUSTER"]
+
+
 def own_makers(inputs: Inputs) -> dict[str, Callable[[], Arm]]:
     """Of all arms but the libraries'."""
     sets, pair, work = inputs.sets, inputs.pair, inputs.work
@@ -157,6 +180,19 @@ def own_makers(inputs: Inputs) -> dict[str, Callable[[], Arm]]:
         on_gpu = inputs.device == "cuda"
         made = [schedule(i) if on_gpu else None for i in range(len(sets))]
         return Arm("dflare", lambda i: call(ops.block_attention, sets[i], schedule=made[i]), work)
+
+    def clustered() -> Arm:
+        capability = torch.cuda.get_device_capability(sets[0]["qkv"].device)
+        if capability[0] not in (9, 10):
+            raise ValueError("compute capability {}.{}, needs 9.0 or 10.0".format(*capability))
+        with clusters():
+            made = [schedule(i) for i in range(len(sets))]
+
+        def run(i: int) -> Tensor:
+            with clusters():
+                return call(ops.block_attention, sets[i], schedule=made[i])
+
+        return Arm("cluster", run, work)
 
     def compiled() -> Arm:
         torch._dynamo.reset()
@@ -184,6 +220,7 @@ def own_makers(inputs: Inputs) -> dict[str, Callable[[], Arm]]:
 
     return {
         "dflare": dflare,
+        "cluster": clustered,
         "schedule": lambda: Arm("schedule", schedule, note="once a step, for all layers"),
         "eager": lambda: Arm("eager", lambda i: gather_and_attend(sets[i], inputs.context), work),
         "compile": compiled,

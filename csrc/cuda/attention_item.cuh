@@ -45,6 +45,15 @@ struct AttentionItem {
   __device__ __forceinline__ int head_of(int row) const {
     return (kv_head - token_of(row)) * p.plan.group + row;
   }
+  // Whether the blocks of all parts are in one cluster.
+  __device__ __forceinline__ bool has_cluster() const {
+    const int first = static_cast<int>(blockIdx.z) - part;
+    return parts > 1 && first / p.plan.cluster == (first + parts - 1) / p.plan.cluster;
+  }
+  // The rank of the block of a part of this one's request in its cluster.
+  __device__ __forceinline__ int rank_of(int of_part) const {
+    return static_cast<int>(blockIdx.z) % p.plan.cluster - part + of_part;
+  }
   // This block among those of its item.
   __device__ __forceinline__ int unit() const { return blockIdx.y * p.plan.row_tiles + blockIdx.x; }
 

@@ -3,7 +3,8 @@
 //
 // Each part writes its sums, maxima and normalisers to scratch and draws a ticket; the one that
 // draws the last adds all parts in order (so the result does not depend on who was last) and puts
-// the ticket back to zero for the next layer.
+// the ticket back to zero for the next layer. Parts whose blocks are in one cluster go another way
+// (attention_cluster.cuh).
 #pragma once
 
 #include "attention_tile.cuh"
@@ -36,20 +37,21 @@ struct AttentionResult {
     return item.p.partials + index * (kRows * (kHeadDim + 2));  // under 2^31, see plan_attention
   }
 
-  static __device__ __forceinline__ void write_partial(const AttentionItem& item, const Tile& t) {
+  // store(offset of two floats, values): rows of sums kStride apart, then maxima and normalisers.
+  template <int kStride, class Store>
+  static __device__ __forceinline__ void write_partial(const AttentionItem& item, const Tile& t,
+                                                       Store store) {
     if (!t.warp_has_rows(item)) return;
-    float* sums = partial(item, item.part);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = t.warp * 16 + half * 8 + t.lane / 4;
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
-        *reinterpret_cast<float2*>(sums + row * kHeadDim + j * 8 + t.lane % 4 * 2) =
-            make_float2(t.sum[j][2 * half], t.sum[j][2 * half + 1]);
+        store(row * kStride + j * 8 + t.lane % 4 * 2,
+              make_float2(t.sum[j][2 * half], t.sum[j][2 * half + 1]));
       }
       if (t.lane % 4 == 0) {
-        *reinterpret_cast<float2*>(sums + kRows * kHeadDim + row * 2) =
-            make_float2(t.maximum[half], t.normalizer[half]);
+        store(kRows * kStride + row * 2, make_float2(t.maximum[half], t.normalizer[half]));
       }
     }
   }
@@ -70,35 +72,55 @@ struct AttentionResult {
   }
 
   // How merging is shared out: a lane takes four columns of a row, 16 bytes a load, and several
-  // rows at a time, so that enough loads are in flight to be bound by L2.
+  // rows at a time, so that enough loads are in flight.
   static constexpr int kLanes = kHeadDim / 4 < 32 ? kHeadDim / 4 : 32;
   static constexpr int kVectors = kHeadDim / 4 / kLanes, kRowsInFlight = 8 / kVectors;
   static constexpr int kRowsAtOnce = kThreads / kLanes;
 
-  // Sums of some rows, over the parts so far.
+  // A row's sums over the parts so far.
   struct Merged {
-    float total[kRowsInFlight][kVectors][4] = {};
-    float highest[kRowsInFlight], weights[kRowsInFlight];
+    float total[kVectors][4] = {};
+    float highest = -INFINITY, weights = 0;
+
+    // state: maximum and normaliser of one more part.
+    __device__ __forceinline__ void add(float2 state, const float4 (&values)[kVectors]) {
+      const float before = highest;
+      highest = fmaxf(before, state.x);
+      const float offset = highest == -INFINITY ? 0.0f : highest;
+      const float shrink = ptx::exp2(before - offset);
+      const float weight = ptx::exp2(state.x - offset);
+      weights = weights * shrink + state.y * weight;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        float (&t)[4] = total[v];
+        t[0] = t[0] * shrink + values[v].x * weight;
+        t[1] = t[1] * shrink + values[v].y * weight;
+        t[2] = t[2] * shrink + values[v].z * weight;
+        t[3] = t[3] * shrink + values[v].w * weight;
+      }
+    }
+
+    __device__ __forceinline__ void write(const AttentionItem& item, int row) const {
+      const float inverse = ptx::reciprocal(weights);
+      T* out = item.output_head<T>(item.row_tile * kRows + row, kHeadDim) + merge_column();
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const float (&t)[4] = total[v];
+        *reinterpret_cast<uint2*>(out + v * kLanes * 4) =
+            make_uint2(ptx::pack<T>(t[0] * inverse, t[1] * inverse),
+                       ptx::pack<T>(t[2] * inverse, t[3] * inverse));
+      }
+    }
   };
 
   static __device__ __forceinline__ int merge_column() { return threadIdx.x % kLanes * 4; }
-
-  // Adds up all parts and writes the result.
-  static __device__ __forceinline__ void merge_parts(const AttentionItem& item) {
-    const int all_rows = min(item.rows() - item.row_tile * kRows, kRows);
-#pragma unroll 1
-    for (int first = threadIdx.x / kLanes; first < all_rows; first += kRowsInFlight * kRowsAtOnce) {
-      Merged merged;
-#pragma unroll
-      for (int r = 0; r < kRowsInFlight; ++r) merged.highest[r] = -INFINITY, merged.weights[r] = 0;
-#pragma unroll 2
-      for (int i = 0; i < item.parts; ++i) add_part(merged, partial(item, i), first);
-      write_merged(item, merged, first, all_rows);
-    }
+  static __device__ __forceinline__ int rows_of(const AttentionItem& item) {
+    return min(item.rows() - item.row_tile * kRows, kRows);
   }
 
-  static __device__ __forceinline__ void add_part(Merged& m, const float* sums, int first) {
-    float2 state[kRowsInFlight];  // maximum, normaliser
+  static __device__ __forceinline__ void add_part(Merged (&merged)[kRowsInFlight],
+                                                  const float* sums, int first) {
+    float2 state[kRowsInFlight];
     float4 values[kRowsInFlight][kVectors];
 #pragma unroll
     for (int r = 0; r < kRowsInFlight; ++r) {
@@ -112,38 +134,27 @@ struct AttentionResult {
       }
     }
 #pragma unroll
-    for (int r = 0; r < kRowsInFlight; ++r) {
-      const float before = m.highest[r];
-      m.highest[r] = fmaxf(before, state[r].x);
-      const float offset = m.highest[r] == -INFINITY ? 0.0f : m.highest[r];
-      const float shrink = ptx::exp2(before - offset);
-      const float weight = ptx::exp2(state[r].x - offset);
-      m.weights[r] = m.weights[r] * shrink + state[r].y * weight;
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        float (&t)[4] = m.total[r][v];
-        t[0] = t[0] * shrink + values[r][v].x * weight;
-        t[1] = t[1] * shrink + values[r][v].y * weight;
-        t[2] = t[2] * shrink + values[r][v].z * weight;
-        t[3] = t[3] * shrink + values[r][v].w * weight;
-      }
-    }
+    for (int r = 0; r < kRowsInFlight; ++r) merged[r].add(state[r], values[r]);
   }
 
-  static __device__ __forceinline__ void write_merged(const AttentionItem& item, const Merged& m,
-                                                      int first, int all_rows) {
+  // `shared` may be overwritten.
+  static __device__ __forceinline__ void merge_parts(const AttentionItem& item, const Tile& t,
+                                                     void* shared) {
+    float* own = partial(item, item.part);
+    write_partial<kHeadDim>(item, t, [own](int at, float2 pair) {
+      ptx::store_to_l2(reinterpret_cast<float2*>(own + at), pair);
+    });
+    if (!draw_ticket(item, shared)) return;
+    const int all_rows = rows_of(item);
+#pragma unroll 1
+    for (int first = threadIdx.x / kLanes; first < all_rows; first += kRowsInFlight * kRowsAtOnce) {
+      Merged merged[kRowsInFlight];
+#pragma unroll 2
+      for (int i = 0; i < item.parts; ++i) add_part(merged, partial(item, i), first);
 #pragma unroll
-    for (int r = 0; r < kRowsInFlight; ++r) {
-      const int row = first + r * kRowsAtOnce;
-      if (row >= all_rows) break;
-      const float inverse = ptx::reciprocal(m.weights[r]);
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        const float (&t)[4] = m.total[r][v];
-        *reinterpret_cast<uint2*>(item.output_head<T>(item.row_tile * kRows + row, kHeadDim) +
-                                  v * kLanes * 4 + merge_column()) =
-            make_uint2(ptx::pack<T>(t[0] * inverse, t[1] * inverse),
-                       ptx::pack<T>(t[2] * inverse, t[3] * inverse));
+      for (int r = 0; r < kRowsInFlight; ++r) {
+        const int row = first + r * kRowsAtOnce;
+        if (row < all_rows) merged[r].write(item, row);
       }
     }
   }

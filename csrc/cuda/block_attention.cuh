@@ -7,7 +7,7 @@
 // n parts of the context; the last part also takes the block's own keys. Context tiles are gathered
 // slot by slot (any page size): a warp holds the slots of its rows of a tile in registers, one per
 // lane, looked up a tile ahead, and hands them out by shuffle. Parts are merged in
-// attention_merge.cuh.
+// attention_merge.cuh or attention_cluster.cuh.
 //
 // Shared memory is a ring of kStages stages [K: kKeys x head_dim | V: kKeys x head_dim], swizzled
 // (tile.cuh). The context is older than the kernel before, which makes qkv (params.h), so
@@ -21,7 +21,7 @@
 #pragma once
 
 #include "attention_block.cuh"
-#include "attention_merge.cuh"
+#include "attention_cluster.cuh"
 #include "attention_tile.cuh"
 #include "launch.cuh"
 
@@ -173,8 +173,11 @@ __device__ __forceinline__ void attend_to_block_and_context(const BlockAttention
   if (item.parts == 1) {
     Result::write_output(item, tile);
   } else {
-    Result::write_partial(item, tile);
-    if (Result::draw_ticket(item, shared)) Result::merge_parts(item);
+    if constexpr (ptx::kHasClusters) {
+      if (item.has_cluster())
+        return AttentionCluster<T, kHeadDim, kWarps>::merge(item, tile, shared);
+    }
+    Result::merge_parts(item, tile, shared);
   }
 }
 
@@ -198,7 +201,8 @@ template <class T, int kHeadDim, int kWarps>
 cudaError_t launch_block_attention(const BlockAttentionParams& p, cudaStream_t stream) {
   const dim3 grid(p.plan.row_tiles, p.kv_heads, p.plan.max_items);
   return launch(block_attention_kernel<T, kHeadDim, kWarps>, grid, 32 * kWarps,
-                attention_shared_bytes(kHeadDim, kWarps), p.overlap_launch, p, stream);
+                attention_shared_bytes(kHeadDim, kWarps), p.overlap_launch, p, stream,
+                dim3(1, 1, p.plan.cluster));
 }
 
 template <class T, int kHeadDim>

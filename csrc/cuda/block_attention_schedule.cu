@@ -33,6 +33,26 @@ __device__ __forceinline__ int warp_exclusive_scan(int x) {
   return sum - x;
 }
 
+// Where each lane's parts go: behind those of the lanes before it, but at the next cluster of items
+// if they fit one and not what is left of this one, as long as there are items to spare.
+struct Places {
+  int next, spare;  // of the next lanes
+
+  // {first idle item, first item} of this lane.
+  __device__ __forceinline__ int2 take(int parts, int cluster) {
+    int2 mine = make_int2(next, next);
+    for (int lane = 0; lane < 32; ++lane) {
+      const int wanted = __shfl_sync(0xffffffffu, parts, lane);
+      const int left = cluster - next % cluster;
+      const int idle = left < wanted && wanted <= cluster && left <= spare ? left : 0;
+      if (lane == static_cast<int>(threadIdx.x)) mine = make_int2(next, next + idle);
+      next += idle + wanted;
+      spare -= idle;
+    }
+    return mine;
+  }
+};
+
 __global__ void __launch_bounds__(32)
     block_attention_schedule_kernel(const __grid_constant__ AttentionScheduleParams p) {
   const int lane = threadIdx.x;
@@ -78,21 +98,29 @@ __global__ void __launch_bounds__(32)
     records[0] = make_int4(p.batch_size, p.plan.units, p.plan.max_items, p.plan.max_partials);
   }
   int4* items = records + 1;
-  int next_item = 0, next_partial = 0;
+  const int4 idle = make_int4(-1, 0, 0, 0);
+  Places places{0, p.plan.cluster > 1 ? p.plan.wave_items - items_at(chunk) : 0};
+  int next_partial = 0;
   for (int base = 0; base < p.batch_size; base += 32) {
     const int request = base + lane;
     const int parts = request < p.batch_size ? attention_parts(tiles_of(request), chunk) : 0;
     const int partials = parts > 1 ? parts : 0;
-    const int item = next_item + warp_exclusive_scan(parts);
     const int partial = next_partial + warp_exclusive_scan(partials);
-    for (int part = 0; part < parts; ++part) {
-      items[item + part] = make_int4(request, part, parts, partial);
+    int2 mine = make_int2(0, 0);
+    if (p.plan.cluster > 1) {
+      mine = places.take(parts, p.plan.cluster);
+    } else {
+      mine.x = mine.y = places.next + warp_exclusive_scan(parts);
+      places.next += warp_sum(parts);
     }
-    next_item += warp_sum(parts);
+    for (int item = mine.x; item < mine.y; ++item) items[item] = idle;
+    for (int part = 0; part < parts; ++part) {
+      items[mine.y + part] = make_int4(request, part, parts, partial);
+    }
     next_partial += warp_sum(partials);
   }
-  for (int item = next_item + lane; item < p.plan.max_items; item += 32) {
-    items[item] = make_int4(-1, 0, 0, 0);
+  for (int item = places.next + lane; item < p.plan.max_items; item += 32) {
+    items[item] = idle;
   }
   int32_t* tickets = p.schedule + 4 * (1 + p.plan.max_items);
   for (int i = lane; i < p.plan.max_partials * p.plan.units; i += 32) tickets[i] = 0;

@@ -4,6 +4,9 @@
 #include "../contract/checker.h"
 #include "params.h"
 
+#include <cstdlib>
+#include <cstring>
+
 #include <cuda/torch_device.h>
 
 namespace dflare::cuda {
@@ -45,6 +48,13 @@ inline bool overlaps_launches(const Checker& check) {
               device_attribute(check, cudaDevAttrComputeCapabilityMinor),
               ", the kernels need 8.0 or later");
   return major >= 9;
+}
+
+// Whether an environment variable is 1: asks for what no GPU has measured. Read at every call, so
+// that a benchmark can measure both.
+inline bool asked_for(const char* variable) {
+  const char* value = std::getenv(variable);
+  return value != nullptr && std::strcmp(value, "1") == 0;
 }
 
 }  // namespace dflare::cuda

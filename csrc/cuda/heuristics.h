@@ -17,6 +17,7 @@ constexpr int kMaxContext = 1 << 24;  // tokens; keeps the products of tiles and
 struct DeviceLimits {
   int sm_count;
   int shared_memory_per_sm;  // bytes
+  bool clusters;             // blocks may reach each other's shared memory, and shall
 };
 
 template <class Int>
@@ -185,7 +186,26 @@ struct AttentionPlan {
   int wave_items;     // items that the device runs at once
   int max_items;      // grid size: an item is one request's part of the context, or idle
   int max_partials;   // items of requests that are cut, whose partial results need scratch
+  int cluster;        // items in a row whose blocks form clusters; 1: none do
 };
+
+// Lets items in a row form clusters, whose blocks merge a request's parts through each other's
+// shared memory (attention_cluster.cuh). A GPU has clusters of eight blocks at most, all on one
+// group of its SMs, of which the smallest is taken to have 16. A cluster has room for one or more
+// requests with their share of a wave each, and a batch gets clusters where that holds all of it:
+// so no request is cut into fewer parts than it would be without. On an H100 and for 8 units these
+// are batches of up to 16, but for 11.
+constexpr void plan_clusters(AttentionPlan& plan, int batch_size, int resident, int sm_count) {
+  constexpr int kMost = 8, kGroup = 16;
+  const int share = batch_size > 0 ? plan.wave_items / batch_size : 0;
+  if (share < 2) return;
+  const int size = share < kMost ? kMost / share * share : kMost;
+  const int held = sm_count / kGroup * (kGroup * resident / size) / plan.units;
+  const int clusters = held < plan.wave_items / size ? held : plan.wave_items / size;
+  if (clusters * size < batch_size * (share < kMost ? share : kMost)) return;
+  plan.cluster = size;
+  plan.wave_items = plan.max_items = plan.max_partials = clusters * size;
+}
 
 // A batch smaller than a wave is cut into one wave of equal parts. A larger one is cut as if into
 // two waves, so that the last wave's stragglers are short; chunks have at least a (2 * wave)th of
@@ -209,6 +229,8 @@ constexpr AttentionPlan plan_attention(int batch_size, int block_size, int num_h
   const bool fits_one_wave = batch_size <= plan.wave_items;
   plan.max_items = fits_one_wave ? plan.wave_items : batch_size + 2 * plan.wave_items;
   plan.max_partials = fits_one_wave ? plan.wave_items : 4 * plan.wave_items;
+  plan.cluster = 1;
+  if (device.clusters) plan_clusters(plan, batch_size, resident, device.sm_count);
   return plan;
 }
 

@@ -11,10 +11,11 @@ namespace dflare {
 // overlap_prior the grid may start while the kernel before it in the stream still runs
 // (programmatic dependent launch; needs sm_90), so the kernel itself must call
 // ptx::wait_for_prior_kernels in every thread block before it touches anything that may be
-// changing.
+// changing. Blocks of a cluster start together (sm_90); the grid is a multiple of it.
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
-                   bool overlap_prior, const Params& params, cudaStream_t stream) {
+                   bool overlap_prior, const Params& params, cudaStream_t stream,
+                   dim3 cluster = dim3(1)) {
   constexpr int kWithoutOptIn = 48 * 1024;
   if (shared_bytes > kWithoutOptIn) {
     const cudaError_t error =
@@ -22,18 +23,27 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_by
                              cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
-  attributes[0].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[3] = {};
+  unsigned count = 0;
+  attributes[count].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+  attributes[count++].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+  if (overlap_prior) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster.x * cluster.y * cluster.z > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = cluster.x;
+    attributes[count].val.clusterDim.y = cluster.y;
+    attributes[count++].val.clusterDim.z = cluster.z;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = overlap_prior ? 2 : 1;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 

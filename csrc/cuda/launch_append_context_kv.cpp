@@ -1,8 +1,6 @@
 // torch.ops.dflare.append_context_kv on CUDA.
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 
 #include "../contract/append_context_kv.h"
 #include "checks.h"
@@ -40,12 +38,10 @@ ContextKvOutput output_params(const Arguments& x) {
   return out;
 }
 
-// Whether DFLARE_WGMMA=1 asks for the projection that sm_90 alone can run, on such a device. Read
-// at every call, so that a benchmark can measure both.
+// Whether DFLARE_WGMMA=1 asks for the projection that sm_90 alone can run, on such a device.
 bool wants_wgmma(const Checker& check) {
-  const char* wanted = std::getenv("DFLARE_WGMMA");
-  if (wanted == nullptr || std::strcmp(wanted, "1") != 0) return false;
-  return device_attribute(check, cudaDevAttrComputeCapabilityMajor) == 9;
+  return asked_for("DFLARE_WGMMA") &&
+         device_attribute(check, cudaDevAttrComputeCapabilityMajor) == 9;
 }
 
 // Projects `fused` and writes it to the pools, in one kernel or by way of a GEMM.

@@ -7,10 +7,18 @@
 namespace dflare::cuda {
 namespace {
 
+// Whether DFLARE_CLUSTER=1 asks for clusters, on a device that has them: the consumer parts (12.x)
+// are left out, whose SMs hold one block each.
+bool wants_clusters(const Checker& check) {
+  const int major = device_attribute(check, cudaDevAttrComputeCapabilityMajor);
+  return asked_for("DFLARE_CLUSTER") && (major == 9 || major == 10);
+}
+
 AttentionPlan plan(const Checker& check, int64_t batch_size, int64_t block_size, int64_t num_heads,
                    int64_t kv_heads, int64_t head_dim) {
   const DeviceLimits limits{device_attribute(check, cudaDevAttrMultiProcessorCount),
-                            device_attribute(check, cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+                            device_attribute(check, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                            wants_clusters(check)};
   return plan_attention(static_cast<int>(batch_size), static_cast<int>(block_size),
                         static_cast<int>(num_heads), static_cast<int>(kv_heads),
                         static_cast<int>(head_dim), limits);

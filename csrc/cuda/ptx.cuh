@@ -204,6 +204,50 @@ __device__ __forceinline__ uint4 load_from_l2(const uint4* global) {
   return v;
 }
 
+// Writes what other thread blocks read from L2.
+__device__ __forceinline__ void store_to_l2(float2* global, float2 v) {
+  asm volatile("st.global.cg.v2.f32 [%0], {%1, %2};\n" ::"l"(global), "f"(v.x), "f"(v.y)
+               : "memory");
+}
+
+// Whether the two functions below are there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+inline constexpr bool kHasClusters = true;
+#else
+inline constexpr bool kHasClusters = false;
+#endif
+
+// Waits for all threads of the cluster's blocks that have not exited. What they wrote before, to
+// shared memory too, is visible to all after it.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;\n" ::
+          : "memory");
+}
+
+// Reads the shared memory of the cluster's block of this rank: what lies where `own` is in this
+// block's. Loads that stand in a row are in flight together.
+template <class Vector>
+__device__ __forceinline__ Vector load_from_cluster(SharedAddress own, int rank) {
+  static_assert(sizeof(Vector) == 8 || sizeof(Vector) == 16, "float2 or float4");
+  SharedAddress there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(there) : "r"(own), "r"(rank));
+  Vector v;
+  if constexpr (sizeof(Vector) == 8) {
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];\n"
+                 : "=f"(v.x), "=f"(v.y)
+                 : "r"(there)
+                 : "memory");
+  } else {
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(there)
+                 : "memory");
+  }
+  return v;
+}
+
 // Programmatic dependent launch (sm_90 and up; plain stream order below): lets the next kernel of
 // the stream start, if it was launched for that, as soon as every block of this grid has called it.
 __device__ __forceinline__ void launch_dependents() {

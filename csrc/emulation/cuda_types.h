@@ -43,6 +43,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeProgrammaticStreamSerialization,
   cudaLaunchAttributePreferredSharedMemoryCarveout,
+  cudaLaunchAttributeClusterDimension,
 };
 enum { cudaSharedmemCarveoutDefault = -1, cudaSharedmemCarveoutMaxShared = 100 };
 using cudaStream_t = void*;
@@ -52,6 +53,9 @@ struct cudaLaunchAttribute {
   union {
     int programmaticStreamSerializationAllowed;
     int sharedMemCarveout;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {

@@ -74,13 +74,27 @@ inline float exp2(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
 inline int atomic_add_acq_rel(int* global, int value) {
+  emulation::count_l2(sizeof(int));
   const int old = *global;
   *global += value;
   return old;
 }
-inline float2 load_from_l2(const float2* global) { return *global; }
-inline float4 load_from_l2(const float4* global) { return *global; }
-inline uint4 load_from_l2(const uint4* global) { return *global; }
+template <class Vector>
+Vector load_from_l2(const Vector* global) {
+  emulation::count_l2(sizeof(Vector));
+  return *global;
+}
+inline void store_to_l2(float2* global, float2 value) {
+  emulation::count_l2(sizeof(value));
+  *global = value;
+}
+
+inline constexpr bool kHasClusters = true;
+inline void cluster_barrier() { emulation::cluster_barrier(); }
+template <class Vector>
+Vector load_from_cluster(SharedAddress own, int rank) {
+  return *static_cast<const Vector*>(emulation::shared_memory_of(own, rank, sizeof(Vector)));
+}
 
 // ------------------------------------------------------------ tensor cores
 

@@ -58,6 +58,54 @@ void block_barrier() {
   });
 }
 
+void open_if_all_wait(Cluster& cluster) {
+  if (cluster.at_barrier == 0 || cluster.at_barrier < cluster.live) return;
+  cluster.at_barrier = 0;
+  ++cluster.barriers;
+  for (Block* block : cluster.blocks) {
+    if (block == nullptr) continue;
+    for_each_thread(*block, [](Thread& t) {
+      if (t.state == State::kAtClusterBarrier) make_ready(t);
+    });
+  }
+}
+
+void cluster_barrier() {
+  Cluster& cluster = *machine().running->warp->block->cluster;
+  ++cluster.at_barrier;
+  machine().running->state = State::kAtClusterBarrier;
+  open_if_all_wait(cluster);
+  suspend(machine().running->state);
+}
+
+const void* shared_memory_of(uintptr_t own, int rank, size_t bytes) {
+  Block& self = *machine().running->warp->block;
+  const Cluster& cluster = *self.cluster;
+  const auto offset = own - reinterpret_cast<uintptr_t>(self.shared);
+  if (offset + bytes > self.shared_bytes) fail("an address beyond the block's shared memory");
+  if (rank < 0 || rank >= static_cast<int>(cluster.blocks.size())) {
+    fail("a rank beyond the cluster");
+  }
+  if (cluster.barriers == 0) {
+    fail("reads another block's shared memory before a cluster barrier: it may not have started");
+  }
+  Block* other = cluster.blocks[rank];
+  if (other == nullptr) fail("reads the shared memory of a block that has ended");
+  if (other != &self) {
+    other->read_behind = cluster.barriers;
+    self.grid->counters.cluster_bytes += static_cast<int64_t>(bytes);
+  }
+  return other->shared + offset;
+}
+
+void count_l2(size_t bytes) {
+  Block& block = *machine().running->warp->block;
+  block.l2_bytes += static_cast<int64_t>(bytes);
+  Counters& c = block.grid->counters;
+  c.l2_bytes += static_cast<int64_t>(bytes);
+  c.block_l2_bytes = std::max(c.block_l2_bytes, block.l2_bytes);
+}
+
 void warp_operation(const char* name, void* operand, WarpOperation operate) {
   Thread& self = *machine().running;
   Warp& warp = *self.warp;

@@ -16,8 +16,9 @@
 // as errors: out-of-bounds and misaligned accesses, lanes of a warp in different warp-wide
 // operations, threads that exit while others wait for them, deadlocks, overlapped blocks that exit
 // without having waited for the kernel before, overlapped grids whose split of an SM's memory
-// differs from that of the grid before, copies after launch_dependents. Not seen: the memory model,
-// time. sm_90a's own units are in hopper.h.
+// differs from that of the grid before, copies after launch_dependents, reads of another block's
+// shared memory that no cluster barrier keeps apart from its start or end. Not seen: the memory
+// model, time. sm_90a's own units are in hopper.h.
 #pragma once
 
 #include <cuda_types.h>
@@ -30,7 +31,7 @@
 namespace dflare::emulation {
 
 struct Launch {
-  dim3 grid, block;
+  dim3 grid, block, cluster = {};
   size_t shared_bytes = 0;
   bool overlap_prior = false;
   bool may_wait = true;        // for the kernel before, although it was not launched to overlap it
@@ -49,6 +50,9 @@ struct Counters {
   int64_t sectors = 0, copied_bytes = 0;    // that copies read
   int64_t prefetched_bytes = 0;             // asked into L2, of all blocks
   int64_t bytes_in_flight = 0;  // copies requested and not waited for, most of any block
+  int64_t l2_bytes = 0;         // that threads load and store past L1
+  int64_t block_l2_bytes = 0;   // the same, most of any block
+  int64_t cluster_bytes = 0;    // loaded from the shared memory of other blocks
 };
 
 // Of the index-th launch of the last synchronize().
@@ -75,6 +79,15 @@ void cp_async(void* shared, const void* global, bool valid);
 void prefetch(const void* global, size_t bytes);
 void cp_async_commit();
 void cp_async_wait(int pending);
+
+void count_l2(size_t bytes);
+
+// Blocks of a cluster start together. All threads of those that have not ended meet at the barrier.
+// Another block's shared memory, by where its place would be in this block's, exists from the first
+// such barrier on (the other block has started then), and until the other block ends, which must be
+// behind another one.
+void cluster_barrier();
+const void* shared_memory_of(uintptr_t own, int rank, size_t bytes);
 
 void wait_for_prior_kernels();
 

@@ -70,7 +70,7 @@ int emu_produce(void* to, const void* from, size_t bytes) {
                         nullptr);
 }
 // Of the index-th launch of the last run: the fields of emulation::Counters in order.
-void emu_counters(size_t index, int64_t (&out)[8]) {
+void emu_counters(size_t index, int64_t (&out)[11]) {
   const dflare::emulation::Counters c = dflare::emulation::counters(index);
   static_assert(sizeof(c) == sizeof(out));
   std::memcpy(out, &c, sizeof(out));

@@ -22,7 +22,15 @@ struct Block;
 struct Thread;
 struct Warp;
 
-enum class State { kReady, kInWarpOperation, kAtBarrier, kAtMbarrier, kAwaitingKernels, kDone };
+enum class State {
+  kReady,
+  kInWarpOperation,
+  kAtBarrier,
+  kAtClusterBarrier,
+  kAtMbarrier,
+  kAwaitingKernels,
+  kDone
+};
 
 struct AsyncCopy {
   void* shared;
@@ -93,11 +101,21 @@ struct Warp {
 
 struct Grid {
   Launch launch;
-  std::vector<unsigned> order;  // in which its blocks start
-  size_t started = 0, finished = 0;
-  const Grid* prior = nullptr;  // the one before it in the stream
+  std::vector<unsigned> order;       // in which its clusters start; usually each is one block
+  size_t started = 0, finished = 0;  // clusters, blocks
+  const Grid* prior = nullptr;       // the one before it in the stream
   Counters counters;
-  bool done() const { return finished == order.size(); }
+  size_t blocks() const { return size_t{launch.grid.x} * launch.grid.y * launch.grid.z; }
+  size_t cluster_size() const {
+    return size_t{launch.cluster.x} * launch.cluster.y * launch.cluster.z;
+  }
+  bool done() const { return finished == blocks(); }
+};
+
+struct Cluster {
+  std::vector<Block*> blocks;    // by rank; null: it has ended
+  int live = 0, at_barrier = 0;  // threads
+  int barriers = 0;              // that they have passed
 };
 
 struct Block {
@@ -107,6 +125,9 @@ struct Block {
   size_t shared_bytes = 0;
   int threads = 0, live = 0, at_barrier = 0;
   bool waited = false;
+  std::shared_ptr<Cluster> cluster;
+  int read_behind = 0;  // so many of the cluster's barriers others have read its shared memory
+  int64_t l2_bytes = 0;
   std::map<uintptr_t, Mbarrier> mbarriers;
   std::vector<BoxCopy> box_copies;
   int64_t in_flight = 0, most_in_flight = 0;  // bytes of box copies
@@ -145,6 +166,9 @@ void suspend(State state);
 // ------------------------------------------------------------ for all
 
 void make_ready(Thread& thread);
+
+// A thread of the cluster has come to its barrier or ended: opens it if all others have, too.
+void open_if_all_wait(Cluster& cluster);
 
 // Passes through shared memory of 32 lanes' 16-byte accesses: eight lanes at a time, in as many
 // passes as pieces of theirs lie in one of the eight 16-byte columns of the banks. 0: no access.

@@ -57,11 +57,9 @@ bool may_start(size_t index) {
   return true;
 }
 
-void start_block(Grid& grid) {
+std::unique_ptr<Block> make_block(Grid& grid, dim3 index) {
   Machine& m = machine();
   auto block = std::make_unique<Block>();
-  const unsigned linear = grid.order[grid.started++];
-  const dim3 dims = grid.launch.grid;
   block->grid = &grid;
   block->threads = block->live = static_cast<int>(grid.launch.block.x);
   block->shared_bytes = grid.launch.shared_bytes;
@@ -82,8 +80,7 @@ void start_block(Grid& grid) {
       m.idle_threads.pop_back();
       thread->warp = &warp;
       thread->thread_index = dim3(static_cast<unsigned>(w) * 32 + lane, 0, 0);
-      thread->block_index =
-          dim3(linear % dims.x, linear / dims.x % dims.y, linear / dims.x / dims.y);
+      thread->block_index = index;
       thread->waited = thread->launched_dependents = false;
       thread->copies = 0;
       thread->in_flight = thread->most_in_flight = thread->uncommitted_bytes = 0;
@@ -94,12 +91,34 @@ void start_block(Grid& grid) {
       warp.threads.push_back(std::move(thread));
     }
   }
-  for_each_thread(*block, make_ready);
-  m.resident_threads += block->threads;
-  m.resident.push_back(std::move(block));
+  return block;
 }
 
-void start_blocks() {
+// The index-th coordinates of a grid.
+dim3 coordinates(unsigned index, dim3 dims) {
+  return dim3(index % dims.x, index / dims.x % dims.y, index / dims.x / dims.y);
+}
+
+void start_cluster(Grid& grid) {
+  Machine& m = machine();
+  const dim3 size = grid.launch.cluster, dims = grid.launch.grid;
+  const dim3 at = coordinates(grid.order[grid.started++],
+                              dim3(dims.x / size.x, dims.y / size.y, dims.z / size.z));
+  const auto cluster = std::make_shared<Cluster>();
+  for (unsigned rank = 0; rank < grid.cluster_size(); ++rank) {
+    const dim3 in = coordinates(rank, size);
+    auto block =
+        make_block(grid, dim3(at.x * size.x + in.x, at.y * size.y + in.y, at.z * size.z + in.z));
+    block->cluster = cluster;
+    cluster->blocks.push_back(block.get());
+    cluster->live += block->threads;
+    for_each_thread(*block, make_ready);
+    m.resident_threads += block->threads;
+    m.resident.push_back(std::move(block));
+  }
+}
+
+void start_clusters() {
   Machine& m = machine();
   while (true) {
     std::vector<size_t> startable;
@@ -109,9 +128,11 @@ void start_blocks() {
     }
     if (startable.empty()) return;
     const size_t pick = m.chance(m.prefer_later) ? startable.back() : startable.front();
-    const bool fits = m.resident_threads + m.grids[pick].launch.block.x <= m.most_resident_threads;
+    const Grid& grid = m.grids[pick];
+    const size_t threads = grid.launch.block.x * grid.cluster_size();
+    const bool fits = m.resident_threads + threads <= m.most_resident_threads;
     if (!fits && !m.resident.empty()) return;
-    start_block(m.grids[pick]);
+    start_cluster(m.grids[pick]);
   }
 }
 
@@ -143,6 +164,13 @@ void finish_block(Block& block) {
   }
   m.error = unfinished(block);
   if (!m.error.empty()) return;
+  auto& blocks = block.cluster->blocks;
+  if (block.read_behind > 0 && block.read_behind == block.cluster->barriers) {
+    m.error =
+        "a block ends although others have read its shared memory since the last cluster barrier";
+    return;
+  }
+  *std::find(blocks.begin(), blocks.end(), &block) = nullptr;
   ++block.grid->finished;
   count_copies(block);
   m.resident_threads -= block.threads;
@@ -199,10 +227,13 @@ void step(Warp& warp) {
     blockIdx = thread.block_index;
     dflare_switch_stack(&m.stack_pointer, thread.stack_pointer);
     if (!m.error.empty()) return;
-    if (thread.state == State::kDone && --block.live == 0) {
-      finish_block(block);
-      return;
-    }
+    if (thread.state != State::kDone) continue;
+    const auto cluster = block.cluster;
+    const bool ended = --block.live == 0;
+    if (ended) finish_block(block);
+    --cluster->live;
+    open_if_all_wait(*cluster);
+    if (ended) return;
   }
 }
 
@@ -215,6 +246,8 @@ std::string describe_deadlock() {
             return std::string("deadlock: waits for the other lanes in ") + warp.operation_name +
                    describe(*thread);
           case State::kAtBarrier: return "deadlock: waits at the block barrier" + describe(*thread);
+          case State::kAtClusterBarrier:
+            return "deadlock: waits at the cluster barrier" + describe(*thread);
           case State::kAtMbarrier:
             return "deadlock: waits for a phase of a barrier" + describe(*thread);
           case State::kAwaitingKernels:
@@ -249,7 +282,7 @@ void prepare(uint64_t seed) {
   m.grids.clear();
   for (Launch& launch : m.queue) {
     Grid grid{.launch = std::move(launch), .order = {}};
-    grid.order.resize(size_t{grid.launch.grid.x} * grid.launch.grid.y * grid.launch.grid.z);
+    grid.order.resize(grid.blocks() / grid.cluster_size());
     std::iota(grid.order.begin(), grid.order.end(), 0u);
     std::shuffle(grid.order.begin(), grid.order.end(), m.random);
     m.grids.push_back(std::move(grid));
@@ -269,7 +302,7 @@ void prepare(uint64_t seed) {
 void run() {
   Machine& m = machine();
   while (m.error.empty()) {
-    start_blocks();
+    start_clusters();
     if (m.resident.empty()) return;
     if (m.under_way > 0 && (m.ready.empty() || m.chance(m.land_often))) {
       land_one_of(*m.resident[m.below(m.resident.size())]);

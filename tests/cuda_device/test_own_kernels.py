@@ -31,8 +31,8 @@ def probe(launch: str = LAUNCH, **asked: int) -> int:
     """Launches a kernel by csrc/cuda/launch.cuh; the CUDA error that comes back."""
     library = ctypes.CDLL(str(build_probe(launch)))
     out = torch.zeros(4, dtype=torch.int32, device="cuda")
-    given = {"blocks": 4, "threads": 64, "shared_bytes": 0, "overlap": 0, "waits": 0} | asked
-    error = library.probe(ctypes.c_void_p(out.data_ptr()), *given.values())
+    given = {"blocks": 4, "threads": 64, "shared_bytes": 0, "overlap": 0, "waits": 0, "cluster": 1}
+    error = library.probe(ctypes.c_void_p(out.data_ptr()), *(given | asked).values())
     if error == 0:
         assert out.tolist() == [1, 1, 1, 1]
     ctypes.CDLL(None).cudaGetLastError()  # or the next call of PyTorch reports it
@@ -46,7 +46,13 @@ def planted(before: str, after: str) -> str:
 
 @pytest.mark.parametrize(
     "asked",
-    [{}, {"shared_bytes": 48 << 10}, {"shared_bytes": 200 << 10}, {"overlap": 1, "waits": 1}],
+    [
+        {},
+        {"shared_bytes": 48 << 10},
+        {"shared_bytes": 200 << 10},
+        {"overlap": 1, "waits": 1},
+        {"cluster": 2},
+    ],
     ids=str,
 )
 def test_a_launch_that_a_gpu_would_take(asked: dict[str, int]) -> None:
@@ -58,6 +64,7 @@ def test_a_launch_that_a_gpu_would_take(asked: dict[str, int]) -> None:
     [
         ({"blocks": 0}, "an empty grid or block"),
         ({"threads": 1056}, "more than 1024 threads a block"),
+        ({"cluster": 3}, "a grid that is no whole number of them"),
         ({"shared_bytes": 228 << 10}, "233472 bytes of dynamic shared memory asked for"),
     ],
     ids=str,
@@ -77,7 +84,7 @@ def test_shared_memory_without_its_opt_in_is_refused(capfd: pytest.CaptureFixtur
 
 
 def test_a_wait_without_the_programmatic_attribute_is_reported() -> None:
-    launch = planted("overlap_prior ? 2 : 1", "1")
+    launch = planted("if (overlap_prior) {", "if (false) {")
 
     def lose() -> None:
         assert probe(launch, overlap=1, waits=1) != 0

@@ -94,7 +94,7 @@ SLOW = {
     ),
     "attention: merges parts without their weight": (
         CUT,
-        Plant(MERGE, "weight = ptx::exp2(state[r].x - offset);", "weight = 1;"),
+        Plant(MERGE, "weight = ptx::exp2(state.x - offset);", "weight = 1;"),
     ),
     "attention: rows beyond the group are written": (
         RAGGED,

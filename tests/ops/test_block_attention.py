@@ -101,6 +101,18 @@ def test_a_long_context_is_cut_into_parts_and_merged(device):
 
 
 @KERNELS
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_parts_are_merged_in_a_cluster_of_blocks_where_that_is_asked_for(
+    device, head_dim, monkeypatch
+):
+    """Of more than eight parts some through global memory, as everywhere else."""
+    monkeypatch.setenv("DFLARE_CLUSTER", "1")
+    for lens in ((600, 900), (5500, 600, 0)):
+        case = AttentionCase(lens, head_dim=head_dim, rotary=64, heads=4, kv_heads=1, layers=2)
+        check(device, case, sm_count=32)
+
+
+@KERNELS
 def test_layers_share_one_schedule(device):
     """The last part of a layer puts its ticket back for the next layer."""
     check(device, AttentionCase((600,), layers=3), sm_count=32)

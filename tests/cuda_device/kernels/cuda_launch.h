@@ -26,6 +26,7 @@ Kernel emulated_kernel(void (*kernel)(Params)) {
     return [kernel, launch, params] {
       dflare::emulation::enqueue({.grid = launch.grid,
                                   .block = launch.block,
+                                  .cluster = launch.cluster,
                                   .shared_bytes = launch.shared_bytes,
                                   .overlap_prior = launch.overlap_prior,
                                   .may_wait = false,

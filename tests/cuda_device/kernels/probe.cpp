@@ -18,7 +18,7 @@ __global__ void probe_kernel(ProbeParams p) {
 
 extern "C" __attribute__((visibility("default"))) int probe(int* out, unsigned blocks, int threads,
                                                             int shared_bytes, bool overlap,
-                                                            bool waits) {
+                                                            bool waits, unsigned cluster) {
   return dflare::launch(probe_kernel, dim3(blocks), threads, shared_bytes, overlap,
-                        ProbeParams{out, waits}, nullptr);
+                        ProbeParams{out, waits}, nullptr, dim3(cluster));
 }

@@ -50,6 +50,7 @@ struct Launch {
   size_t shared_bytes;
   bool overlap_prior;   // programmatic stream serialization
   int shared_carveout;  // percent of an SM's memory that is asked for as shared; -1: any
+  dim3 cluster;
 };
 struct Kernel {
   std::string name;

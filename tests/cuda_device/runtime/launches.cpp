@@ -62,7 +62,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* address, void**
                 .block = config.blockDim,
                 .shared_bytes = config.dynamicSmemBytes,
                 .overlap_prior = false,
-                .shared_carveout = -1};
+                .shared_carveout = -1,
+                .cluster = dim3(1)};
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config.attrs[i];
     switch (attribute.id) {
@@ -72,6 +73,17 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* address, void**
       case cudaLaunchAttributePreferredSharedMemoryCarveout:
         launch.shared_carveout = static_cast<int>(attribute.val.sharedMemCarveout);
         break;
+      case cudaLaunchAttributeClusterDimension: {
+        const auto& c = attribute.val.clusterDim;
+        const dim3& g = config.gridDim;
+        if (c.x * c.y * c.z > 8 || g.x % c.x != 0 || g.y % c.y != 0 || g.z % c.z != 0) {
+          return refuse(cudaErrorInvalidClusterSize, "launch of " + function.name +
+                                                         " with clusters of more than 8 blocks, or "
+                                                         "a grid that is no whole number of them");
+        }
+        launch.cluster = dim3(c.x, c.y, c.z);
+        break;
+      }
       default:
         return refuse(cudaErrorNotSupported, "launch of " + function.name + " with attribute " +
                                                  std::to_string(attribute.id));
