@@ -1,5 +1,6 @@
 """What the commands refuse at once, and how they end when they are interrupted."""
 
+import json
 import os
 import signal
 import socket
@@ -81,6 +82,16 @@ def test_half_a_surrogate_pair_is_refused_and_a_whole_one_is_not(pair, tmp_path)
     file.write_text('{"prompt": "fine"}\n{"prompt": "\\ud83d"}\n')
     with pytest.raises(DFlareError, match=r"line 2: .*\\ud83d is half a surrogate pair"):
         read_prompts(file, AutoTokenizer.from_pretrained(pair[0]))
+
+
+@pytest.mark.parametrize("key", ["question", "problem"])
+def test_a_question_of_a_benchmark_is_a_user_turn(pair, tmp_path, key):
+    tokenizer = AutoTokenizer.from_pretrained(pair[0])
+    file = tmp_path / "prompts.jsonl"
+    chat = {"messages": [{"role": "user", "content": "what is 2 + 2?"}]}
+    file.write_text(json.dumps({key: "what is 2 + 2?", "answer": "4"}) + "\n" + json.dumps(chat))
+    first, second = read_prompts(file, tokenizer)
+    assert first == second
 
 
 WAITS = """

@@ -129,8 +129,9 @@ def read_prompts(file: Path, tokenizer) -> list[list[int]]:
     """Token ids of the prompts in a JSON Lines file.
 
     Args:
-        file: one object a line, `{"messages": [...]}` (chat, templated with a generation prompt)
-            or `{"prompt": "..."}` (plain text).
+        file: one object a line, `{"messages": [...]}` (chat, templated with a generation prompt),
+            `{"question": "..."}` or `{"problem": "..."}` (one user turn, as GSM8K and MATH-500
+            have it), or `{"prompt": "..."}` (plain text, as HumanEval has it).
         tokenizer: the target's, with a chat template if there are messages.
 
     Raises:
@@ -151,6 +152,9 @@ def _prompt_ids(where: str, line: str, tokenizer) -> list[int]:
         entry = parse_json_line(line)
     except ValueError as error:
         raise DFlareError(f"{where}: not JSON ({error}); {expected}") from error
+    for key in ("question", "problem"):
+        if isinstance(entry, dict) and isinstance(entry.get(key), str):
+            entry = {"messages": [{"role": "user", "content": entry[key]}]}
     if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
         ids = tokenizer(entry["prompt"])["input_ids"]
     elif isinstance(entry, dict) and isinstance(entry.get("messages"), list):
