@@ -46,9 +46,9 @@ OLD = {
     "easy": ROOT / "bench/serving/prompts/easy.jsonl",
     "hard": ROOT / "bench/serving/prompts/hard.jsonl",
 }
-STREAMED, MEASURED = 400, 64  # prompts
-ASKED = 32  # of each set, of the server
-STEPS, LEARNING_RATE = 320, 8e-4
+STREAMED, MEASURED = 400, 40  # prompts
+ASKED = 16  # of each set, of the server
+STEPS, LEARNING_RATE = 240, 8e-4
 DRAFTED = 8192  # tokens, as many as the shipped drafter drafts
 TOKENS = 96  # of an answer
 CONCURRENCY = 16
@@ -203,7 +203,7 @@ def swap(out: Path, prompts: dict[str, Path]) -> dict[str, Any]:
     with server(out, "off") as (client, url):
         before = {name: client.ask_all(file, ASKED) for name, file in asked.items()}
         with Background(client, prompts["stream"]) as background:
-            background.wait_for(2 * ASKED)
+            background.wait_for(40)  # more than `dflare swap` looks back upon
             told = dflare(
                 "swap", url, out / "drafter", "--traffic", out / "traffic", "--watch-minutes", "5"
             )

@@ -42,6 +42,13 @@ def test_settings_that_do_not_fit_are_refused_before_the_first_step(folder, chan
     assert not (folder / "run" / FILE).exists()
 
 
+@pytest.mark.parametrize("changes", [{"drafter__init": "draft"}, {"drafter__block_size": 8}])
+def test_a_block_is_extended_from_a_trained_drafter_with_a_smaller_one(folder, changes):
+    with pytest.raises(ConfigError, match=r"objective.extends is 4.*in drafter.init, and a larger"):
+        train_config(folder, objective__extends=4, **changes)
+    train_config(folder, objective__extends=4, drafter__init="draft", drafter__block_size=8)
+
+
 def test_a_tap_out_of_range_is_refused():
     with pytest.raises(ConfigError, match=r"drafter.taps is \[0, 4\].*layers 0 to 3"):
         Target(tiny_causal_lm(), (0, 4))

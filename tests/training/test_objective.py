@@ -60,6 +60,15 @@ def test_gamma_grows_linearly():
     assert Objective(name="decay", gamma=7.0).gamma_at(0.9) == 7.0
 
 
+@pytest.mark.parametrize("name", ["dpace", "decay"])
+def test_slots_that_extend_a_block_count_three_times(name):
+    """A block of 3, slots 0 to 2, becomes one of 6."""
+    q, supervised = torch.rand(2, 5), torch.tensor([[True] * 5, [True] * 4 + [False]])
+    plain = Objective(name=name).weights(q, supervised, 7.0)
+    extended = Objective(name=name, extends=3).weights(q, supervised, 7.0)
+    torch.testing.assert_close(extended, plain * torch.tensor([1.0, 1.0, 3.0, 3.0, 3.0]))
+
+
 @pytest.mark.parametrize(
     "bad", [{"name": "ce"}, {"alpha": 1.5}, {"gamma": 0.0}, {"gamma_end": -1.0}, {"soft_labels": 2}]
 )

@@ -45,6 +45,9 @@ def decay_weights(supervised: Tensor, gamma: float | Tensor) -> Tensor:
     return torch.exp(-slot / gamma) * supervised
 
 
+_NEW_SLOT = 3.0  # weight of a slot that an extended block adds (DBloom, arXiv 2608.30427)
+
+
 class Objective(BaseModel):
     """Which weights and labels the loss uses; the section of a configuration builds on it.
 
@@ -54,6 +57,9 @@ class Objective(BaseModel):
         gamma: Decay length in slots (for a growing gamma, its value at the start).
         gamma_end: Decay length at the end of training, reached linearly; none keeps ``gamma``.
         soft_labels: Share of the target's own distribution in the label, 0 (its token) to 1.
+        extends: Block size of the trained drafter whose block is extended: slots from there on
+            count three times. Without it they would hardly be learned: D-PACE gives little to
+            slots that are seldom reached.
 
     Raises:
         pydantic.ValidationError: A value out of range, or a name that is none of these.
@@ -66,6 +72,7 @@ class Objective(BaseModel):
     gamma: float = Field(default=7.0, gt=0)
     gamma_end: float | None = Field(default=None, gt=0)
     soft_labels: float = Field(default=0.0, ge=0, le=1)
+    extends: int | None = Field(default=None, gt=1)
 
     def gamma_at(self, progress: float) -> float:
         """Decay length at a point of training, ``progress`` running from 0 to 1."""
@@ -76,5 +83,10 @@ class Objective(BaseModel):
     def weights(self, probability: Tensor, supervised: Tensor, gamma: float | Tensor) -> Tensor:
         """Slot weights for a decay length of ``gamma``; see the two functions above for shapes."""
         if self.name == "dpace":
-            return dpace_weights(probability, supervised, self.alpha)
-        return decay_weights(supervised, gamma)
+            weights = dpace_weights(probability, supervised, self.alpha)
+        else:
+            weights = decay_weights(supervised, gamma)
+        if self.extends is None:
+            return weights
+        slot = torch.arange(1, weights.shape[-1] + 1, device=weights.device)
+        return weights * torch.where(slot >= self.extends, _NEW_SLOT, 1.0)

@@ -167,6 +167,15 @@ class TrainConfig(Section):
                 f"drafter.init_layers has {len(self.drafter.init_layers)} entries for "
                 f"{self.drafter.layers} layers; give one target layer for each"
             )
+        extends, block_size = self.objective.extends, self.drafter.block_size
+        if extends is not None and (
+            extends >= block_size or self.drafter.init in ("target", "random")
+        ):
+            raise ValueError(
+                f"objective.extends is {extends} with drafter.block_size {block_size} and "
+                f"drafter.init {self.drafter.init}; expected the block size of a trained drafter "
+                "in drafter.init, and a larger drafter.block_size"
+            )
         if self.objective.random and not self.objective.frequent:
             raise ValueError("objective.random adds to objective.frequent; give both or neither")
         return self
