@@ -67,7 +67,7 @@ struct AttentionCluster {
         if (first + r * step < all_rows) merged[r].write(item, first + r * step);
       }
     }
-    ptx::cluster_barrier();  // all parts have been read
+    ptx::cluster_barrier_relaxed();  // all parts have been read
   }
 };
 

@@ -132,6 +132,10 @@ struct KvProjectWgmmaShape {
   // as much of tokens in 32 cycles.
   static constexpr int kPartTokens = kTokens < 128 ? kTokens : 128;
   static constexpr int kParts = kTokens / kPartTokens;
+  // Blocks of neighbouring heads that form a cluster: each requests its share of a part's tokens
+  // for all. 16 tokens are a ninth of a stage, not worth that blocks wait for one another.
+  static constexpr int kCluster = kTokens > 16 ? 2 : 1;
+  static constexpr int kShareTokens = kPartTokens / kCluster;
   static constexpr int kWeightBytes = kHeadDim * kDepth * 2;
   static constexpr int kPartBytes = kPartTokens * kDepth * 2;
   static constexpr int kStageBytes = kWeightBytes + kParts * kPartBytes;

@@ -10,6 +10,8 @@
 //
 // `full` of a stage ends a phase when the producer has announced the bytes of its weights and of
 // its states and the copy engine has written them; `empty` when all consumer warps have read them.
+// Blocks of two neighbouring heads have the same tokens: with 64 tokens and more they form a
+// cluster, and each requests half of the states for both. So `empty` waits for the warps of both.
 // A product's operands come from shared memory, so no warp computes an address in the loop, and 128
 // to 200 KiB a block are in flight. Tokens of a tile that do not count are copied and multiplied as
 // well, but for whole parts: columns do not mix, and none of theirs is written.
@@ -36,11 +38,12 @@ struct KvProjectWgmma {
   using Row = HeadRow<kHeadDim>;
   static constexpr int kDepth = Shape::kDepth, kStages = Shape::kStages;
   static constexpr int kParts = Shape::kParts, kPartTokens = Shape::kPartTokens;
+  static constexpr int kCluster = Shape::kCluster, kShareBytes = Shape::kPartBytes / kCluster;
   static constexpr int kConsumerWarps = Shape::kConsumers / 32;
   static constexpr int kOwnRows = ceil_div(kTokens, Shape::kConsumers);  // tokens of a thread
   static constexpr int kWeightsAhead = 160 * 1024;
   static_assert(kDepth == kBoxColumns, "a stage is as deep as a box");
-  static_assert(Shape::kWeightBytes % 1024 == 0 && Shape::kPartBytes % 1024 == 0,
+  static_assert(Shape::kWeightBytes % 1024 == 0 && kShareBytes % 1024 == 0,
                 "the swizzle repeats every 1024 bytes");
 
   // A stage of the ring, and the parity of the phase that a barrier of it is in.
@@ -81,11 +84,18 @@ struct KvProjectWgmma {
   __device__ __forceinline__ void request_states(const KvProjectWgmmaParams& p, int stage, int tile,
                                                  int parts) const {
     ptx::barrier_arrive_expecting(full(stage), parts * Shape::kPartBytes);
+    const int rank = blockIdx.y % kCluster;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       if (part >= parts) break;
-      ptx::copy_box(states_at(stage, part), p.states, tile * kDepth,
-                    blockIdx.x * kTokens + part * kPartTokens, blockIdx.z, full(stage));
+      const int row = blockIdx.x * kTokens + part * kPartTokens + rank * Shape::kShareTokens;
+      const ptx::SharedAddress to = states_at(stage, part) + rank * kShareBytes;
+      if constexpr (kCluster > 1) {
+        ptx::copy_box_to_cluster(to, p.states, tile * kDepth, row, blockIdx.z, full(stage),
+                                 (1 << kCluster) - 1);
+      } else {
+        ptx::copy_box(to, p.states, tile * kDepth, row, blockIdx.z, full(stage));
+      }
     }
   }
 
@@ -100,7 +110,7 @@ struct KvProjectWgmma {
     ptx::prefetch_map(p.states);
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::barrier_init(full(stage), 2);  // weights and states are announced
-      ptx::barrier_init(empty(stage), kConsumerWarps);
+      ptx::barrier_init(empty(stage), kCluster * kConsumerWarps);
     }
     ptx::fence_barrier_init();
     if (blockIdx.x > 0) return;
@@ -138,8 +148,16 @@ struct KvProjectWgmma {
   // issued: those run while this warp waits.
   template <int kUsed>
   __device__ __forceinline__ void consume(int tiles, int warpgroup) {
+    const int lane = threadIdx.x % 32;
+    ptx::SharedAddress told = 0;  // `empty` of the first stage in the block that this lane tells
+    if constexpr (kCluster > 1) told = ptx::cluster_address(empty(0), lane % kCluster);
     const auto release = [&](int stage) {
-      if (threadIdx.x % 32 == 0) ptx::barrier_arrive(empty(stage));
+      if (lane >= kCluster) return;
+      if constexpr (kCluster > 1) {
+        ptx::barrier_arrive_in_cluster(told + 8 * stage);
+      } else {
+        ptx::barrier_arrive(empty(stage));
+      }
     };
     Place place;
     int before = 0;
@@ -191,6 +209,11 @@ struct KvProjectWgmma {
     }
   }
 
+  static __device__ __forceinline__ void sync() {
+    __syncthreads();
+    if constexpr (kCluster > 1) ptx::cluster_barrier_relaxed();
+  }
+
   __device__ __forceinline__ void run(const KvProjectWgmmaParams& p) {
     DFLARE_DYNAMIC_SHARED_MEMORY(shared_bytes);
     stages = ptx::shared_address(shared_bytes);
@@ -198,7 +221,7 @@ struct KvProjectWgmma {
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);
     const bool producing = threadIdx.x == Shape::kConsumers;
     if (producing) start(p, tiles);
-    __syncthreads();  // the barriers are there
+    sync();  // the barriers are there
     ptx::wait_for_prior_kernels();
     // Where the tokens go is on its way during the products, one load behind the count.
     const auto token_of = [](int i) -> int { return threadIdx.x + i * Shape::kConsumers; };
@@ -233,7 +256,7 @@ struct KvProjectWgmma {
         if (token_of(i) < tokens) rows[token_of(i)] = own_rows[i];
       }
     }
-    __syncthreads();  // all products are done: the stages become the output tile
+    sync();  // all products are done, of both: the stages become the output tile
     float* output = reinterpret_cast<float*>(shared_bytes);
     if (warp != kConsumerWarps) store_sums(output, tokens);
 
@@ -263,11 +286,11 @@ cudaError_t launch_kv_project_wgmma(const KvProjectWriteParams& params, cudaStre
       encode_tensor_map(p.weights, p.out.kv_weight, layers, heads * kHeadDim, p.hidden, kHeadDim);
   if (error != cudaSuccess) return error;
   error =
-      encode_tensor_map(p.states, p.fused, layers, p.out.num_rows, p.hidden, Shape::kPartTokens);
+      encode_tensor_map(p.states, p.fused, layers, p.out.num_rows, p.hidden, Shape::kShareTokens);
   if (error != cudaSuccess) return error;
   const dim3 grid(ceil_div(p.out.num_rows, kTokens), heads, layers);
   return launch(kv_project_wgmma_kernel<T, kHeadDim, kTokens>, grid, Shape::kThreads,
-                Shape::kSharedBytes, p.overlap_launch, p, stream);
+                Shape::kSharedBytes, p.overlap_launch, p, stream, dim3(1, Shape::kCluster));
 }
 
 template <class T, int kHeadDim>

@@ -210,7 +210,7 @@ __device__ __forceinline__ void store_to_l2(float2* global, float2 v) {
                : "memory");
 }
 
-// Whether the two functions below are there.
+// Whether the functions below are there.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
 inline constexpr bool kHasClusters = true;
 #else
@@ -226,13 +226,28 @@ __device__ __forceinline__ void cluster_barrier() {
           : "memory");
 }
 
+// The same for the blocks' sake alone: nothing that was written becomes visible, so it does not
+// wait for writes to memory.
+__device__ __forceinline__ void cluster_barrier_relaxed() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed;\n"
+      "barrier.cluster.wait;\n" ::
+          : "memory");
+}
+
+// Where in the cluster's block of this rank is what is there in this block's shared memory.
+__device__ __forceinline__ SharedAddress cluster_address(SharedAddress own, int rank) {
+  SharedAddress there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(there) : "r"(own), "r"(rank));
+  return there;
+}
+
 // Reads the shared memory of the cluster's block of this rank: what lies where `own` is in this
 // block's. Loads that stand in a row are in flight together.
 template <class Vector>
 __device__ __forceinline__ Vector load_from_cluster(SharedAddress own, int rank) {
   static_assert(sizeof(Vector) == 8 || sizeof(Vector) == 16, "float2 or float4");
-  SharedAddress there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(there) : "r"(own), "r"(rank));
+  const SharedAddress there = cluster_address(own, rank);
   Vector v;
   if constexpr (sizeof(Vector) == 8) {
     asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];\n"

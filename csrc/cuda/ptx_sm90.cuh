@@ -29,6 +29,11 @@ __device__ __forceinline__ void barrier_arrive(SharedAddress barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
 
+// The same at a barrier of another block of the cluster (cluster_address).
+__device__ __forceinline__ void barrier_arrive_in_cluster(SharedAddress barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+
 // Arrives, and has the phase wait for `bytes` more of the copy engine.
 __device__ __forceinline__ void barrier_arrive_expecting(SharedAddress barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
@@ -61,6 +66,18 @@ __device__ __forceinline__ void copy_box(SharedAddress to, const TensorMap& map,
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3, %4}], [%5];\n" ::"r"(to),
       "l"(&map), "r"(column), "r"(row), "r"(outer), "r"(barrier)
+      : "memory");
+}
+
+// The same into all of the cluster's blocks that the mask names by rank, at this place of each; the
+// bytes count towards the barrier at its place in each.
+__device__ __forceinline__ void copy_box_to_cluster(SharedAddress to, const TensorMap& map,
+                                                    int column, int row, int outer,
+                                                    SharedAddress barrier, int mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;\n" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(outer), "r"(barrier), "h"(static_cast<uint16_t>(mask))
       : "memory");
 }
 

@@ -91,9 +91,13 @@ inline void store_to_l2(float2* global, float2 value) {
 
 inline constexpr bool kHasClusters = true;
 inline void cluster_barrier() { emulation::cluster_barrier(); }
+inline void cluster_barrier_relaxed() { emulation::cluster_barrier(); }
+inline SharedAddress cluster_address(SharedAddress own, int rank) {
+  return emulation::cluster_address(own, rank);
+}
 template <class Vector>
 Vector load_from_cluster(SharedAddress own, int rank) {
-  return *static_cast<const Vector*>(emulation::shared_memory_of(own, rank, sizeof(Vector)));
+  return *static_cast<const Vector*>(emulation::read_in_cluster(own, rank, sizeof(Vector)));
 }
 
 // ------------------------------------------------------------ tensor cores

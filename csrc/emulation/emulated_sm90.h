@@ -11,6 +11,9 @@ inline void barrier_init(SharedAddress barrier, int arrivals) {
 }
 inline void fence_barrier_init() { emulation::fence_mbarrier_init(); }
 inline void barrier_arrive(SharedAddress barrier) { emulation::mbarrier_arrive(barrier, 0); }
+inline void barrier_arrive_in_cluster(SharedAddress barrier) {
+  emulation::mbarrier_arrive_in_cluster(barrier);
+}
 inline void barrier_arrive_expecting(SharedAddress barrier, int bytes) {
   emulation::mbarrier_arrive(barrier, bytes);
 }
@@ -21,6 +24,10 @@ inline void barrier_wait(SharedAddress barrier, uint32_t parity) {
 inline void copy_box(SharedAddress to, const TensorMap& map, int column, int row, int outer,
                      SharedAddress barrier) {
   emulation::copy_box(to, map, column, row, outer, barrier);
+}
+inline void copy_box_to_cluster(SharedAddress to, const TensorMap& map, int column, int row,
+                                int outer, SharedAddress barrier, int mask) {
+  emulation::copy_box_to_cluster(to, map, column, row, outer, barrier, mask);
 }
 inline void prefetch_box(const TensorMap& map, int column, int row, int outer) {
   emulation::prefetch_box(map, column, row, outer);

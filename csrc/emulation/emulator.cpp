@@ -78,24 +78,32 @@ void cluster_barrier() {
   suspend(machine().running->state);
 }
 
-const void* shared_memory_of(uintptr_t own, int rank, size_t bytes) {
-  Block& self = *machine().running->warp->block;
-  const Cluster& cluster = *self.cluster;
-  const auto offset = own - reinterpret_cast<uintptr_t>(self.shared);
-  if (offset + bytes > self.shared_bytes) fail("an address beyond the block's shared memory");
+Block& block_of(int rank) {
+  const Cluster& cluster = *machine().running->warp->block->cluster;
   if (rank < 0 || rank >= static_cast<int>(cluster.blocks.size())) {
     fail("a rank beyond the cluster");
   }
   if (cluster.barriers == 0) {
-    fail("reads another block's shared memory before a cluster barrier: it may not have started");
+    fail("uses another block's shared memory before a cluster barrier: it may not have started");
   }
-  Block* other = cluster.blocks[rank];
-  if (other == nullptr) fail("reads the shared memory of a block that has ended");
-  if (other != &self) {
-    other->read_behind = cluster.barriers;
-    self.grid->counters.cluster_bytes += static_cast<int64_t>(bytes);
-  }
-  return other->shared + offset;
+  Block* block = cluster.blocks[rank];
+  if (block == nullptr) fail("uses the shared memory of a block that has ended");
+  if (block != machine().running->warp->block) block->used_behind = cluster.barriers;
+  return *block;
+}
+
+uintptr_t cluster_address(uintptr_t own, int rank) {
+  const Block& self = *machine().running->warp->block;
+  const auto offset = own - reinterpret_cast<uintptr_t>(self.shared);
+  if (offset >= self.shared_bytes) fail("an address beyond the block's shared memory");
+  return reinterpret_cast<uintptr_t>(block_of(rank).shared) + offset;
+}
+
+const void* read_in_cluster(uintptr_t own, int rank, size_t bytes) {
+  Block& self = *machine().running->warp->block;
+  const uintptr_t there = cluster_address(own, rank);
+  if (there != own) self.grid->counters.cluster_bytes += static_cast<int64_t>(bytes);
+  return reinterpret_cast<const void*>(there);
 }
 
 void count_l2(size_t bytes) {

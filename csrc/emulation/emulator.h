@@ -16,7 +16,7 @@
 // as errors: out-of-bounds and misaligned accesses, lanes of a warp in different warp-wide
 // operations, threads that exit while others wait for them, deadlocks, overlapped blocks that exit
 // without having waited for the kernel before, overlapped grids whose split of an SM's memory
-// differs from that of the grid before, copies after launch_dependents, reads of another block's
+// differs from that of the grid before, copies after launch_dependents, uses of another block's
 // shared memory that no cluster barrier keeps apart from its start or end. Not seen: the memory
 // model, time. sm_90a's own units are in hopper.h.
 #pragma once
@@ -87,7 +87,8 @@ void count_l2(size_t bytes);
 // such barrier on (the other block has started then), and until the other block ends, which must be
 // behind another one.
 void cluster_barrier();
-const void* shared_memory_of(uintptr_t own, int rank, size_t bytes);
+uintptr_t cluster_address(uintptr_t own, int rank);
+const void* read_in_cluster(uintptr_t own, int rank, size_t bytes);
 
 void wait_for_prior_kernels();
 

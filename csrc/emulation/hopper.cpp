@@ -52,8 +52,8 @@ Block& own_block() { return *machine().running->warp->block; }
 // The 128-byte swizzle: bits 4-6 of an address, exclusive or bits 7-9.
 uintptr_t swizzled(uintptr_t address) { return address ^ (address >> 3 & 0x70); }
 
-Mbarrier& barrier_at(uintptr_t at) {
-  auto& barriers = own_block().mbarriers;
+Mbarrier& barrier_at(Block& block, uintptr_t at) {
+  auto& barriers = block.mbarriers;
   const auto found = barriers.find(at);
   if (found == barriers.end() || *reinterpret_cast<const uint64_t*>(at) != kBarrier) {
     fail("use of something that is no barrier, or was overwritten");
@@ -69,6 +69,14 @@ void advance(Block& block, uintptr_t at, Mbarrier& barrier) {
   for_each_thread(block, [at](Thread& t) {
     if (t.state == State::kAtMbarrier && t.awaited == at) make_ready(t);
   });
+}
+
+void arrive(Block& block, uintptr_t at, int64_t expected_bytes) {
+  Mbarrier& barrier = barrier_at(block, at);
+  if (barrier.pending == 0) fail("more arrivals at a barrier than its phase has");
+  barrier.bytes += expected_bytes;
+  --barrier.pending;
+  advance(block, at, barrier);
 }
 
 void land(Block& block, const BoxCopy& copy) {
@@ -88,6 +96,39 @@ void land(Block& block, const BoxCopy& copy) {
   Mbarrier& barrier = block.mbarriers.at(copy.barrier);
   barrier.bytes -= boxes.box_rows * 128;
   advance(block, copy.barrier, barrier);
+}
+
+// Checks what a copy reads, and counts its bytes.
+int64_t count_box(const TensorMap& map, int column, int row, int outer) {
+  Machine& m = machine();
+  const Boxes boxes = decode(map);
+  if (m.running->launched_dependents) {
+    fail("copy after launch_dependents: the next kernel's blocks would take the SM from it");
+  }
+  if (column < 0 || row < 0 || outer < 0 || outer >= boxes.outer) fail("a box outside its tensor");
+  const int64_t rows = std::clamp<int64_t>(boxes.rows - row, 0, boxes.box_rows);
+  const int64_t columns = std::clamp<int64_t>(boxes.columns - column, 0, kBoxColumns);
+  Counters& c = own_block().grid->counters;
+  ++c.copies;
+  c.copied_bytes += rows * columns * 2;
+  c.sectors += rows * ((columns * 2 + 31) / 32);
+  return rows * columns * 2;
+}
+
+void copy_box_to(Block& block, const BoxCopy& copy, int64_t bytes) {
+  Machine& m = machine();
+  if (copy.to % 1024 != 0) fail("a box to a place that is no multiple of 1024 bytes");
+  Mbarrier& barrier = barrier_at(block, copy.barrier);
+  if (!barrier.known_to_copies) fail("a copy for a barrier without a fence after init");
+  barrier.in_flight += bytes;
+  block.in_flight += bytes;
+  block.most_in_flight = std::max(block.most_in_flight, block.in_flight);
+  if (m.chance(0.3)) {
+    land(block, copy);
+  } else {
+    block.box_copies.push_back(copy);
+    ++m.under_way;
+  }
 }
 
 // Rows of 16 elements that a descriptor names in the block's shared memory.
@@ -164,49 +205,46 @@ void fence_mbarrier_init() {
 }
 
 void mbarrier_arrive(uintptr_t at, int64_t expected_bytes) {
-  Mbarrier& barrier = barrier_at(at);
-  if (barrier.pending == 0) fail("more arrivals at a barrier than its phase has");
-  barrier.bytes += expected_bytes;
-  --barrier.pending;
-  advance(own_block(), at, barrier);
+  arrive(own_block(), at, expected_bytes);
+}
+
+void mbarrier_arrive_in_cluster(uintptr_t at) {
+  const auto& blocks = own_block().cluster->blocks;
+  for (size_t rank = 0; rank < blocks.size(); ++rank) {
+    if (blocks[rank] == nullptr) continue;
+    if (at - reinterpret_cast<uintptr_t>(blocks[rank]->shared) < blocks[rank]->shared_bytes) {
+      arrive(block_of(static_cast<int>(rank)), at, 0);
+      return;
+    }
+  }
+  fail("a barrier in no block of the cluster, or in one that has ended");
 }
 
 void mbarrier_wait(uintptr_t at, uint32_t parity) {
   Thread& self = *machine().running;
-  while ((barrier_at(at).phase & 1) == parity) {
+  Block& block = own_block();
+  while ((barrier_at(block, at).phase & 1) == parity) {
     self.awaited = at;
     suspend(State::kAtMbarrier);
   }
-  Block& block = own_block();
-  block.in_flight -= std::exchange(barrier_at(at).in_flight, 0);
+  block.in_flight -= std::exchange(barrier_at(block, at).in_flight, 0);
 }
 
 void copy_box(uintptr_t to, const TensorMap& map, int column, int row, int outer,
               uintptr_t barrier) {
-  Machine& m = machine();
-  Block& block = own_block();
-  const Boxes boxes = decode(map);
-  if (m.running->launched_dependents) {
-    fail("copy after launch_dependents: the next kernel's blocks would take the SM from it");
-  }
-  if (to % 1024 != 0) fail("a box to a place that is no multiple of 1024 bytes");
-  if (column < 0 || row < 0 || outer < 0 || outer >= boxes.outer) fail("a box outside its tensor");
-  if (!barrier_at(barrier).known_to_copies) fail("a copy for a barrier without a fence after init");
-  const int64_t rows = std::clamp<int64_t>(boxes.rows - row, 0, boxes.box_rows);
-  const int64_t columns = std::clamp<int64_t>(boxes.columns - column, 0, kBoxColumns);
-  Counters& c = block.grid->counters;
-  ++c.copies;
-  c.copied_bytes += rows * columns * 2;
-  c.sectors += rows * ((columns * 2 + 31) / 32);
-  barrier_at(barrier).in_flight += rows * columns * 2;
-  block.in_flight += rows * columns * 2;
-  block.most_in_flight = std::max(block.most_in_flight, block.in_flight);
-  const BoxCopy copy{map, to, column, row, outer, barrier};
-  if (m.chance(0.3)) {
-    land(block, copy);
-  } else {
-    block.box_copies.push_back(copy);
-    ++m.under_way;
+  copy_box_to(own_block(), {map, to, column, row, outer, barrier},
+              count_box(map, column, row, outer));
+}
+
+void copy_box_to_cluster(uintptr_t to, const TensorMap& map, int column, int row, int outer,
+                         uintptr_t barrier, int mask) {
+  const int64_t bytes = count_box(map, column, row, outer);
+  for (int rank = 0; mask >> rank != 0; ++rank) {
+    if ((mask >> rank & 1) == 0) continue;
+    Block& block = block_of(rank);
+    copy_box_to(
+        block, {map, cluster_address(to, rank), column, row, outer, cluster_address(barrier, rank)},
+        bytes);
   }
 }
 

@@ -19,10 +19,13 @@ namespace dflare::emulation {
 void mbarrier_init(uintptr_t barrier, int arrivals);
 void fence_mbarrier_init();
 void mbarrier_arrive(uintptr_t barrier, int64_t expected_bytes);
+void mbarrier_arrive_in_cluster(uintptr_t barrier);
 void mbarrier_wait(uintptr_t barrier, uint32_t parity);
 
 void copy_box(uintptr_t to, const TensorMap& map, int column, int row, int outer,
               uintptr_t barrier);
+void copy_box_to_cluster(uintptr_t to, const TensorMap& map, int column, int row, int outer,
+                         uintptr_t barrier, int mask);
 void prefetch_box(const TensorMap& map, int column, int row, int outer);
 
 void warpgroup_fence();

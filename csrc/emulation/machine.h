@@ -126,7 +126,7 @@ struct Block {
   int threads = 0, live = 0, at_barrier = 0;
   bool waited = false;
   std::shared_ptr<Cluster> cluster;
-  int read_behind = 0;  // so many of the cluster's barriers others have read its shared memory
+  int used_behind = 0;  // so many of the cluster's barriers others have used its shared memory
   int64_t l2_bytes = 0;
   std::map<uintptr_t, Mbarrier> mbarriers;
   std::vector<BoxCopy> box_copies;
@@ -166,6 +166,9 @@ void suspend(State state);
 // ------------------------------------------------------------ for all
 
 void make_ready(Thread& thread);
+
+// The cluster's block of this rank, whose shared memory the running thread uses.
+Block& block_of(int rank);
 
 // A thread of the cluster has come to its barrier or ended: opens it if all others have, too.
 void open_if_all_wait(Cluster& cluster);

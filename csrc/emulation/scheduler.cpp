@@ -165,9 +165,9 @@ void finish_block(Block& block) {
   m.error = unfinished(block);
   if (!m.error.empty()) return;
   auto& blocks = block.cluster->blocks;
-  if (block.read_behind > 0 && block.read_behind == block.cluster->barriers) {
+  if (block.used_behind > 0 && block.used_behind == block.cluster->barriers) {
     m.error =
-        "a block ends although others have read its shared memory since the last cluster barrier";
+        "a block ends although others have used its shared memory since the last cluster barrier";
     return;
   }
   *std::find(blocks.begin(), blocks.end(), &block) = nullptr;

@@ -162,15 +162,14 @@ def test_nothing_crosses_global_memory(
 
 # ---------------------------------------------------------------- bugs that are reported
 
-BARRIER = "    ptx::cluster_barrier();  // all parts "
 MESSAGES = {
     "before the parts are there": (
-        Plant(MERGE, BARRIER + "are there\n", ""),
+        Plant(MERGE, "ptx::cluster_barrier();  // all", "// all"),
         "before a cluster barrier",
     ),
     "before the end": (
-        Plant(MERGE, BARRIER + "have been read\n", ""),
-        "a block ends although others have read its shared memory|of a block that has ended",
+        Plant(MERGE, "ptx::cluster_barrier_relaxed();", ""),
+        "a block ends although others have used its shared memory|of a block that has ended",
     ),
 }  # fmt: skip
 PLANTS = {

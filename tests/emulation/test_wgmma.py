@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emulated import Counters, Plant, emulator
+from emulated import Counters, EmulationError, Plant, emulator
 from op_cases import AppendCase
 from op_devices import append, append_error
-from planting import barrier_removals, expect_report
+from planting import expect_report
 
 from dflare import ops
 
@@ -18,9 +18,10 @@ PTX = "cuda/ptx_sm90.cuh"
 OUTPUT = "cuda/context_kv_output.cuh"
 LAUNCH = 2  # the projection's: a stand-in for the kernel before comes first, then fuse_norm
 
-# 18 stages in a ring of 8; 9 in one of 4, two parts of 128 tokens.
+# 18 stages in a ring of 8; 9 in one of 4, two parts of 128 tokens, which two blocks share.
 FEW = AppendCase(commit_lens=(5, 0, 9), hidden=1152, layers=1)
 MANY = AppendCase(rows=140, hidden=576, layers=1)
+ONE_REQUEST = AppendCase(commit_lens=(9,), hidden=1152, layers=1)  # 16 tokens, no cluster
 NONE = AppendCase(commit_lens=(0, 0), hidden=256, layers=1)
 
 
@@ -90,14 +91,18 @@ def test_every_instance(dtype: torch.dtype, head_dim: int, rows: int) -> None:
         assert append_error("emulated", case, seed) < TOLERANCE
 
 
-@pytest.mark.parametrize(("rows", "in_flight"), [(16, 144), (64, 192)])
+@pytest.mark.parametrize(
+    ("rows", "sharing", "in_flight"), [(16, 1, 144), (64, 2, 192), (256, 2, 192)]
+)
 def test_reads_whole_sectors_and_keeps_a_ring_of_stages_in_flight(
-    rows: int, in_flight: int
+    rows: int, sharing: int, in_flight: int
 ) -> None:
+    """From 64 tokens on two blocks share their states: each sector is read for both."""
     append("emulated", AppendCase(rows=rows, hidden=2560, taps=9, layers=1, kv_heads=1))
     c = counted()
     blocks = 2  # K and V
-    assert c.sectors * 32 == c.copied_bytes == blocks * (128 + rows) * 2560 * 2
+    read = (blocks * 128 + blocks // sharing * rows) * 2560 * 2
+    assert c.sectors * 32 == c.copied_bytes == read
     assert c.bytes_in_flight >= in_flight * KIB
     assert c.prefetched_bytes == blocks * 160 * KIB
 
@@ -144,7 +149,7 @@ SLOW = {
     "phases do not alternate": (FEW, Plant(PROJECT, "stage = 0, parity ^= 1", "stage = 0")),
     "a stage is empty when one warp has read it": (
         FEW,
-        Plant(PROJECT, "(empty(stage), kConsumerWarps)", "(empty(stage), 1)"),
+        Plant(PROJECT, "(empty(stage), kCluster * kConsumerWarps)", "(empty(stage), 1)"),
     ),
     "a stage is full with its weights": (
         FEW,
@@ -156,7 +161,7 @@ SLOW = {
     ),
     "the second part holds the first one's tokens": (
         MANY,
-        Plant(PROJECT, "blockIdx.x * kTokens + part * kPartTokens", "blockIdx.x * kTokens"),
+        Plant(PROJECT, "kTokens + part * kPartTokens + rank", "kTokens + rank"),
     ),
     "both warpgroups multiply the same weights": (
         FEW,
@@ -186,6 +191,55 @@ SLOW = {
 }  # fmt: skip
 
 
+# Of blocks that share their states; each emulator's report is the only one that it may be.
+SHARED = {
+    "a stage is empty when one block has read it": (
+        (
+            Plant(PROJECT, "kCluster * kConsumerWarps)", "kConsumerWarps)"),
+            Plant(PROJECT, "(lane >= kCluster)", "(lane != int(blockIdx.y % kCluster))"),
+        ),
+        "",
+    ),
+    "the other block is not told": (
+        (Plant(PROJECT, "(lane >= kCluster)", "(lane != int(blockIdx.y % kCluster))"),),
+        "deadlock: waits for",
+    ),
+    "a block keeps its half": (
+        (Plant(PROJECT, "(1 << kCluster) - 1", "1 << rank"),),
+        "deadlock: waits for",
+    ),
+    "both blocks bring the same half": (
+        (Plant(PROJECT, "const int rank = blockIdx.y % kCluster;", "const int rank = 0;"),),
+        "",
+    ),
+    "only its own half is announced": (
+        (Plant(PROJECT, "parts * Shape::kPartBytes", "parts * kShareBytes"),),
+        "",
+    ),
+    "no barrier before the other block is used": (
+        (Plant(PROJECT, "sync();  // the barriers are there", "__syncthreads();"),),
+        "before a cluster barrier",
+    ),
+    "no barrier before the end of the other block": (
+        (Plant(PROJECT, "sync();  // all products are done", "__syncthreads();  //"),),
+        "a block ends although others have used|of a block that has ended",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARED)
+def test_reports_each_bug_of_shared_states(name: str) -> None:
+    """Those that the emulator sees as such with every seed."""
+    plants, message = SHARED[name]
+    if not message:
+        expect_report(lambda seed: append_error("emulated", MANY, seed, plants=plants), TOLERANCE)
+        return
+    for seed in range(4):
+        with pytest.raises(EmulationError, match=message):
+            append_error("emulated", MANY, seed, plants=plants)
+
+
 def check_reported(case: AppendCase, plant: Plant) -> None:
     expect_report(lambda seed: append_error("emulated", case, seed, plants=(plant,)), TOLERANCE)
 
@@ -202,6 +256,7 @@ def test_reports_each_bug(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plant", barrier_removals(PROJECT), ids=lambda plant: plant.which)
-def test_reports_the_removal_of_any_barrier(plant: Plant) -> None:
-    check_reported(FEW, plant)
+@pytest.mark.parametrize("after", ["  // the barriers", "  // all products"])
+@pytest.mark.parametrize("case", [FEW, ONE_REQUEST], ids=str)
+def test_reports_the_removal_of_any_barrier(case: AppendCase, after: str) -> None:
+    check_reported(case, Plant(PROJECT, "sync();" + after, after))
