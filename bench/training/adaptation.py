@@ -186,7 +186,7 @@ def train(out: Path) -> dict[str, Any]:
 @contextmanager
 def counting(file: Path):
     """Add to a file the seconds of child processes of a block: by the clock, and of all cores."""
-    seconds = json.loads(file.read_text()) if file.exists() else {"wall": 0.0, "cpu": 0.0}
+    seconds = read(file) or {"wall": 0.0, "cpu": 0.0}
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     try:
         yield seconds
@@ -276,6 +276,11 @@ def evaluate(out: Path, prompts: dict[str, Path]) -> dict[str, Any]:
     }
 
 
+def read(file: Path) -> dict[str, Any]:
+    """What is in a result file; nothing where there is none."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def main(
     out: Annotated[Path, typer.Argument(help="Folder of data, drafters and results.")],
     stages: Annotated[
@@ -294,11 +299,12 @@ def main(
     }
     file = out / "result.json"
     for name in stages.split(","):
-        result = json.loads(file.read_text()) if file.exists() else {}
-        if name not in result:
-            result |= {name: work[name](), "conditions": provenance()}
-            file.write_text(json.dumps(result, indent=2) + "\n")
-        print(name, json.dumps(result[name]), flush=True)
+        if name not in read(file):
+            done = work[name]()
+            file.write_text(
+                json.dumps(read(file) | {name: done, "conditions": provenance()}, indent=2) + "\n"
+            )
+        print(name, json.dumps(read(file)[name]), flush=True)
 
 
 if __name__ == "__main__":
