@@ -165,6 +165,10 @@ struct KvProjectWrite {
     }
     ptx::wait_for_prior_kernels();
     const int tokens = min(valid_rows(p.out) - first_token, kTokens);
+    // Which row a token was comes at the same time as how many count.
+    const int own = first_token + static_cast<int>(threadIdx.x);
+    const bool exists = static_cast<int>(threadIdx.x) < kTokens && own < p.out.num_rows;
+    const int source = exists ? load_source_row(p.out, own) : 0;
     if (tokens <= 0) {
       ptx::cp_async_wait<0>();
       return;
@@ -177,7 +181,7 @@ struct KvProjectWrite {
     // Where the tokens go, while the first stages arrive; read after the loop's barriers.
     auto* rows = reinterpret_cast<ContextRow*>(shared_bytes + Shape::kRowsAt);
     if (static_cast<int>(threadIdx.x) < tokens) {
-      rows[threadIdx.x] = load_context_row(p.out, first_token + threadIdx.x);
+      rows[threadIdx.x] = {p.out.cache_loc[source], p.out.rope.positions[source]};
     }
 
     const WarpPlace place = warp_place();
