@@ -83,9 +83,12 @@ def test_useless_look_ups_are_left_alone(look_up):
 
 def test_look_ups_that_are_better_than_drafts_replace_them():
     """The text repeats now and then: the drafter is still needed."""
-    decisions = serve(make_policy(), 600, drafter=0.6, look_up=0.95, matches=0.3)
-    assert share(decisions, "chain") > 0.75
-    assert decisions[-1].splice <= 12
+    runs = [
+        serve(make_policy(), 600, drafter=0.6, look_up=0.95, matches=0.3, seed=seed)
+        for seed in range(3)
+    ]
+    assert np.mean([share(decisions, "chain") for decisions in runs]) > 0.65
+    assert all(decisions[-1].splice <= 12 for decisions in runs)
 
 
 def test_it_is_noticed_while_plain_steps_run_that_the_text_repeats():

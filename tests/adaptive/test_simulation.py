@@ -7,7 +7,7 @@ import pytest
 from bench.policy import scenarios, simulate
 from bench.policy.world import World
 
-from dflare.adaptive import AdaptiveConfig
+from dflare.adaptive import PLAIN, AdaptiveConfig
 
 # What the demo pair's server measured when it started (its about says where), and two models.
 MEASURED = Path(__file__).parents[2] / "bench/results/cpu-amd-epyc/step-times.json"
@@ -55,6 +55,17 @@ def test_a_width_that_start_up_measured_a_fifth_wrong_costs_little(wrong, factor
     )
     rates = [simulate.run(scenario, seed, config).rate for seed in range(2)]
     assert mean(rates) >= 0.98 * mean(right)
+
+
+@pytest.mark.parametrize("batch", [8, 16])
+def test_a_new_server_under_load_does_not_pay_for_arms_that_cannot_win(batch):
+    """The first 200 steps of hard prompts, where plain decoding is best: with many arms, too."""
+    base = next(s for s in scenarios.build(scenarios.cpu, 6, 16, 200) if s.name.startswith("hard"))
+    plain = scenarios.cpu(batch, PLAIN)
+    scenario = replace(base, concurrency=lambda _: batch, duration=200 * plain)
+    config = AdaptiveConfig.for_block_size(6)
+    rates = [simulate.run(scenario, seed, config).rate for seed in range(2)]
+    assert mean(rates) * plain / batch >= 0.94
 
 
 # What look-ups gain at least, as a factor of the tokens per second without them; their oracle

@@ -20,7 +20,7 @@ from dflare.adaptive.lookup import NEVER, Comparison, SpliceRule
 from dflare.adaptive.standing import Standing
 
 _CREDIT_STEPS = 5.0  # exploration saved up at most, in step times
-_TRIALS = 2  # decisions for each arm that a new server takes: start-up measures some times wrong
+_TRIALS = 8  # decisions at most that a new server takes for an arm that start-up may have wronged
 _LEAST_CHARGE = 0.05  # of a step, for exploring what is nearly as good: no end of it else
 _PROBE_EVERY = 0.1  # of the memory: without any draft for so long, one is tried without hope
 _HOLD = 8  # steps per decision: thinking costs up to 1 % of a step, and one step changes little
@@ -126,7 +126,9 @@ class ArmPolicy:
         best = self._settle(rates)
 
         loss = np.maximum(seconds - tokens / rates[best], _LEAST_CHARGE * seconds)
-        hopes = hoped / (seconds * self.cost.doubt(len(request_ids), best))
+        doubted = seconds * self.cost.doubt(len(request_ids), best)
+        trial = self._next_trial(np.where(usable, tokens / doubted, 0.0), rates[best])
+        hopes = hoped / doubted
         hopes[~usable | (loss >= self._credit)] = 0.0
         overdue = (
             not self._drafts[best]
@@ -136,7 +138,6 @@ class ArmPolicy:
         if overdue:
             hopes[~self._drafts] = 0.0
         chosen = int(hopes.argmax())
-        trial = self._next_trial(usable)
         if trial is not None:
             chosen = trial
         elif chosen != best and hopes[chosen] > (0.0 if overdue else rates[best]):
@@ -246,11 +247,20 @@ class ArmPolicy:
         if self._credit < _CREDIT_STEPS * seconds:
             self._credit += self.config.explore * seconds
 
-    def _next_trial(self, usable: np.ndarray) -> int | None:
-        """Index of the arm that a new server tries now, between decisions for the best one."""
+    def _next_trial(self, rates: np.ndarray, least: float) -> int | None:
+        """Index of the arm that a new server tries now, between decisions for the best one.
+
+        Args:
+            rates: Of each arm, if start-up has measured its steps as much too long as it may have.
+            least: What the best arm gives.
+        """
         if not self.config.explore or self._held is None or self._held.exploring:
             return None
-        return next((i for i in np.flatnonzero(usable) if self._decided[i] < _TRIALS), None)
+        few = np.array(self._decided) < _TRIALS
+        if few[0]:  # the plain step, against which all others are held
+            return 0
+        trial = int(np.where(few, rates, 0.0).argmax())
+        return trial if few[trial] and rates[trial] > least else None
 
     def _settle(self, rates: np.ndarray) -> int:
         """Index of the arm to use, changed only when the predicted gain has piled up."""
