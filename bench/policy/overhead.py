@@ -66,7 +66,7 @@ class _TreeStep:
         logits = 3 * torch.randn(*shape[:2], 1000)
         best = logits.log_softmax(-1).topk(most)
         self._drafts, self._most = (best.indices, best.values), most + 1
-        self._proposals = TreeProposals(SimpleNamespace(device="cpu"), ragged=True)
+        self._proposals = TreeProposals(SimpleNamespace(device="cpu"), ragged=True, longest=most)
         self._text = torch.randint(0, 50, (batch * _CONTEXT,)).int()
         self._table = torch.arange(batch * _CONTEXT).int().view(batch, _CONTEXT)
         self._row = torch.arange(batch)
@@ -78,6 +78,7 @@ class _TreeStep:
         text = self._text, self._table, self._row, self._lens, self._anchors
         found, match = lookup_continuations(*text, self._most, least_match=LEAST_MATCH)
         self._look_up = Proposal(found, match, self._anchors, found)
+        self._proposals.weigh(self._look_up, 200)
         most = self._most
         tree = self._proposals.merge(self._anchors, self._drafts, self._look_up, _NODES, most)
         said = torch.zeros_like(tree.tokens)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import AutoTokenizer
 
@@ -53,11 +54,14 @@ class Trace:
         seen: Of the drafter's whole block and of the look-up, int64 [anchors] each.
         trees: The drafter's trees.
         branched: The same with the look-up as one more branch.
+        chance: Of the look-up's tokens to be right with all before them, as far as matches of their
+            length have been so far, [anchors, nodes - 1].
     """
 
     seen: Comparison
     trees: Nodes
     branched: Nodes
+    chance: npt.NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.seen.match)
@@ -103,11 +107,14 @@ def record(
                 continue
             table = draft_table(target, drafter, prompts[answer.prompt], answer.ids)
             found = look_ups(prompts[answer.prompt], answer.ids, nodes - 1)
+            branches = found.branches(odds)
+            chance = branches[1].cumsum(1).exp() * (found.match > 0)[:, None]
             traces[file.stem].append(
                 Trace(
                     table.compare(found),
                     table.grow(nodes - 1),
-                    table.grow(nodes - 1, found.branches(odds)),
+                    table.grow(nodes - 1, branches),
+                    chance.numpy(),
                 )
             )
             found.teach(odds)
@@ -178,14 +185,19 @@ class Policy(Fixed):
         self._decision = decision
         # Trees take look-ups as branches whatever the rule for chains says.
         branches = self._looks_up and decision.arm.proposer == "tree"
-        return decision.arm, 0 if branches else decision.splice
+        return decision.arm, 0 if branches else decision.rule.splice
+
+    def _worth(self, batch: Sequence[_Request]) -> npt.NDArray[np.int64]:
+        assert self._decision
+        least = self._decision.rule.odds / 1000
+        return np.array([int((r.trace.chance[r.at] >= least).sum()) for r in batch])
 
     def nodes(self, batch: Sequence[_Request], arm: Arm) -> list[int]:
         most = self._config.most(arm)
         if not self._config.ragged or arm.proposer not in ("tree", "lookup"):
             return [arm.nodes] * len(batch)
         if arm.proposer == "lookup":
-            return [arm.nodes if r.trace.seen.match[r.at] else 1 for r in batch]
+            return (1 + self._worth(batch)).tolist()
         if arm.nodes == most:
             return [most] * len(batch)
         grown = ((r.trace.branched if self._looks_up else r.trace.trees, r.at) for r in batch)
@@ -202,6 +214,8 @@ class Policy(Fixed):
         assert self._decision
         seconds *= self._noise.lognormal(0.0, _STEP_NOISE)
         seen = _seen(batch, commits, self._decision.arm) if self._looks_up else None
+        if seen and self._config.ragged:
+            seen = seen._replace(worth=self._worth(batch))
         self._policy.observe(self._decision, commits, seconds, seen, verified)
         for request, commit in zip(batch, commits, strict=True):
             if request.left == commit:
@@ -211,7 +225,7 @@ class Policy(Fixed):
 def _seen(batch: Sequence[_Request], commits: list[int], arm: Arm) -> Comparison:
     """What a step shows of look-ups and of the drafter."""
     match, right, agreed, drafted = np.array(
-        [[values[r.at] for values in r.trace.seen] for r in batch], dtype=np.int64
+        [[values[r.at] for values in r.trace.seen[:4]] for r in batch], dtype=np.int64
     ).T
     if arm.proposer != "chain":
         agreed, drafted = np.full_like(match, -1), np.zeros_like(match)

@@ -67,7 +67,7 @@ def run(scenario: Scenario, seed: int, config: AdaptiveConfig) -> Outcome:
         tokens = expected_tokens(world, survival, progress, arms, best_splice)
         column = arms.index(decision.arm)
         top = float((tokens / times).max())
-        expected += expected_tokens(world, survival, progress, arms, decision.splice)[column]
+        expected += expected_tokens(world, survival, progress, arms, decision.rule.splice)[column]
         best += top * times[column]
         if decision.exploring:
             lost += times[column] - tokens[column] / top
@@ -80,7 +80,7 @@ def run(scenario: Scenario, seed: int, config: AdaptiveConfig) -> Outcome:
         if chains:
             uniform += float((tokens / times)[chains].max())
             ragged += best_ragged(survival, bs, widths, times[chains])
-        commit, seconds, seen = world.step(decision.arm, survival, progress, decision.splice)
+        commit, seconds, seen = world.step(decision.arm, survival, progress, decision.rule.splice)
         committed += sum(commit)
         policy.observe(decision, commit, seconds, seen if "lookup" in config.proposers else None)
         for rid in world.finished:

@@ -29,6 +29,7 @@ class BranchOdds:
         self._counts = self._prior.clone()  # right ones, all that were seen
         self._log_fade = -1 / memory
         self._log_probs: Tensor | None = None  # by match and token, until more was learned
+        self._worth: dict[tuple[int, int], Tensor] = {}  # by match, as long
         self._noted: list[tuple[Tensor, Tensor, Tensor]] = []  # what nothing was learned from yet
         self._longest = 0  # tokens of a look-up among them
 
@@ -60,6 +61,24 @@ class BranchOdds:
         count = found.shape[1]
         return found, self.log_probs(match, count), match.clamp(max=1) * count
 
+    def worth(self, match: Tensor, count: int, odds: int) -> Tensor:
+        """How many tokens of each look-up are right with a probability of at least `odds`.
+
+        Args:
+            match: [bs] int32, tokens of each match; 0: there is no proposal.
+            count: Tokens of a look-up.
+            odds: In thousandths.
+
+        Returns:
+            [bs] int64.
+        """
+        if (count, odds) not in self._worth:
+            right, seen = self._counts
+            chance = (right / seen)[_classes(self._length, count)].cumprod(1)
+            worth = (chance >= odds / 1000).sum(1)
+            self._worth[count, odds] = worth.index_fill_(0, self._length[:1], 0)
+        return self._worth[count, odds].index_select(0, match.clamp(max=_LONGEST))
+
     def note(self, match: Tensor, proposed: Tensor, right: Tensor, count: int) -> None:
         """As `observe`, but learns from several steps at once."""
         self._noted.append((match, proposed, right))
@@ -86,7 +105,7 @@ class BranchOdds:
         seen = torch.zeros_like(self._counts).index_add_(1, classes, counted.flatten(1).float())
         fade = (seen[1].sum() * self._log_fade).exp()
         self._counts = self._prior + (self._counts - self._prior) * fade + seen
-        self._log_probs = None
+        self._log_probs, self._worth = None, {}
 
 
 def _classes(match: Tensor, count: int) -> Tensor:

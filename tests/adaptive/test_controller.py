@@ -3,12 +3,12 @@ import time
 import pytest
 
 from dflare.adaptive import (
-    NEVER,
     PLAIN,
     AdaptiveConfig,
     ArmController,
     ArmPolicy,
     CostTable,
+    LookupRule,
     SpecMetrics,
     StepTime,
     chain,
@@ -57,7 +57,7 @@ def make_policy():
 
 def test_without_a_policy_every_step_verifies_the_block():
     controller = ArmController(block_size=8)
-    assert controller.begin(["a", "b"], [100, 1]) == (chain(8), NEVER, 1)
+    assert controller.begin(["a", "b"], [100, 1]) == (chain(8), LookupRule(), 1)
     assert controller.complete([3, 1]) is None
 
 

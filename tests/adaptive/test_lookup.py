@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from dflare.adaptive import (
-    NEVER,
     AdaptiveConfig,
     ArmPolicy,
     Comparison,
     CostTable,
+    LookupRule,
     SpecMetrics,
     StepTime,
     chain,
@@ -50,7 +50,7 @@ def serve(policy, steps, *, drafter, look_up, matches, batch=1, seed=0, costs=se
         )
         match = np.where(rng.random(batch) < matches, 12, 0)
         look_ups *= (match > 0)[:, None]
-        spliced = (proposer == "chain") & (match >= decision.splice)
+        spliced = (proposer == "chain") & (match >= decision.rule.splice)
         hits = np.where(spliced[:, None], look_ups, drafts) if proposer == "chain" else look_ups
         commit = 1 + hits[:, : nodes - 1].sum(axis=1)
         within = np.arange(BLOCK) < commit[:, None]
@@ -78,7 +78,7 @@ def test_text_that_repeats_is_looked_up_without_a_draft_pass():
 def test_useless_look_ups_are_left_alone(look_up):
     decisions = serve(make_policy(), 600, drafter=0.6, look_up=look_up, matches=0.3)
     assert share(decisions, "chain") > 0.95
-    assert decisions[-1].splice > 12
+    assert decisions[-1].rule.splice > 12
 
 
 def test_look_ups_that_are_better_than_drafts_replace_them():
@@ -88,7 +88,7 @@ def test_look_ups_that_are_better_than_drafts_replace_them():
         for seed in range(3)
     ]
     assert np.mean([share(decisions, "chain") for decisions in runs]) > 0.65
-    assert all(decisions[-1].splice <= 12 for decisions in runs)
+    assert all(decisions[-1].rule.splice <= 12 for decisions in runs)
 
 
 def test_it_is_noticed_while_plain_steps_run_that_the_text_repeats():
@@ -113,7 +113,7 @@ def test_a_draft_that_is_overdue_waits_until_it_can_be_paid_for():
 def test_without_the_proposer_there_is_no_such_arm_and_nothing_is_replaced():
     policy = make_policy(proposers=["chain"])
     assert {arm.proposer for arm in policy.arms} == {"plain", "chain"}
-    assert policy.choose([0], [100]).splice == NEVER
+    assert policy.choose([0], [100]).rule == LookupRule()
     policy = make_policy(proposers=["lookup"])
     decisions = serve(policy, 100, drafter=0.0, look_up=0.9, matches=1.0)
     assert {d.arm.proposer for d in decisions} <= {"plain", "lookup"}
@@ -150,5 +150,5 @@ def test_accepted_tokens_are_counted_by_proposer():
     metrics.record(Arm("lookup", 4), [3, 1])
     metrics.record(chain(4), [2])
     spliced = seen(match=[9, 2, 9], right=[3, 0, 1], agreed=[1, 0, 2], drafted=[1, 2, 1])
-    metrics.record(chain(4), [4, 3, 2], spliced, splice=5)
+    metrics.record(chain(4), [4, 3, 2], spliced, rule=LookupRule(5))
     assert metrics._by_proposer == {"lookup": 2 + 2, "chain": 1 + 1 + 2 + 1}

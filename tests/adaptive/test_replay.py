@@ -18,7 +18,8 @@ def trace(drafted, trees=None, chances=None, match=None, right=None):
     found = none if match is None else np.array(match), none if right is None else np.array(right)
     nodes = np.array(trees or [[0]] * len(drafted), dtype=bool)
     grown = Nodes(np.array(chances or np.zeros(nodes.shape)), nodes)
-    return replay.Trace(Comparison(*found, none, np.array(drafted)), grown, grown)
+    chance = np.zeros((len(drafted), 11), dtype=np.float32)
+    return replay.Trace(Comparison(*found, none, np.array(drafted)), grown, grown, chance)
 
 
 def rate(traces, arm, concurrency=1, splice=NEVER):

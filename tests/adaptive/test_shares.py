@@ -68,10 +68,16 @@ def serve(config, batch, steps, matching):
         arm = decision.arm
         match = np.where(rng.random(batch) < matching, 12, 0)
         right = np.where(match > 0, rng.geometric(0.3, batch), 0)
-        counts = np.where(match > 0, arm.nodes, 1) if config.ragged else np.full(batch, arm.nodes)
+        counts = np.full(batch, arm.nodes)
+        if config.ragged:  # what pays: token k is right in 0.7^(k - 1) of the cases
+            pays = int((0.7 ** np.arange(11) >= decision.rule.odds / 1000).sum())
+            worth = np.where(match > 0, pays, 0)
+            counts = 1 + np.minimum(worth, arm.nodes - 1)
         commits = 1 + np.minimum(right, counts - 1)
         none = np.zeros(batch, dtype=int)
         seen = Comparison(match, np.minimum(right, commits), none - 1, none)
+        if config.ragged:
+            seen = seen._replace(worth=worth)
         took.append(seconds(batch, arm, int(counts.sum())))
         predicted.append(decision.predicted_seconds)
         policy.observe(decision, commits.tolist(), took[-1], seen, int(counts.sum()))
@@ -79,7 +85,7 @@ def serve(config, batch, steps, matching):
     return arms[steps // 2 :], np.sum(predicted[steps // 2 :]) / np.sum(took[steps // 2 :])
 
 
-def test_look_ups_pay_under_load_where_only_those_that_found_something_are_verified():
+def test_look_ups_pay_under_load_where_only_what_is_worth_its_time_is_verified():
     config = AdaptiveConfig.for_block_size(6, proposers=["lookup"])
     shared = config.sharing(6, 12)
     assert config.arms[1:] == tuple(Arm("lookup", n) for n in (2, 3, 4, 6))

@@ -13,6 +13,7 @@ from dflare.adaptive import (
     ArmPolicy,
     CostTable,
     Decision,
+    LookupRule,
     StepTime,
     chain,
 )
@@ -87,4 +88,4 @@ class ScriptedPolicy(ArmPolicy):
         decision = super().choose(request_ids, remaining)
         arm, splice = next(self._script)
         self._ran(arm.nodes, len(request_ids))
-        return dataclasses.replace(decision, arm=arm, splice=splice)
+        return dataclasses.replace(decision, arm=arm, rule=LookupRule(splice))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dflare.adaptive import AdaptiveConfig, ArmPolicy, CostTable, StepTime, chain
+from dflare.adaptive import AdaptiveConfig, ArmPolicy, CostTable, LookupRule, StepTime, chain
 from dflare.engine.arms import Agreement
 
 pytestmark = pytest.mark.slow  # imports SGLang
@@ -46,7 +46,7 @@ def test_the_same_arms_with_a_word_a_decision(monkeypatch):
             # In the end fewer tokens are left than the block has.
             left = [100 - step - draw.randrange(2) for _ in requests]
             decision = policy.choose(requests, [max(n, 1) for n in left])
-            choice = decision.arm, decision.splice, policy.standing
+            choice = decision.arm, decision.rule, policy.standing
             ours = leader.settle(requests, left, choice)
             assert ours == choice[:2]
             assert other.settle(requests, left, None) == ours
@@ -58,5 +58,6 @@ def test_the_same_arms_with_a_word_a_decision(monkeypatch):
 
 
 def test_one_rank_alone_says_nothing():
+    rule = LookupRule(6, 250)
     group = SimpleNamespace(world_size=1, rank_in_group=0)
-    assert Agreement(group).settle(["a"], [5], (chain(4), 6, 8)) == (chain(4), 6)
+    assert Agreement(group).settle(["a"], [5], (chain(4), rule, 8)) == (chain(4), rule)

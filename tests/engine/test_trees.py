@@ -158,16 +158,40 @@ def test_look_ups_alone_verify_nothing_where_nothing_was_found():
     found = torch.tensor([[5, 6, 7], [0, 0, 0]])
     look_up = Proposal(found, torch.tensor([4, 0]).int(), torch.tensor([1, 2]), found)
     draft_input = SimpleNamespace(bonus_tokens=torch.tensor([1, 2]))
-    proposals = TreeProposals(SimpleNamespace(device="cpu"), ragged=True)
+    proposals = TreeProposals(SimpleNamespace(device="cpu"), ragged=True, longest=3)
 
-    def make(reqs, nodes, most=8):
-        batch = SimpleNamespace(reqs=reqs, spec_info=draft_input)
+    def make(nodes, most=8):
+        batch = SimpleNamespace(reqs=[], spec_info=draft_input)
         tree = proposals.make(batch, Arm("lookup", nodes), look_up, most)
         return tree.packed(tree.tokens).tolist()
 
-    assert make(["a", "b"], 3) == [1, 5, 6, 2]
-    assert make(["a", "b"], 4, most=2) == [1, 5, 2]
-    assert make([], 3) == [1, 5, 6, 2, 0, 0], "start-up measures what it asks for"
+    assert make(3) == [1, 5, 6, 2, 0, 0], "start-up measures what it asks for"
+    proposals.weigh(look_up, 0)
+    assert make(3) == [1, 5, 6, 2]
+    assert make(4, most=2) == [1, 5, 2]
+    assert not look_up.pays_nothing()
+
+
+def test_of_look_ups_alone_what_is_worth_its_time_is_verified():
+    from dflare.engine.lookups import Proposal
+    from dflare.engine.tree_proposal import TreeProposals
+
+    found = torch.arange(20).view(2, 10)
+    look_up = Proposal(found, torch.tensor([20, 3]).int(), torch.tensor([1, 2]), found)
+    proposals = TreeProposals(SimpleNamespace(device="cpu"), ragged=True, longest=10)
+    commit_lens = torch.tensor([11, 2])
+    for step in range(1280):  # a long match goes on; behind a short one a token in four is right
+        right = torch.tensor([10, int(step % 4 == 0)])
+        proposals.learn(look_up, right, torch.tensor([11, 2]))
+    worth = {}
+    for odds in (50, 200, 400):
+        proposals.weigh(look_up, odds)
+        worth[odds] = look_up.worth.tolist()
+    assert worth == {50: [10, 1], 200: [10, 1], 400: [10, 0]}
+    assert not look_up.pays_nothing()
+    short = Proposal(found, torch.tensor([3, 0]).int(), torch.tensor([1, 2]), found)
+    proposals.weigh(short, 400)
+    assert short.pays_nothing()
 
 
 def test_no_request_verifies_beyond_its_row_of_slots():

@@ -4,7 +4,7 @@ from dflare.adaptive.arms import PLAIN, Arm, chain
 from dflare.adaptive.config import AdaptiveConfig
 from dflare.adaptive.controller import ArmController, measure_steps
 from dflare.adaptive.cost import CostTable, StepTime, save_step_times
-from dflare.adaptive.lookup import LEAST_MATCH, NEVER, Comparison
+from dflare.adaptive.lookup import LEAST_MATCH, NEVER, Comparison, LookupRule
 from dflare.adaptive.metrics import SpecMetrics
 from dflare.adaptive.policy import ArmPolicy, Decision
 from dflare.adaptive.shares import NodePrices
@@ -21,6 +21,7 @@ __all__ = [
     "Comparison",
     "CostTable",
     "Decision",
+    "LookupRule",
     "NodePrices",
     "SpecMetrics",
     "Standing",

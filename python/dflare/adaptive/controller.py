@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dflare.adaptive.arms import Arm, chain
 from dflare.adaptive.cost import StepTime
-from dflare.adaptive.lookup import NEVER, Comparison
+from dflare.adaptive.lookup import Comparison, LookupRule
 from dflare.adaptive.metrics import SpecMetrics
 from dflare.adaptive.policy import ArmPolicy, Decision
 
@@ -53,7 +53,7 @@ class ArmController:
 
     def begin(
         self, request_ids: Sequence[Hashable], remaining: Sequence[int]
-    ) -> tuple[Arm, int, int]:
+    ) -> tuple[Arm, LookupRule, int]:
         """Choose the decode step that is about to be launched.
 
         Args:
@@ -61,19 +61,19 @@ class ArmController:
             remaining: Tokens that each may still produce.
 
         Returns:
-            Its arm; the least strength of a look-up that stands in for drafted tokens; and for how
-            many steps the choice stands, this one included.
+            Its arm; which look-ups it verifies; and for how many steps the choice stands, this one
+            included.
         """
         self._unfinished = len(request_ids)
         left = [max(tokens, 1) for tokens in remaining]
         decision = self._policy.choose(request_ids, left) if self._policy else None
-        arm, splice, standing = chain(self._block_size), NEVER, 1
+        arm, rule, standing = chain(self._block_size), LookupRule(), 1
         if self._policy and decision:
-            arm, splice, standing = decision.arm, decision.splice, self._policy.standing
+            arm, rule, standing = decision.arm, decision.rule, self._policy.standing
         batch = len(request_ids)
         self._launched.append(_Launched(decision, arm, batch, not self._gap, batch * arm.nodes))
         self._gap = False
-        return arm, splice, standing
+        return arm, rule, standing
 
     def compare(self, seen: Callable[[], Comparison]) -> None:
         """Give what the step just launched shows about proposals, to be called with its result."""
@@ -121,7 +121,7 @@ class ArmController:
             step.arm,
             commit_lens,
             seen,
-            splice=step.decision.splice if step.decision else NEVER,
+            rule=step.decision.rule if step.decision else LookupRule(),
             exploring=step.decision.exploring if step.decision else False,
             predicted=step.decision.predicted_seconds if step.decision else None,
             actual=seconds,

@@ -125,6 +125,12 @@ class CostTable:
             return seconds
         return np.interp(nodes + self._first, self._axis, seconds[self._rising].ravel())
 
+    def of_a_node(self, batch: int, arm: Arm) -> float:
+        """Predicted seconds that one more token of one request adds to a step, up to an arm's."""
+        column = self._column[arm]
+        seconds = self.seconds(batch)
+        return float(seconds[column] - seconds[0]) / (batch * (arm.nodes - 1))
+
     def describe(self) -> str:
         """The table in one line: milliseconds for every measured batch size, by arm."""
         rows = []

@@ -8,11 +8,25 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 
 NEVER = 1 << 30  # a strength that no look-up has
+_ALL = 1 << 30  # more tokens than any look-up has
 LEAST_MATCH = 3  # tokens; shorter matches are chance
 # First strength of each class; a class holds those up to the next.
 _CLASSES = np.array([3, 4, 5, 6, 8, 10, 13, 17, 24, 33])
 # What is assumed of each class before anything was seen: cases won by the look-up less those lost.
 _PRIOR = np.array([-3.0, -2.0, -1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0])
+
+
+class LookupRule(NamedTuple):
+    """Which look-ups are verified.
+
+    Attributes:
+        splice: Least strength of one whose tokens stand in for the drafter's.
+        odds: Where requests may differ, the least probability of a token that is verified without a
+            draft pass, in thousandths.
+    """
+
+    splice: int = NEVER
+    odds: int = 0
 
 
 class Comparison(NamedTuple):
@@ -24,12 +38,15 @@ class Comparison(NamedTuple):
         agreed: Tokens on which drafter and look-up agree, up to the first difference; -1 where
             nothing was drafted.
         drafted: Tokens of the drafter's proposal that were committed.
+        worth: Tokens of the look-up's proposal that its rule would verify; where requests may not
+            differ all.
     """
 
     match: Ints
     right: Ints
     agreed: Ints
     drafted: Ints
+    worth: Ints | int = _ALL
 
     def strength(self) -> Ints:
         """How well a look-up is founded: its match, and what the drafter found too; 0 for none."""

@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from dflare.adaptive.arms import PLAIN, Arm
-from dflare.adaptive.lookup import NEVER, Comparison, Ints
+from dflare.adaptive.lookup import Comparison, Ints, LookupRule
 from dflare.adaptive.watch import AcceptanceWatch
 
 _INTERVAL = 1.0  # seconds between writes; steps in between only count in Python
+_NO_LOOKUPS = LookupRule()
 
 
 class SpecMetrics:
@@ -64,7 +65,7 @@ class SpecMetrics:
         commit_lens: Sequence[int],
         seen: Comparison | None = None,
         *,
-        splice: int = NEVER,
+        rule: LookupRule = _NO_LOOKUPS,
         exploring: bool = False,
         predicted: float | None = None,
         actual: float | None = None,
@@ -76,7 +77,7 @@ class SpecMetrics:
             arm: What was verified.
             commit_lens: Committed tokens of each request.
             seen: What the look-up and the drafter alone would have got, where that is known.
-            splice: Least strength of a look-up whose tokens stood in for drafted ones.
+            rule: Which look-ups were verified.
             exploring: Whether the policy called the arm slower than another.
             predicted, actual: Step time in seconds; counted where both are known.
             verified: Tokens of all requests; the arm's nodes of each by default.
@@ -88,14 +89,14 @@ class SpecMetrics:
         self._verified += verified or len(commit_lens) * arm.nodes
         self._explored += exploring
         self._commits[arm.nodes].update(commit_lens)
-        self._count_by_proposer(arm, np.asarray(commit_lens) - 1, seen, splice)
+        self._count_by_proposer(arm, np.asarray(commit_lens) - 1, seen, rule)
         if predicted is not None and actual is not None:
             self._timed += 1
             self._predicted_sum += predicted
             self._actual_sum += actual
 
     def _count_by_proposer(
-        self, arm: Arm, accepted: Ints, seen: Comparison | None, splice: int
+        self, arm: Arm, accepted: Ints, seen: Comparison | None, rule: LookupRule
     ) -> None:
         """Tell apart whose proposals were accepted; what both proposed counts as the drafter's."""
         if arm == PLAIN:
@@ -103,7 +104,7 @@ class SpecMetrics:
         total = int(accepted.sum())
         if arm.proposer == "chain" and seen is not None:
             agreed = np.minimum(seen.agreed, accepted)
-            looked_up = int((accepted - agreed)[seen.strength() >= splice].sum())
+            looked_up = int((accepted - agreed)[seen.strength() >= rule.splice].sum())
             self._by_proposer["lookup"] += looked_up
             total -= looked_up
         self._by_proposer[arm.proposer] += total

@@ -16,7 +16,7 @@ from dflare.adaptive.acceptance import AcceptanceModel, Prior
 from dflare.adaptive.arms import Arm
 from dflare.adaptive.config import AdaptiveConfig
 from dflare.adaptive.cost import CostTable
-from dflare.adaptive.lookup import NEVER, Comparison, SpliceRule
+from dflare.adaptive.lookup import Comparison, LookupRule, SpliceRule
 from dflare.adaptive.standing import Standing
 
 _CREDIT_STEPS = 5.0  # exploration saved up at most, in step times
@@ -28,7 +28,9 @@ _HOLD = 8  # steps per decision: thinking costs up to 1 % of a step, and one ste
 _LOOKUP_PRIOR, _LOOKUP_RISE = 0.2, 1.5
 _LOOKUP_REQUEST_MEMORY = 300
 _DRAFTED = ("chain", "tree")  # proposers with a draft pass
-_FIRST_FOUND = 0.3  # share of the look-ups that find something, before any was seen
+# Tokens of a request's look-up that pay, before any was seen, and requests' steps until the mean
+# has forgotten one: copying begins and ends.
+_FIRST_WORTH, _WORTH_MEMORY = 1.0, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Decision:
     """What to do in one step, and what the policy expects of it."""
 
     arm: Arm
-    splice: int  # least strength of a look-up whose tokens stand in for the drafter's
+    rule: LookupRule
     request_ids: tuple[Hashable, ...]
     exploring: bool
     expected_tokens: float
@@ -66,7 +68,7 @@ class ArmPolicy:
         self.arms = config.arms
         largest = config.widths[-1]
         self._longest = max((arm.nodes for arm in self.arms if arm.proposer == "lookup"), default=1)
-        self._found = _FIRST_FOUND  # share of the look-ups that find something
+        self._worth = _FIRST_WORTH  # tokens of a request's look-up that pay, in the mean
         priors: dict[str, Prior] = {}
         self._splice = None
         if "chain" in config.proposers:
@@ -81,7 +83,10 @@ class ArmPolicy:
         self._acceptance = AcceptanceModel(most, config.memory, list(priors.values()))
         self._rows = {name: row for row, name in enumerate(priors)}
         self._nodes = np.array([arm.nodes for arm in self.arms])
-        self._looks_up = np.array([arm.proposer == "lookup" for arm in self.arms])
+        # Where requests may differ, one look-up arm has whatever pays, of each. The times of the
+        # others say what fewer tokens cost.
+        self._shared = np.array([a.proposer == "lookup" and config.ragged for a in self.arms])
+        self._chosen = ~self._shared | (self._nodes == self._longest)
         self._sizes = np.unique(self._nodes)
         # Where an arm's expected tokens stand in those of all proposers.
         self._row = np.array([self._rows.get(_model(arm), 0) for arm in self.arms])
@@ -122,6 +127,7 @@ class ArmPolicy:
         # Nothing beyond the first size that finishes every request.
         sizes = self._sizes
         usable = self._nodes <= sizes[min(np.searchsorted(sizes, left.max()), len(sizes) - 1)]
+        usable = (usable | self._shared) & self._chosen
         rates = np.where(usable, tokens / seconds, 0.0)
         best = self._settle(rates)
 
@@ -147,7 +153,7 @@ class ArmPolicy:
         self._decided[chosen] += 1
         decision = Decision(
             arm=self.arms[chosen],
-            splice=self._splice.least_strength() if self._splice else NEVER,
+            rule=self._rule(len(request_ids), float(rates[best])),
             request_ids=ids,
             exploring=chosen != best,
             expected_tokens=float(tokens[chosen]),
@@ -215,7 +221,7 @@ class ArmPolicy:
         ids, arm = decision.request_ids, decision.arm
         self._acceptance.age(ids, len(results.commit_lens))
         if "lookup" in self._rows and results.seen:
-            right = np.array([seen.right for seen, _ in results.seen])
+            right = np.array([np.minimum(seen.right, seen.worth) for seen, _ in results.seen])
             known = np.array([commit_lens for _, commit_lens in results.seen])
             self._acceptance.observe(self._rows["lookup"], ids, self._longest - 1, right, known)
         row = self._rows.get(_model(arm))
@@ -225,20 +231,31 @@ class ArmPolicy:
         if self._splice:
             for seen, _ in results.seen:
                 self._splice.observe(seen, arm.nodes - 1)
-                part = len(ids) / (len(ids) + _LOOKUP_REQUEST_MEMORY)
-                self._found += part * (float((seen.match > 0).mean()) - self._found)
+                part = len(ids) / (len(ids) + _WORTH_MEMORY)
+                self._worth += part * (float(np.mean(seen.worth)) - self._worth)
         if results.seconds:
             nodes = sum(results.verified) / len(results.verified) / len(ids)
             self.cost.observe(len(ids), arm, results.seconds, nodes)
 
     def _verified_nodes(self) -> np.ndarray | None:
-        """Tokens of a request that each arm verifies in the mean; None if what it is called by.
-
-        A request whose look-up finds nothing verifies its anchor alone, where requests may differ.
-        """
-        if not self.config.ragged:
+        """Tokens of a request that each arm verifies in the mean; None if what it is called by."""
+        if not self._shared.any():
             return None
-        return np.where(self._looks_up, 1 + (self._nodes - 1) * self._found, self._nodes)
+        return np.where(self._shared, 1 + self._worth, self._nodes)
+
+    def _rule(self, batch: int, rate: float) -> LookupRule:
+        """Which look-ups a step of so many requests verifies, at so many tokens a second.
+
+        A token more pays if what it gives, its probability to be right, is more than what is given
+        elsewhere in the time it takes.
+        """
+        if not self._splice:
+            return LookupRule()
+        splice, odds = self._splice.least_strength(), 0
+        if self._shared.any():
+            longest = self.arms[int((self._shared & self._chosen).argmax())]
+            odds = min(round(1000 * rate * self.cost.of_a_node(batch, longest)), 999)
+        return LookupRule(splice, odds)
 
     def _count(self, decision: Decision) -> None:
         """Book a step: how long ago the last draft was, and what may be spent on exploring."""

@@ -21,12 +21,12 @@ from sglang.srt.runtime_context import (
 )
 
 from dflare.adaptive import (
-    NEVER,
     AdaptiveConfig,
     Arm,
     ArmController,
     ArmPolicy,
     CostTable,
+    LookupRule,
     SpecMetrics,
     Standing,
     chain,
@@ -67,7 +67,7 @@ class Agreement:
         """
         self._group = group
         self._arms = list(arms)
-        self._choice: tuple[Arm, int] | None = None
+        self._choice: tuple[Arm, LookupRule] | None = None
         self._standing = Standing()
 
     @property
@@ -79,24 +79,25 @@ class Agreement:
         self,
         requests: Sequence[str],
         remaining: Sequence[int],
-        choice: tuple[Arm, int, int] | None,
-    ) -> tuple[Arm, int]:
-        """Return the arm of the next step and its least strength, the same on all ranks.
+        choice: tuple[Arm, LookupRule, int] | None,
+    ) -> tuple[Arm, LookupRule]:
+        """Return the arm of the next step and its look-ups' rule, the same on all ranks.
 
         Args:
             requests: ids of the batch.
             remaining: tokens that each may still produce.
-            choice: on rank 0 the arm, the least strength of a look-up that stands in for drafted
-                tokens, and for how many steps both were decided, this one included.
+            choice: on rank 0 the arm, the rule, and for how many steps both were decided, this one
+                included.
         """
         if self._group.world_size == 1:
             assert choice
             return choice[:2]
         ids = tuple(requests)
         if self._choice is None or not self._standing.goes_on(ids, remaining):
-            words = (self._arms.index(choice[0]), *choice[1:]) if choice else (0, 0, 0)
-            index, splice, steps = self.from_leader(*words)
-            self._choice = self._arms[index], splice
+            arm, rule, standing = choice or (self._arms[0], LookupRule(), 0)
+            words = self.from_leader(self._arms.index(arm), standing, *rule)
+            index, steps = words[:2]
+            self._choice = self._arms[index], LookupRule(*words[2:])
             self._standing.begin(ids, self._arms[index].nodes, steps)
         return self._choice
 
@@ -160,20 +161,20 @@ class Arms:
         """Device memory that the graphs of the other widths take."""
         return self._states.graph_gb
 
-    def choose(self, reqs: Sequence[Any]) -> tuple[Arm, int]:
+    def choose(self, reqs: Sequence[Any]) -> tuple[Arm, LookupRule]:
         """Choose the decode step that is about to be launched.
 
         Args:
             reqs: the batch's requests, SGLang's `Req`.
 
         Returns:
-            Its arm, and the least strength of a look-up that stands in for drafted tokens.
+            Its arm, and which look-ups it verifies.
         """
         ids = [req.rid for req in reqs]
         left = [req.sampling_params.max_new_tokens - len(req.output_ids) for req in reqs]
         choice = self._controller.begin(ids, left) if self._controller else None
         if not self.adaptive:
-            return chain(self._block), NEVER
+            return chain(self._block), LookupRule()
         return self._agreement.settle(ids, left, choice)
 
     def at(self, arm: Arm) -> AbstractContextManager[None]:

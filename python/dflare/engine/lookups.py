@@ -90,10 +90,18 @@ class Proposal:
             match: [bs] int32, tokens before them that match; 0: there is no proposal.
             anchors: [bs] int64.
             slots: [bs, w] int64, of the anchors and what follows them.
+
+        Attributes:
+            worth: [bs] int64, tokens that pay, where requests may differ.
         """
         self.found, self.match, self.anchors, self.slots = found, match, anchors, slots
+        self.worth: torch.Tensor | None = None
         self.drafts: torch.Tensor | None = None
         self.agreed: torch.Tensor | None = None
+
+    def pays_nothing(self) -> bool:
+        """Whether a step of look-ups alone would verify nothing but anchors."""
+        return self.worth is not None and not self.worth.any()
 
     def splice(self, drafts: torch.Tensor, least_strength: int) -> None:
         """Put the look-up's tokens in place of the drafter's where they are as well founded.
@@ -136,17 +144,19 @@ class Proposal:
         """
         known = [self.match[None]] if self.agreed is None else [self.match[None], self.agreed[None]]
         on_host = _to_host(torch.cat((*known, right)))
-        return lambda: _comparison(on_host.numpy().astype(np.int64))
+        # Requests differ on a CPU alone.
+        worth = () if self.worth is None else (self.worth.numpy(),)
+        return lambda: _comparison(on_host.numpy().astype(np.int64), *worth)
 
 
-def _comparison(rows: npt.NDArray[np.int64]) -> Comparison:
+def _comparison(rows: npt.NDArray[np.int64], *worth: npt.NDArray[np.int64]) -> Comparison:
     """From the match and the look-up's right tokens, or both with what the drafter adds."""
     if len(rows) == 2:
         match, right = rows
         agreed, drafted = np.full_like(match, -1), np.zeros_like(match)
     else:
         match, agreed, right, drafted = rows
-    return Comparison(match, right * (match > 0), agreed, drafted)
+    return Comparison(match, right * (match > 0), agreed, drafted, *worth)
 
 
 def _leading(true: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """What a step that verifies a tree a request is made of, and how many nodes each request has.
 
 Where attention takes requests with different numbers of queries, the nodes of a step are shared out
-over its requests, the most probable first: a look-up that finds nothing has none, and a request
-whose drafts are doubtful leaves its nodes to others. Elsewhere every request has as many.
+over its requests, the most probable first: a request whose drafts are doubtful leaves its nodes to
+others, and of look-ups alone every token is verified that is worth its time, and no other.
+Elsewhere every request has as many.
 """
 
 from dataclasses import dataclass
@@ -91,13 +92,14 @@ class TreeProposals:
     What it learns depends on drafts and committed tokens, which are the same on all ranks.
     """
 
-    def __init__(self, worker: Any, *, ragged: bool) -> None:
+    def __init__(self, worker: Any, *, ragged: bool, longest: int = 0) -> None:
         """
         Args:
             worker: a `DFlareWorker`.
             ragged: whether requests may have different numbers of nodes.
+            longest: tokens of a look-up.
         """
-        self._worker, self._ragged = worker, ragged
+        self._worker, self._ragged, self._longest = worker, ragged, longest
         self._odds, self._prices = BranchOdds(worker.device), NodePrices()
 
     def make(self, batch: Any, arm: Arm, look_up: Proposal | None, most: int) -> DraftTree:
@@ -112,7 +114,7 @@ class TreeProposals:
         anchors = batch.spec_info.bonus_tokens.view(-1).long().contiguous()
         if arm.proposer == "lookup":
             assert look_up
-            return _chains(anchors, look_up, min(arm.nodes, most), all_of_them=not batch.reqs)
+            return _chains(anchors, look_up, min(arm.nodes, most))
         drafts = draft_marginals(self._worker, batch, most - 1)
         if not batch.reqs:  # start-up measures what it asks for
             most = min(arm.nodes, most)
@@ -149,6 +151,15 @@ class TreeProposals:
         counts = (log_probs >= self._prices.least(nodes - 1)).sum(1)
         return tree.cut(torch.from_numpy(counts))
 
+    def weigh(self, look_up: Proposal, odds: int) -> None:
+        """Say how many tokens of a look-up pay, where requests may differ.
+
+        Args:
+            odds: least probability of a token that pays, in thousandths.
+        """
+        if self._ragged:
+            look_up.worth = self._odds.worth(look_up.match, self._longest, odds)
+
     def learn(self, look_up: Proposal, right: torch.Tensor, commit_lens: torch.Tensor) -> None:
         """Learn what look-ups are worth as branches.
 
@@ -160,14 +171,10 @@ class TreeProposals:
         self._odds.note(look_up.match, commit_lens, right, look_up.found.shape[1])
 
 
-def _chains(
-    anchors: torch.Tensor, look_up: Proposal, nodes: int, *, all_of_them: bool
-) -> DraftTree:
-    """Look-ups alone: so many rows, and the anchor's alone where nothing was found."""
+def _chains(anchors: torch.Tensor, look_up: Proposal, nodes: int) -> DraftTree:
+    """Look-ups alone: what pays of so many rows; all of them where that is not known."""
     bs = len(anchors)
     row = torch.arange(nodes, dtype=torch.int32).repeat(bs, 1)
     tokens = torch.cat((anchors[:, None], look_up.found[:, : nodes - 1]), 1)
-    counts = torch.full_like(anchors, nodes)
-    if not all_of_them:
-        counts = counts.where(look_up.match > 0, 1)
-    return DraftTree(tokens, row - 1, row).cut(counts)
+    tree = DraftTree(tokens, row - 1, row)
+    return tree if look_up.worth is None else tree.cut((look_up.worth + 1).clamp(max=nodes))

@@ -89,7 +89,8 @@ class TreeStep:
             config: says how many nodes a request may have, and whether they may differ.
         """
         self._worker, self._config = worker, config
-        self.proposals = TreeProposals(worker, ragged=config.ragged)
+        longest = max(config.lookups, default=1) - 1
+        self.proposals = TreeProposals(worker, ragged=config.ragged, longest=longest)
 
     def runs(self, arm: Arm) -> bool:
         """Whether steps of an arm are run here."""

@@ -12,13 +12,15 @@ from sglang.srt.speculative.dflash_worker_v2 import SIMULATE_ACC_LEN, _is_all_gr
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dflare import ops
-from dflare.adaptive import NEVER, Arm
+from dflare.adaptive import PLAIN, Arm, LookupRule
 from dflare.engine.lookups import Proposal
 from dflare.engine.penalties import Penalised
 from dflare.engine.sampling import parts_of, requests_at_once, sample_verify_positions, seeds_of
 from dflare.engine.swapping import swapped
 from dflare.engine.verify_step import step_slots, verify_candidates
 from dflare.engine.worker_start import WorkerStart
+
+_NO_LOOKUPS = LookupRule()
 
 
 class DFlareWorker(WorkerStart):
@@ -34,7 +36,7 @@ class DFlareWorker(WorkerStart):
 
     def init_cuda_graphs(self) -> None:
         """SGLang's name for the last part of a start."""
-        self.init_steps(self._decode)
+        self.init_steps(lambda batch, arm: self._decode(batch, arm, *self._look_up(batch, arm)))
 
     def forward_batch_generation(
         self,
@@ -74,28 +76,39 @@ class DFlareWorker(WorkerStart):
                 return result
             if self.traffic:
                 self.traffic.note(batch.reqs)
-            arm, splice = self.arms.choose(batch.reqs)
+            arm, rule = self.arms.choose(batch.reqs)
+            slots, look_up = self._look_up(batch, arm)
+            if look_up and slots is not None and self.trees:
+                self.trees.proposals.weigh(look_up, rule.odds)
+                if arm.proposer == "lookup" and look_up.pays_nothing():
+                    arm, slots = PLAIN, slots[:, :1].contiguous()
             self.context.flush([req.rid for req in batch.reqs] if arm.nodes == 1 else ())
             with self.arms.at(arm):
-                return self._decode(batch, arm, splice, penalised, on_publish, grammar_barrier)
+                return self._decode(
+                    batch, arm, slots, look_up, rule, penalised, on_publish, grammar_barrier
+                )
+
+    def _look_up(self, batch: Any, arm: Arm) -> tuple[torch.Tensor | None, Proposal | None]:
+        """Slots of what a step of an arm verifies, [bs, w], and what the text so far proposes."""
+        if not self.texts and arm.proposer == "chain":  # a block's step alone finds its own
+            return None, None
+        most = self.trees.most(arm, batch) if self.trees else arm.nodes
+        slots = step_slots(self.model_runner, batch, most)
+        return slots, self.texts.look_up(batch, slots) if self.texts else None
 
     def _decode(
         self,
         batch: Any,
         arm: Arm,
-        splice: int = NEVER,
+        slots: torch.Tensor | None,
+        proposal: Proposal | None,
+        rule: LookupRule = _NO_LOOKUPS,
         penalised: Penalised | None = None,
         on_publish: Any = None,
         grammar_barrier: Any = None,
     ) -> GenerationBatchResult:
         """One step of an arm: a block's of DFLASH, or one that verifies without a draft pass."""
-        slots: torch.Tensor | None = None
         as_tree = self.trees is not None and self.trees.runs(arm)
-        if self.texts or arm.proposer != "chain":  # a block's step alone finds its own
-            slots = step_slots(
-                self.model_runner, batch, self.trees.most(arm, batch) if self.trees else arm.nodes
-            )
-        proposal = self.texts.look_up(batch, slots) if self.texts and slots is not None else None
         candidates = None if as_tree else _candidates(batch, arm, proposal)
         with ExitStack() as stack:
             if penalised:
@@ -107,7 +120,7 @@ class DFlareWorker(WorkerStart):
                 assert self.trees and slots is not None
                 result = self.trees.run(batch, arm, slots, proposal, on_publish, grammar_barrier)
             elif candidates is None:
-                stack.enter_context(self._splicing(proposal, splice))
+                stack.enter_context(self._splicing(proposal, rule.splice))
                 result = super().forward_batch_generation(batch, on_publish, grammar_barrier)
             else:
                 assert slots is not None
@@ -121,11 +134,13 @@ class DFlareWorker(WorkerStart):
             self.texts.write_committed(proposal, tokens)
             if batch.reqs:  # none of them sent what start-up measures
                 right = proposal.right(tokens, result.accept_lens)
-                if as_tree and self.trees:
+                if self.trees and (as_tree or proposal.worth is not None):
                     self.trees.proposals.learn(proposal, right[0], result.accept_lens)
                 self.arms.compare(proposal, right)
-        if as_tree and self.trees and batch.reqs:
+        if batch.reqs and as_tree and self.trees:
             self.arms.verifies(self.trees.tree.verified)
+        elif batch.reqs and arm == PLAIN:  # perhaps instead of look-ups
+            self.arms.verifies(tokens.numel())
         return result
 
     def _verified(
