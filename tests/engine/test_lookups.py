@@ -181,13 +181,13 @@ def test_drafts_that_nothing_replaces_are_compared_too():
     proposal.splice(drafts, NEVER)
     assert drafts.tolist() == [[5, 9]]
     seen = compare(proposal, torch.tensor([[5, 6, 0]]), [2])
-    assert [int(x[0]) for x in seen] == [40, 2, 1, 1]
+    assert [int(x[0]) for x in seen[:4]] == [40, 2, 1, 1]
 
 
 def test_without_drafts_there_is_nothing_to_agree_with():
     proposal = proposal_of([[5, 6], [0, 0]], [4, 0])
     seen = compare(proposal, torch.tensor([[5, 8], [0, 0]]), [2, 1])
-    assert [x.tolist() for x in seen] == [[4, 0], [1, 0], [-1, -1], [0, 0]]
+    assert [x.tolist() for x in seen[:4]] == [[4, 0], [1, 0], [-1, -1], [0, 0]]
 
 
 def test_the_policy_finds_out_where_the_text_repeats(whole_blocks, measured):
