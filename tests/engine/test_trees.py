@@ -179,7 +179,6 @@ def test_of_look_ups_alone_what_is_worth_its_time_is_verified():
     found = torch.arange(20).view(2, 10)
     look_up = Proposal(found, torch.tensor([20, 3]).int(), torch.tensor([1, 2]), found)
     proposals = TreeProposals(SimpleNamespace(device="cpu"), ragged=True, longest=10)
-    commit_lens = torch.tensor([11, 2])
     for step in range(1280):  # a long match goes on; behind a short one a token in four is right
         right = torch.tensor([10, int(step % 4 == 0)])
         proposals.learn(look_up, right, torch.tensor([11, 2]))
