@@ -49,7 +49,8 @@ class AdaptiveConfig(BaseModel):
     lookups: tuple[int, ...] = Field(
         default=(),
         description="Tokens of a request that look-ups alone verify, ascending, at most twice the "
-        "block size. Where requests may not differ, those that are no widths are left out.",
+        "block size. Where requests may not differ, those that are no widths are left out; where "
+        "they may, each verifies what is worth its time, at most the largest of them.",
     )
     explore: float = Field(
         default=0.003,
