@@ -9,7 +9,6 @@ alone; `bmm`, the batched GEMM alone, over all rows.
 
 import functools
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels.timing import Arm, Case, buffer_sets, kept_going, relative_error
+from bench.kernels.timing import Arm, Case, asked_for, buffer_sets, kept_going, relative_error
 from dflare import ops
 from dflare.ops.reference_math import apply_rope, rms_norm
 
@@ -163,11 +162,8 @@ def wgmma_arm(sets: list[Inputs], work: tuple[float, float]) -> Arm:
         raise ValueError("compute capability {}.{}, needs 9.0".format(*capability))
 
     def run(i: int) -> None:
-        os.environ["DFLARE_WGMMA"] = "1"
-        try:
+        with asked_for("DFLARE_WGMMA"):
             call(ops.append_context_kv, sets[i])
-        finally:
-            del os.environ["DFLARE_WGMMA"]
 
     return Arm("wgmma", run, work)
 

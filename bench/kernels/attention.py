@@ -9,9 +9,7 @@ two together: attention launched behind attention overlaps more than it does in 
 """
 
 import functools
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.kernels import libraries
-from bench.kernels.timing import Arm, Case, buffer_sets, kept_going, relative_error
+from bench.kernels.timing import Arm, Case, asked_for, buffer_sets, kept_going, relative_error
 from dflare import ops
 from dflare.ops.reference_math import apply_rope, rms_norm
 
@@ -158,16 +156,6 @@ def prologue(x: dict[str, Any], slots: Tensor) -> Tensor:
 compiled_prologue = torch.compile(prologue, dynamic=True)
 
 
-@contextmanager
-def clusters() -> Iterator[None]:
-    """Asks `block_attention` and its schedule for clusters of blocks."""
-    os.environ["DFLARE_CLUSTER"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["DFLARE_CLUSTER"]
-
-
 def own_makers(inputs: Inputs) -> dict[str, Callable[[], Arm]]:
     """Of all arms but the libraries'."""
     sets, pair, work = inputs.sets, inputs.pair, inputs.work
@@ -185,11 +173,11 @@ def own_makers(inputs: Inputs) -> dict[str, Callable[[], Arm]]:
         capability = torch.cuda.get_device_capability(sets[0]["qkv"].device)
         if capability[0] not in (9, 10):
             raise ValueError("compute capability {}.{}, needs 9.0 or 10.0".format(*capability))
-        with clusters():
+        with asked_for("DFLARE_CLUSTER"):
             made = [schedule(i) for i in range(len(sets))]
 
         def run(i: int) -> Tensor:
-            with clusters():
+            with asked_for("DFLARE_CLUSTER"):
                 return call(ops.block_attention, sets[i], schedule=made[i])
 
         return Arm("cluster", run, work)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dflare.adaptive.arms import Arm, chain
 from dflare.adaptive.cost import StepTime
-from dflare.adaptive.lookup import Comparison, LookupRule
+from dflare.adaptive.lookup import NO_LOOKUPS, Comparison, LookupRule
 from dflare.adaptive.metrics import SpecMetrics
 from dflare.adaptive.policy import ArmPolicy, Decision
 
@@ -67,7 +67,7 @@ class ArmController:
         self._unfinished = len(request_ids)
         left = [max(tokens, 1) for tokens in remaining]
         decision = self._policy.choose(request_ids, left) if self._policy else None
-        arm, rule, standing = chain(self._block_size), LookupRule(), 1
+        arm, rule, standing = chain(self._block_size), NO_LOOKUPS, 1
         if self._policy and decision:
             arm, rule, standing = decision.arm, decision.rule, self._policy.standing
         batch = len(request_ids)
@@ -121,7 +121,7 @@ class ArmController:
             step.arm,
             commit_lens,
             seen,
-            rule=step.decision.rule if step.decision else LookupRule(),
+            rule=step.decision.rule if step.decision else NO_LOOKUPS,
             exploring=step.decision.exploring if step.decision else False,
             predicted=step.decision.predicted_seconds if step.decision else None,
             actual=seconds,

@@ -29,6 +29,9 @@ class LookupRule(NamedTuple):
     odds: int = 0
 
 
+NO_LOOKUPS = LookupRule()
+
+
 class Comparison(NamedTuple):
     """What proposals were worth in one step, used or not; int64 [bs] each.
 

@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from dflare.adaptive.arms import PLAIN, Arm
-from dflare.adaptive.lookup import Comparison, Ints, LookupRule
+from dflare.adaptive.lookup import NO_LOOKUPS, Comparison, Ints, LookupRule
 from dflare.adaptive.watch import AcceptanceWatch
 
 _INTERVAL = 1.0  # seconds between writes; steps in between only count in Python
-_NO_LOOKUPS = LookupRule()
 
 
 class SpecMetrics:
@@ -65,7 +64,7 @@ class SpecMetrics:
         commit_lens: Sequence[int],
         seen: Comparison | None = None,
         *,
-        rule: LookupRule = _NO_LOOKUPS,
+        rule: LookupRule = NO_LOOKUPS,
         exploring: bool = False,
         predicted: float | None = None,
         actual: float | None = None,

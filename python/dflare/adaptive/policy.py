@@ -16,7 +16,7 @@ from dflare.adaptive.acceptance import AcceptanceModel, Prior
 from dflare.adaptive.arms import Arm
 from dflare.adaptive.config import AdaptiveConfig
 from dflare.adaptive.cost import CostTable
-from dflare.adaptive.lookup import Comparison, LookupRule, SpliceRule
+from dflare.adaptive.lookup import NO_LOOKUPS, Comparison, LookupRule, SpliceRule
 from dflare.adaptive.standing import Standing
 
 _CREDIT_STEPS = 5.0  # exploration saved up at most, in step times
@@ -250,7 +250,7 @@ class ArmPolicy:
         elsewhere in the time it takes.
         """
         if not self._splice:
-            return LookupRule()
+            return NO_LOOKUPS
         splice, odds = self._splice.least_strength(), 0
         if self._shared.any():
             longest = self.arms[int((self._shared & self._chosen).argmax())]

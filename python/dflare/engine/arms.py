@@ -21,6 +21,7 @@ from sglang.srt.runtime_context import (
 )
 
 from dflare.adaptive import (
+    NO_LOOKUPS,
     AdaptiveConfig,
     Arm,
     ArmController,
@@ -94,7 +95,7 @@ class Agreement:
             return choice[:2]
         ids = tuple(requests)
         if self._choice is None or not self._standing.goes_on(ids, remaining):
-            arm, rule, standing = choice or (self._arms[0], LookupRule(), 0)
+            arm, rule, standing = choice or (self._arms[0], NO_LOOKUPS, 0)
             words = self.from_leader(self._arms.index(arm), standing, *rule)
             index, steps = words[:2]
             self._choice = self._arms[index], LookupRule(*words[2:])
@@ -174,7 +175,7 @@ class Arms:
         left = [req.sampling_params.max_new_tokens - len(req.output_ids) for req in reqs]
         choice = self._controller.begin(ids, left) if self._controller else None
         if not self.adaptive:
-            return chain(self._block), LookupRule()
+            return chain(self._block), NO_LOOKUPS
         return self._agreement.settle(ids, left, choice)
 
     def at(self, arm: Arm) -> AbstractContextManager[None]:

@@ -12,15 +12,13 @@ from sglang.srt.speculative.dflash_worker_v2 import SIMULATE_ACC_LEN, _is_all_gr
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dflare import ops
-from dflare.adaptive import PLAIN, Arm, LookupRule
+from dflare.adaptive import NO_LOOKUPS, PLAIN, Arm, LookupRule
 from dflare.engine.lookups import Proposal
 from dflare.engine.penalties import Penalised
 from dflare.engine.sampling import parts_of, requests_at_once, sample_verify_positions, seeds_of
 from dflare.engine.swapping import swapped
 from dflare.engine.verify_step import step_slots, verify_candidates
 from dflare.engine.worker_start import WorkerStart
-
-_NO_LOOKUPS = LookupRule()
 
 
 class DFlareWorker(WorkerStart):
@@ -102,7 +100,7 @@ class DFlareWorker(WorkerStart):
         arm: Arm,
         slots: torch.Tensor | None,
         proposal: Proposal | None,
-        rule: LookupRule = _NO_LOOKUPS,
+        rule: LookupRule = NO_LOOKUPS,
         penalised: Penalised | None = None,
         on_publish: Any = None,
         grammar_barrier: Any = None,
@@ -137,10 +135,9 @@ class DFlareWorker(WorkerStart):
                 if self.trees and (as_tree or proposal.worth is not None):
                     self.trees.proposals.learn(proposal, right[0], result.accept_lens)
                 self.arms.compare(proposal, right)
-        if batch.reqs and as_tree and self.trees:
-            self.arms.verifies(self.trees.tree.verified)
-        elif batch.reqs and arm == PLAIN:  # perhaps instead of look-ups
-            self.arms.verifies(tokens.numel())
+        if batch.reqs:
+            tree = self.trees.tree if as_tree and self.trees else None
+            self.arms.verifies(tree.verified if tree else tokens.numel())
         return result
 
     def _verified(
