@@ -28,7 +28,7 @@ from dflare.errors import DFlareError
 from dflare.processor import device_name
 from dflare.training.data.corpus import load_corpus
 from dflare.training.data.prompts import read_lines, stop_tokens
-from dflare.training.data.target import Target, load_tokenizer, target_path
+from dflare.training.data.target import Target, compute_dtype, load_tokenizer, target_path
 from dflare.training.drafter.init import draft_config
 from dflare.training.drafter.model import Drafter
 from dflare.training.errors import ConfigError
@@ -36,7 +36,7 @@ from dflare.training.run.answers import held_out_prompts, known_answers
 from dflare.training.run.config import TrainConfig, load_config
 from dflare.training.run.evaluate import evaluate
 from dflare.training.run.loop import train
-from dflare.training.run.trainer import Trainer, compute_dtype
+from dflare.training.run.trainer import Trainer
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "DFlash": {"architecture": "dflash", "shared_kv": False},

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import psutil
 import pytest
+import torch
 from checkpoints import EOS, TURN, byte_tokenizer, write_random_target
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -20,7 +21,10 @@ from dflare.training.data.files import read_header, read_records
 from dflare.training.data.generate import Sampling
 from dflare.training.data.prompts import encode, key, read_prompts
 from dflare.training.data.server_generator import ServerGenerator, own_server
+from dflare.training.data.target import compute_dtype
 from dflare.training.errors import ConfigError, DataError
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def test_answers_follow_their_prompts_and_alone_are_supervised(target, tmp_path)
     header, *records = synth(target, tmp_path / "data.xz", "--prompts", str(prompts))
     assert header["vocab_size"] == 512 and header["generation"]["temperature"] == 0.0
     made_by = header["generation"]["generator"], header["generation"]["dtype"]
-    assert made_by == ("transformers", "float32")
+    assert made_by == ("transformers", str(compute_dtype(CPU)).removeprefix("torch."))
     assert len(records) == 2  # the third differs from the first in case and spacing alone
     tokenizer = AutoTokenizer.from_pretrained(target)
     expected = {tuple(encode(tokenizer, messages)) for messages in read_prompts(prompts)[:2]}
@@ -51,6 +55,18 @@ def test_answers_follow_their_prompts_and_alone_are_supervised(target, tmp_path)
         assert tuple(record.ids[:start]) in expected
         assert end == len(record.ids) and 1 <= end - start <= 8
         assert record.cut == (record.ids[-1] != EOS)
+
+
+@pytest.mark.parametrize("bf16, amx", [(False, False), (True, False), (False, True)])
+def test_answers_are_computed_in_bfloat16_where_the_processor_multiplies_it(
+    target, tmp_path, monkeypatch, bf16, amx
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello\n")
+    header = synth(target, tmp_path / "data.xz", "--prompts", str(prompts))[0]
+    assert header["generation"]["dtype"] == ("bfloat16" if bf16 or amx else "float32")
 
 
 def test_an_interrupted_file_is_continued_without_repeating(target, tmp_path):

@@ -6,6 +6,7 @@ token says which position it takes: finished rows are refilled while others go o
 tokens are simply overwritten.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import AttentionInterface
 
 from dflare.errors import UnsupportedError
+from dflare.ops.paged_attention import paged_attention
+from dflare.ops.paged_context import PagedContext
 
 ATTENTION = "dflare_grouped"
 
@@ -60,6 +63,9 @@ def grouped_attention(
             query, key, value, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=True
         )
         return attended.transpose(1, 2), None
+    in_slots = query.device.type == "cpu" and key.is_contiguous() and key.shape[3] % 16 == 0
+    if in_slots and query.shape[2] == 1:
+        return _attend_to_slots(query, key, value, attention_mask, scaling), None
     rows, heads, tokens, head_dim = query.shape
     groups = heads // key.shape[1]
     packed = query.reshape(rows, key.shape[1], groups * tokens, head_dim)
@@ -69,6 +75,43 @@ def grouped_attention(
     probabilities = scores.softmax(-1).to(value.dtype).flatten(2, 3)
     attended = (probabilities @ value).unflatten(2, (groups, tokens))
     return attended.permute(0, 3, 1, 2, 4).flatten(2, 3), None
+
+
+@lru_cache(maxsize=1)
+def _slots(requests: int, length: int) -> tuple[Tensor, Tensor]:
+    """Return 0 to `requests`, and the slots ``[requests, length]`` of requests end to end."""
+    slots = torch.arange(requests * length, dtype=torch.int32).view(requests, length)
+    return torch.arange(requests + 1), slots
+
+
+def _attend_to_slots(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float
+) -> Tensor:
+    """One query a row on the CPU: each head of K/V is read up to its row's own length, no further.
+
+    To the operator of paged attention every head of every row is a request of its own.
+    """
+    rows, heads, _, head_dim = query.shape
+    _, kv_heads, length, _ = key.shape
+    requests = rows * kv_heads
+    order, slots = _slots(requests, length)
+    context = PagedContext(
+        key.view(-1, 1, head_dim),
+        value.view(-1, 1, head_dim),
+        slots,
+        order[:-1],
+        attention_mask[:, 0, 0].sum(-1).repeat_interleave(kv_heads),
+    )
+    attended = paged_attention(
+        query.reshape(requests, heads // kv_heads, head_dim),
+        context,
+        order,
+        window=-1,
+        causal=True,
+        scale=scaling,
+        logit_cap=0.0,
+    )
+    return attended.view(rows, 1, heads, head_dim)
 
 
 AttentionInterface.register(ATTENTION, grouped_attention)

@@ -16,7 +16,13 @@ from dflare.training.data.prompts import Message, read_openers, read_prompts, st
 from dflare.training.data.server_generator import ServerGenerator, own_server, served_dtype
 from dflare.training.data.settings import GenerationSettings, SynthSettings
 from dflare.training.data.synth import MakeGenerator, Synth, minutes_from_now, prompts_file
-from dflare.training.data.target import choose_device, load_target, load_tokenizer, target_path
+from dflare.training.data.target import (
+    choose_device,
+    compute_dtype,
+    load_target,
+    load_tokenizer,
+    target_path,
+)
 from dflare.training.data.templates import read_templates
 from dflare.training.errors import ConfigError
 
@@ -174,7 +180,7 @@ def _over_http(
 def _with_transformers(path: str, rows: int | None, device: str) -> tuple[MakeGenerator, str]:
     """Generators in this process, and the dtype that they compute in."""
     where = choose_device(device)
-    dtype = torch.bfloat16 if where == "cuda" else torch.float32
+    dtype = compute_dtype(torch.device(where))
     model = load_target(path, (), where, dtype)
     count = rows or (_ROWS_GPU if where == "cuda" else _ROWS_CPU)
 

@@ -19,6 +19,8 @@ from dflare.training.data.slot_cache import ATTENTION
 from dflare.training.errors import ConfigError
 
 DEMO_TARGET = "demo"
+# Norms that are weight times the normed input, rounded in between or not.
+_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,19 @@ class Target:
         return TargetOutput(taps, final)
 
 
+def compute_dtype(device: torch.device, wanted: str | None = None) -> torch.dtype:
+    """What products are computed in, of a drafter that is trained as of a target that writes.
+
+    Args:
+        device: Where.
+        wanted: ``bfloat16`` or ``float32``; none for bfloat16 wherever the hardware multiplies it.
+    """
+    if wanted is not None:
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[wanted]
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native or torch.cpu._is_amx_tile_supported() else torch.float32
+
+
 def choose_device(device: str) -> str:
     """Settle what computes.
 
@@ -204,17 +219,32 @@ def load_target(
         raise ConfigError(f"target {name!r} cannot be loaded: {error}{hint}") from error
     torch.nn.Module.to(model, device)
     if model.device.type == "cpu":
-        _use_cpu_linear(model)
+        _use_cpu_kernels(model)
     return Target(model, taps)
 
 
-def _use_cpu_linear(model: nn.Module) -> None:
-    """Run the linear layers of a frozen model on our kernel, twice as fast as MKL on some CPUs."""
-    from dflare.ops import linear
+def _use_cpu_kernels(model: nn.Module) -> None:
+    """Run the linear layers and norms of a frozen model on our kernels.
 
-    def forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    Products are twice as fast as MKL's on some CPUs; but not in bfloat16 where there is AMX, which
+    Torch's products use and our kernel does not. Norms are one pass in place of six.
+    """
+    from dflare.ops import add_rms_norm, linear
+
+    multiplied = {torch.float32}
+    if not torch.cpu._is_amx_tile_supported():
+        multiplied.add(torch.bfloat16)
+
+    def project(layer: nn.Linear, x: Tensor) -> Tensor:
         return linear(x, layer.weight, layer.bias)
 
+    def norm(layer: Any, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        return add_rms_norm(rows, None, layer.weight, layer.variance_epsilon).view(x.shape)
+
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype in (torch.float32, torch.bfloat16):
-            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+        weight: Any = getattr(module, "weight", None)
+        if type(module) is nn.Linear and weight.dtype in multiplied:
+            module.forward = MethodType(project, module)  # type: ignore[method-assign]
+        elif type(module).__name__ in _NORMS and weight.dtype in (torch.float32, torch.bfloat16):
+            module.forward = MethodType(norm, module)  # type: ignore[method-assign]

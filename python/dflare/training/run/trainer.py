@@ -14,7 +14,7 @@ from torch.profiler import record_function
 from dflare.training.data.batches import Batch, Order, make_batch
 from dflare.training.data.corpus import Corpus, check_mask_token, load_corpus, split
 from dflare.training.data.tap_cache import TapCache
-from dflare.training.data.target import Target, load_target
+from dflare.training.data.target import Target, compute_dtype, load_target
 from dflare.training.drafter.init import (
     build_drafter,
     init_layers,
@@ -38,19 +38,6 @@ from dflare.training.run.window import Window
 _VALIDATION_EPOCH = 2**31  # seeds the anchors of validation, which stay the same for the whole run
 _TAP_SIZE_SEQUENCES = 16  # from which the sizes of the target's states are measured
 _WIDTHS = 6  # widths of a batch where code is compiled for each; each a multiple of 128
-
-
-def compute_dtype(device: torch.device, wanted: str | None) -> torch.dtype:
-    """What products are computed in; weights, norms and the optimizer stay in float32.
-
-    Args:
-        device: Where.
-        wanted: ``run.dtype``; none for bfloat16 wherever the hardware multiplies it.
-    """
-    if wanted is not None:
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[wanted]
-    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native or torch.cpu._is_amx_tile_supported() else torch.float32
 
 
 class Trainer:
@@ -170,9 +157,7 @@ class Trainer:
         """Load the target of a run as its trainer would, tapped."""
         device = start_ranks(config.run.device).device
         section = config.target
-        # On a CPU the target runs on float32 kernels of our own.
-        wanted = config.run.dtype if device.type == "cuda" else "float32"
-        dtype = compute_dtype(device, wanted)
+        dtype = compute_dtype(device, config.run.dtype)
         target = load_target(section.name, (), device, dtype, section.attention)
         return Target(target.model, tap_ids(config.drafter, target.config.num_hidden_layers))
 
