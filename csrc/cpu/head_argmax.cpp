@@ -5,16 +5,13 @@
 #include <algorithm>
 
 #include "cpu/checks.h"
-#include "cpu/isa.h"
-#include "cpu/team.h"
+#include "cpu/run_layer.h"
 #include "stable_torch.h"
 
 namespace dflare::cpu {
 namespace {
 
 constexpr int64_t kVector = 32;  // elements of the longest vector of any level
-// Weight bytes that are worth waking a thread for, as for a linear layer.
-constexpr int64_t kThreadBytes = 1 << 17;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -33,11 +30,7 @@ at::Tensor best_of_blocks(const HeadArgmax<at::Tensor>& x, int64_t blocks) {
   p.outputs = x.vocabulary;
   p.head_tokens = x.head_tokens();
   p.best = best.mutable_data_ptr<int64_t>();
-  const auto run = kernels().get<T>().head_argmax;
-  const int64_t task_bytes = kLinearOutputs * std::max<int64_t>(x.inputs, 1) * sizeof(T);
-  parallel_for(at::get_num_threads(), blocks * ceil_div(x.rows, kLinearRows),
-               std::max<int64_t>(1, kThreadBytes / task_bytes),
-               [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  run_head_argmax(p);
   return best;
 }
 

@@ -2,6 +2,11 @@
 
 #include <cstdlib>
 #include <string>
+#ifdef DFLARE_HAVE_avx512
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "stable_torch.h"
 
@@ -22,9 +27,25 @@ extern const Kernels kernels;
 namespace avx512bf16 {
 extern const Kernels kernels;
 }
+namespace amx {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
+
+#ifdef DFLARE_HAVE_avx512
+// Whether the processor has the tile unit and the system lets this process use it (Linux gives the
+// state of the tiles, 8 KB a thread, only to those that ask).
+bool may_use_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0)
+    return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 // Best first.
 std::vector<const Kernels*> runnable() {
@@ -32,7 +53,10 @@ std::vector<const Kernels*> runnable() {
 #ifdef DFLARE_HAVE_avx512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    if (__builtin_cpu_supports("avx512bf16")) levels.push_back(&avx512bf16::kernels);
+    if (__builtin_cpu_supports("avx512bf16")) {
+      if (may_use_tiles()) levels.push_back(&amx::kernels);
+      levels.push_back(&avx512bf16::kernels);
+    }
     levels.push_back(&avx512::kernels);
   }
 #endif

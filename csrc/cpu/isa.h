@@ -16,6 +16,9 @@ struct KernelsFor {
   void (*attend)(const AttentionParams<T>&, const AttentionItem&, int64_t split_begin,
                  int64_t split_end, float* parts);
   void (*merge)(const AttentionParams<T>&, const AttentionItem&, float* parts, int64_t count);
+  // Words that `pack` writes of so many rows; none where rows of x are read as they lie.
+  int64_t (*packed_words)(int64_t rows, int64_t inputs);
+  void (*pack)(const LinearParams<T>&, uint32_t* packed);
   // Tasks in [begin, end); see kernels/linear.h.
   void (*linear)(const LinearParams<T>&, int64_t begin, int64_t end);
   void (*head_argmax)(const HeadParams<T>&, int64_t begin, int64_t end);

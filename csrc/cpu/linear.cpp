@@ -1,10 +1,11 @@
-// torch.ops.dflare.linear on the CPU.
+// torch.ops.dflare.linear on the CPU, and how the tasks of a product are run.
 
 #include <algorithm>
 
 #include "cpu/checks.h"
 #include "cpu/isa.h"
 #include "cpu/run_layer.h"
+#include "cpu/scratch.h"
 #include "cpu/team.h"
 #include "stable_torch.h"
 
@@ -17,19 +18,35 @@ constexpr int64_t kThreadBytes = 1 << 17;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-}  // namespace
-
-template <typename T>
-void run_linear(const LinearParams<T>& p) {
-  const auto run = kernels().get<T>().linear;
+// The caller packs: that takes a microsecond where a step has few rows.
+template <typename T, typename Params>
+void run_tasks(Params& p, void (*run)(const Params&, int64_t, int64_t)) {
+  const KernelsFor<T>& kernel = kernels().get<T>();
+  const int64_t words = kernel.packed_words(p.rows, p.inputs);
+  auto* packed = reinterpret_cast<uint32_t*>(thread_scratch(words, Scratch::kOperator));
+  kernel.pack(p, packed);
+  p.packed = packed;
   const int64_t tasks = ceil_div(p.outputs, kLinearOutputs) * ceil_div(p.rows, kLinearRows);
   const int64_t task_bytes = kLinearOutputs * std::max<int64_t>(p.inputs, 1) * sizeof(T);
   parallel_for(at::get_num_threads(), tasks, std::max<int64_t>(1, kThreadBytes / task_bytes),
                [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 
-template void run_linear(const LinearParams<float>&);
-template void run_linear(const LinearParams<BFloat16>&);
+}  // namespace
+
+template <typename T>
+void run_linear(LinearParams<T> p) {
+  run_tasks<T>(p, kernels().get<T>().linear);
+}
+template <typename T>
+void run_head_argmax(HeadParams<T> p) {
+  run_tasks<T>(p, kernels().get<T>().head_argmax);
+}
+
+template void run_linear(LinearParams<float>);
+template void run_linear(LinearParams<BFloat16>);
+template void run_head_argmax(HeadParams<float>);
+template void run_head_argmax(HeadParams<BFloat16>);
 
 namespace {
 

@@ -107,6 +107,7 @@ struct LinearParams {
   const T* bias;    // [outputs] or null
   T* out;           // [rows, outputs]
   int64_t rows, inputs, outputs;
+  const uint32_t* packed;  // x as KernelsFor::pack leaves it, where the level has one
 };
 
 // The best logit of every kLinearOutputs rows of a head; T(x . weight^T) are the logits.

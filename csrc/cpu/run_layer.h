@@ -6,8 +6,11 @@
 
 namespace dflare::cpu {
 
+// p.packed is set there.
 template <typename T>
-void run_linear(const LinearParams<T>& p);
+void run_linear(LinearParams<T> p);
+template <typename T>
+void run_head_argmax(HeadParams<T> p);
 template <typename T>
 void run_norm(const NormParams<T>& p, int64_t rows);
 template <typename T>

@@ -6,12 +6,14 @@
 
 namespace dflare::cpu {
 
-float* thread_scratch(int64_t floats) {
+float* thread_scratch(int64_t floats, Scratch whose) {
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
-  static thread_local std::unique_ptr<float, Free> buffer;
-  static thread_local int64_t capacity = 0;
+  static thread_local std::unique_ptr<float, Free> buffers[2];
+  static thread_local int64_t capacities[2] = {};
+  auto& buffer = buffers[static_cast<int>(whose)];
+  int64_t& capacity = capacities[static_cast<int>(whose)];
   if (floats > capacity) {
     const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
     buffer.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
