@@ -1,4 +1,5 @@
-// The arithmetic of one key tile: scores, online softmax, values.
+// The arithmetic of one key tile by vectors: scores, online softmax, values; attention_tile_amx.h
+// has it by the tile unit.
 //
 // Vectors run along head_dim in scores and values, along the keys in the softmax. No row's sums
 // depend on the rows beside it, so a token has the same bits in prefill, verify and decode.
@@ -8,6 +9,7 @@
 #pragma once
 
 #include "cpu/kernels/dot_tile.h"
+#include "cpu/kernels/head.h"
 #include "cpu/params.h"
 
 namespace dflare::cpu::DFLARE_ISA {
@@ -51,58 +53,6 @@ __attribute__((noinline)) inline void add_part(const Part& total, const Part& pa
   }
 }
 
-// Where things of one item lie in the thread's scratch.
-struct Workspace {
-  int64_t rows;
-  float* q;       // [rows][head_dim]
-  float* scores;  // [rows][kKeyTile]
-  float* alpha;   // [rows], by which this tile shrinks o
-  Part part, total;
-  int32_t *first, *last;     // key range that each row sees
-  float *block_k, *block_v;  // [block][head_dim]
-  float *tile_k, *tile_v;    // [kKeyTile][head_dim], bfloat16 pools only
-  float* zeros;              // [head_dim], stands in for keys that no row sees
-  const float *k[kKeyTile], *v[kKeyTile];
-};
-
-inline void score(const Workspace& w, int64_t head_dim, int64_t count) {
-  for (int64_t i = 0; i < count; i += 4) {
-    dot_rows(w.q, head_dim, w.rows, w.k + i, head_dim, w.scores + i, kKeyTile);
-  }
-}
-
-inline void cap_logits(float* scores, int64_t size, float cap) {
-  for (int64_t i = 0; i < size; i += kLanes) store(scores + i, cap * tanh(load(scores + i) / cap));
-}
-
-// Turns scores into exp(score - m), hiding what a row must not see if `masked`.
-inline void softmax(const Workspace& w, int64_t begin, int64_t count, bool masked) {
-  const int64_t padded = round_up(count, kLanes);
-  for (int64_t r = 0; r < w.rows; ++r) {
-    float* x = w.scores + r * kKeyTile;
-    for (int64_t i = count; i < padded; ++i) x[i] = -__builtin_inff();
-    if (masked) {
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t key = begin + i;
-        if (key < w.first[r] || key > w.last[r]) x[i] = -__builtin_inff();
-      }
-    }
-    Vec best = broadcast(w.part.m[r]);
-    for (int64_t i = 0; i < padded; i += kLanes) best = max(load(x + i), best);
-    const float m = max_lane(best);
-    Vec l = {};
-    for (int64_t i = 0; i < padded; i += kLanes) {
-      const Vec y = exp(load(x + i) - m);
-      store(x + i, y);
-      l += y;
-    }
-    const float alpha = exp(broadcast(w.part.m[r] - m))[0];
-    w.part.l[r] = w.part.l[r] * alpha + sum(l);
-    w.part.m[r] = m;
-    w.alpha[r] = alpha;
-  }
-}
-
 // o[row] = o[row] * alpha[row] + sum_key probability[row][key] * v[key], for ROWS rows, VECS
 // vectors. Each tile is summed by itself first: over long contexts that rounds less than one
 // running sum.
@@ -131,31 +81,126 @@ inline void value_tile(const float* probs, const float* const* v, int64_t count,
   }
 }
 
-template <int ROWS>
-inline void value_rows(const Workspace& w, int64_t head_dim, int64_t count, int64_t row) {
-  const float* probs = w.scores + row * kKeyTile;
-  float* o = w.part.o + row * head_dim;
-  int64_t c = 0;
-  for (; c + kValueVecs * kLanes <= head_dim; c += kValueVecs * kLanes) {
-    value_tile<ROWS, kValueVecs>(probs, w.v, count, c, o + c, head_dim, w.alpha + row);
-  }
-  for (; c < head_dim; c += kLanes) {
-    value_tile<ROWS, 1>(probs, w.v, count, c, o + c, head_dim, w.alpha + row);
-  }
-}
+// Some query rows, and what is known of them so far.
+struct QueryRows {
+  int64_t count, head_dim;
+  float* q;  // [count][head_dim]
+  Part part;
+  const int32_t *first, *last;  // key range that each row sees
 
-inline void add_values(const Workspace& w, int64_t head_dim, int64_t count) {
-  int64_t row = 0;
-  for (; row + kValueRows <= w.rows; row += kValueRows) {
-    value_rows<kValueRows>(w, head_dim, count, row);
+  QueryRows from(int64_t row, int64_t rows) const {
+    const Part rest = {part.o + row * head_dim, part.m + row, part.l + row};
+    return {rows, head_dim, q + row * head_dim, rest, first + row, last + row};
   }
-  switch (w.rows - row) {
-    case 5: return value_rows<5>(w, head_dim, count, row);
-    case 4: return value_rows<4>(w, head_dim, count, row);
-    case 3: return value_rows<3>(w, head_dim, count, row);
-    case 2: return value_rows<2>(w, head_dim, count, row);
-    case 1: return value_rows<1>(w, head_dim, count, row);
+};
+
+// The keys of a tile: rows of the pool or of the draft block, or zeros. There are `count`; up to
+// kKeyTile follow that are zeros.
+template <typename Row>
+struct KeyRows {
+  int64_t begin, count;
+  bool masked;  // whether some row may not see some of them
+  const Row *k[kKeyTile], *v[kKeyTile];
+};
+
+// What is computed with keys that are rows of `Row`.
+template <typename Row>
+class TileMath;
+
+template <>
+class TileMath<float> {
+ public:
+  static int64_t scratch_floats(int64_t rows, int64_t) { return rows * (kKeyTile + 1); }
+
+  TileMath(float* scratch, int64_t rows, int64_t)
+      : scores_(scratch), alpha_(scratch + rows * kKeyTile) {}
+
+  // Makes the rows of an item ready, once.
+  void prepare(const QueryRows& rows, float scale) {
+    for (int64_t r = 0; r < rows.count; ++r) {
+      float* q = rows.q + r * rows.head_dim;
+      store_row(q, q, scale, rows.head_dim);
+    }
   }
-}
+
+  // Adds a tile's keys to the item's rows.
+  void attend(const QueryRows& rows, const KeyRows<float>& keys, float logit_cap) {
+    for (int64_t i = 0; i < keys.count; i += 4) {
+      dot_rows(rows.q, rows.head_dim, rows.count, keys.k + i, rows.head_dim, scores_ + i, kKeyTile);
+    }
+    if (logit_cap > 0) {
+      for (int64_t i = 0; i < rows.count * kKeyTile; i += kLanes)
+        store(scores_ + i, logit_cap * tanh(load(scores_ + i) / logit_cap));
+    }
+    softmax(rows, keys);
+    add_values(rows, keys.v, keys.count);
+  }
+
+  // The same for some of them, which see keys of their own.
+  void attend_alone(const QueryRows& some, const KeyRows<float>& keys, float logit_cap) {
+    attend(some, keys, logit_cap);
+  }
+
+ private:
+  // Turns scores into exp(score - m), hiding what a row must not see.
+  void softmax(const QueryRows& rows, const KeyRows<float>& keys) {
+    const int64_t padded = round_up(keys.count, kLanes);
+    const Part& part = rows.part;
+    for (int64_t r = 0; r < rows.count; ++r) {
+      float* x = scores_ + r * kKeyTile;
+      for (int64_t i = keys.count; i < padded; ++i) x[i] = -__builtin_inff();
+      if (keys.masked) {
+        for (int64_t i = 0; i < keys.count; ++i) {
+          const int64_t key = keys.begin + i;
+          if (key < rows.first[r] || key > rows.last[r]) x[i] = -__builtin_inff();
+        }
+      }
+      Vec best = broadcast(part.m[r]);
+      for (int64_t i = 0; i < padded; i += kLanes) best = max(load(x + i), best);
+      const float m = max_lane(best);
+      Vec l = {};
+      for (int64_t i = 0; i < padded; i += kLanes) {
+        const Vec y = exp(load(x + i) - m);
+        store(x + i, y);
+        l += y;
+      }
+      const float alpha = exp(broadcast(part.m[r] - m))[0];
+      part.l[r] = part.l[r] * alpha + sum(l);
+      part.m[r] = m;
+      alpha_[r] = alpha;
+    }
+  }
+
+  template <int ROWS>
+  void value_rows(const QueryRows& rows, const float* const* v, int64_t count, int64_t row) {
+    const int64_t head_dim = rows.head_dim;
+    const float* probs = scores_ + row * kKeyTile;
+    float* o = rows.part.o + row * head_dim;
+    int64_t c = 0;
+    for (; c + kValueVecs * kLanes <= head_dim; c += kValueVecs * kLanes) {
+      value_tile<ROWS, kValueVecs>(probs, v, count, c, o + c, head_dim, alpha_ + row);
+    }
+    for (; c < head_dim; c += kLanes) {
+      value_tile<ROWS, 1>(probs, v, count, c, o + c, head_dim, alpha_ + row);
+    }
+  }
+
+  void add_values(const QueryRows& rows, const float* const* v, int64_t count) {
+    int64_t row = 0;
+    for (; row + kValueRows <= rows.count; row += kValueRows) {
+      value_rows<kValueRows>(rows, v, count, row);
+    }
+    switch (rows.count - row) {
+      case 5: return value_rows<5>(rows, v, count, row);
+      case 4: return value_rows<4>(rows, v, count, row);
+      case 3: return value_rows<3>(rows, v, count, row);
+      case 2: return value_rows<2>(rows, v, count, row);
+      case 1: return value_rows<1>(rows, v, count, row);
+    }
+  }
+
+  float* scores_;  // [rows][kKeyTile]
+  float* alpha_;   // [rows], by which this tile shrinks o
+};
 
 }  // namespace dflare::cpu::DFLARE_ISA

@@ -11,10 +11,9 @@
 namespace dflare::cpu::DFLARE_ISA {
 
 template <typename T>
-constexpr KernelsFor<T> kTable = {&fuse_norm<T>,    &project<T>,      &attend<T>,
-                                  &merge<T>,        &packed_words<T>, &pack<T>,
-                                  &linear<T>,       &head_argmax<T>,  &add_rms_norm<T>,
-                                  &silu_and_mul<T>, &rotate_heads<T>};
+constexpr KernelsFor<T> kTable = {
+    &fuse_norm<T>, &project<T>,     &attend<T>,       &merge<T>,        &packed_words<T>, &pack<T>,
+    &linear<T>,    &head_argmax<T>, &add_rms_norm<T>, &silu_and_mul<T>, &rotate_heads<T>};
 
 extern const Kernels kernels;
 constinit const Kernels kernels = {DFLARE_STRING(DFLARE_ISA), kTable<float>, kTable<BFloat16>};
