@@ -227,7 +227,7 @@ def _use_cpu_kernels(model: nn.Module) -> None:
     """Run the linear layers and norms of a frozen model on our kernels.
 
     Products are twice as fast as MKL's on some CPUs; but not in bfloat16 where there is AMX, which
-    Torch's products use and our kernel does not. Norms are one pass in place of six.
+    Torch's products of the many rows of a batch use better. Norms are one pass in place of six.
     """
     from dflare.ops import add_rms_norm, linear
 
