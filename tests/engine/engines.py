@@ -110,6 +110,8 @@ def running_engine(
     arguments: dict[str, Any] = {
         "model_path": str(target),
         "log_level": "warning",
+        # What answers are held against is computed in float32.
+        "dtype": "float32",
         "max_total_tokens": 8192,
         # An idle scheduler would take a core from the reference that its answers are held against.
         "sleep_on_idle": True,

@@ -203,7 +203,7 @@ def test_what_the_kernels_take_is_supported(dtype):
 @pytest.mark.parametrize(
     ("device", "dtype", "head_dim", "message"),
     [
-        (CPU, torch.float16, 64, "float16; on cpu .* float32 and bfloat16: pass --dtype float32"),
+        (CPU, torch.float16, 64, "float16; on cpu .* bfloat16 and float32: pass --dtype bfloat16"),
         (CUDA, torch.float32, 64, "float32; on cuda .* and float16: pass --dtype bfloat16"),
         (CUDA, torch.bfloat16, 96, "head_dim 96; the CUDA kernels take 64, 128 and 256"),
         (CPU, torch.bfloat16, 72, "head_dim 72; the CPU kernels take multiples of 16"),

@@ -95,7 +95,7 @@ def check_support(device: torch.device, dtype: torch.dtype, head_dim: int) -> No
     """
     check_kernels_for(device)
     cuda = device.type == "cuda"
-    dtypes = (torch.bfloat16, torch.float16) if cuda else (torch.float32, torch.bfloat16)
+    dtypes = (torch.bfloat16, torch.float16) if cuda else (torch.bfloat16, torch.float32)
     if dtype not in dtypes:
         names = " and ".join(str(each).removeprefix("torch.") for each in dtypes)
         raise UnsupportedError(
