@@ -10,6 +10,7 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from dflare.checkpoint import save_checkpoint
+from dflare.engine.sampling import argmax
 
 pytestmark = pytest.mark.slow
 
@@ -149,3 +150,13 @@ def test_greedy_and_sampled_requests_in_one_batch(drafts_alone):
     _, alone, mixed = ([answer["output_ids"] for answer in answers] for answers in drafts_alone)
     assert mixed[:2] == alone
     assert mixed[2:] != alone
+
+
+@pytest.mark.parametrize("vocab_size", [128, 1280, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_argmax_is_torchs(vocab_size, dtype):
+    logits = torch.randint(-9, 9, (64, vocab_size)).to(dtype)  # full of ties
+    logits[1:9, 7] = logits[5:13, -1] = torch.nan
+    logits[13:20, : vocab_size // 2] = logits[20] = -torch.inf
+    assert argmax(logits).equal(logits.argmax(-1))
+    assert argmax(logits[:, :640]).equal(logits[:, :640].argmax(-1))

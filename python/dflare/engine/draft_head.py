@@ -57,8 +57,6 @@ class DraftHead:
 
     def greedy_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """Most probable token of each row of final hidden states [rows, H]: [rows] int64."""
-        if hidden.is_cpu:
-            return self.ids[ops.any_linear(hidden, self.weight).argmax(-1)]
         tokens = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
         ops.head_argmax(hidden.to(self.weight.dtype), self.weight, tokens, ids=self.ids)
         return tokens

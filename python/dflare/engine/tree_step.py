@@ -25,7 +25,7 @@ from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 from dflare import ops
 from dflare.adaptive import AdaptiveConfig, Arm
 from dflare.engine.lookups import Proposal
-from dflare.engine.sampling import sample_verify_positions
+from dflare.engine.sampling import argmax, sample_verify_positions
 from dflare.engine.tree_proposal import DraftTree, TreeProposals
 from dflare.engine.verify_step import adjust_logits, run_target, step_result
 
@@ -223,7 +223,7 @@ def _target_tokens(
     seed they share the noise that plain decoding would meet there.
     """
     if _is_all_greedy(sampling_info):
-        return logits.argmax(-1)
+        return argmax(logits)
     return sample_verify_positions(logits, sampling_info, positions, counts)
 
 

@@ -15,7 +15,13 @@ from dflare import ops
 from dflare.adaptive import NO_LOOKUPS, PLAIN, Arm, LookupRule
 from dflare.engine.lookups import Proposal
 from dflare.engine.penalties import Penalised
-from dflare.engine.sampling import parts_of, requests_at_once, sample_verify_positions, seeds_of
+from dflare.engine.sampling import (
+    argmax,
+    parts_of,
+    requests_at_once,
+    sample_verify_positions,
+    seeds_of,
+)
 from dflare.engine.swapping import swapped
 from dflare.engine.verify_step import step_slots, verify_candidates
 from dflare.engine.worker_start import WorkerStart
@@ -219,7 +225,8 @@ class DFlareWorker(WorkerStart):
             tokens = self.draft_head.greedy_tokens(hidden_states)
         elif one_rank and shard is not None and shard.num_added_elements == 0:
             head = lm_head.weight[: shard.num_org_elements]
-            tokens = ops.any_linear(hidden_states, head).argmax(-1)
+            tokens = torch.empty(len(hidden_states), dtype=torch.int64)
+            ops.head_argmax(hidden_states.to(head.dtype), head, tokens)
         else:
             tokens = super()._greedy_sample_from_vocab_parallel_head(
                 hidden_states=hidden_states, lm_head=lm_head, **kwargs
@@ -265,10 +272,10 @@ class DFlareWorker(WorkerStart):
             target_predict = sample_verify_positions(
                 next_token_logits, sampling_info, positions, width
             )
+        if target_predict is None and candidates.is_cpu:
+            target_predict = argmax(next_token_logits)
         if width == 1 and candidates.is_cpu and SIMULATE_ACC_LEN <= 0:
             # Nothing was proposed: what DFLASH finds out by ten operators.
-            if target_predict is None:
-                target_predict = next_token_logits.argmax(-1)
             tokens = target_predict.view(-1, 1)
             self._tp_sync.sync(SpecTpSyncSite.DFLASH_ACCEPT_GREEDY, tokens)
             accept_lens = torch.zeros(bs, dtype=torch.int32)
