@@ -17,7 +17,6 @@ namespace dflare::cpu {
 namespace {
 
 constexpr const char* kOp = "decoder_layers";
-constexpr int64_t kVector = 32;  // elements of the longest vector of any level
 
 struct Layers {
   const at::Tensor& residual;

@@ -11,15 +11,10 @@
 namespace dflare::cpu {
 namespace {
 
-constexpr int64_t kVector = 32;  // elements of the longest vector of any level
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The best of each block of outputs; [rows, blocks].
 template <typename T>
 at::Tensor best_of_blocks(const HeadArgmax<at::Tensor>& x, int64_t blocks) {
-  const int64_t rest = x.inputs % kVector;
-  const at::Tensor padded = rest == 0 ? x.hidden : at::pad(x.hidden, {0, kVector - rest});
+  const at::Tensor padded = padded_rows(x.hidden);
   at::Tensor best = at::empty({x.rows, blocks}, at::kLong, x.hidden);
   HeadParams<T> p{};
   p.x = static_cast<const T*>(padded.const_data_ptr());

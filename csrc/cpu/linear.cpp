@@ -12,11 +12,8 @@
 namespace dflare::cpu {
 namespace {
 
-constexpr int64_t kVector = 32;  // elements of the longest vector of any level
 // Weight bytes that are worth waking a thread for: a few microseconds of reading.
 constexpr int64_t kThreadBytes = 1 << 17;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The caller packs: that takes a microsecond where a step has few rows.
 template <typename T, typename Params>
@@ -60,7 +57,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
   const int64_t outputs = weight.size(0);
   if (bias) check.weight("bias", *bias, {outputs}, "[outputs]");
   at::Tensor out = at::empty({rows, outputs}, x);
-  const at::Tensor padded = inputs % kVector == 0 ? x : at::pad(x, {0, kVector - inputs % kVector});
+  const at::Tensor padded = padded_rows(x);
   with_element_type(x, [&](auto element) {
     using T = decltype(element);
     LinearParams<T> p{};

@@ -3,8 +3,19 @@
 #pragma once
 
 #include "cpu/params.h"
+#include "stable_torch.h"
 
 namespace dflare::cpu {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t kVector = 32;  // elements of the longest vector of any level
+
+// Rows [rows, inputs] that end with zeros where a vector would reach beyond them.
+inline at::Tensor padded_rows(const at::Tensor& x) {
+  const int64_t rest = x.size(1) % kVector;
+  return rest == 0 ? x : at::pad(x, {0, kVector - rest});
+}
 
 // p.packed is set there.
 template <typename T>

@@ -119,20 +119,8 @@ inline const float* as_row(const BFloat16* row, float* out, int64_t size) {
   return out;
 }
 
-// Where the pool's row of a key begins; false, and a note, where its slot lies outside.
-template <typename T>
-inline bool slot_offset(const AttentionParams<T>& p, const AttentionItem& item, int64_t index,
-                        int64_t& slot) {
-  slot = p.requests[item.request].slots[index];
-  if (static_cast<uint64_t>(slot) < static_cast<uint64_t>(p.num_slots)) return true;
-  if (!__atomic_exchange_n(&p.bad_slot->found, 1, __ATOMIC_RELAXED)) {
-    p.bad_slot->request = item.request;
-    p.bad_slot->index = index;
-  }
-  return false;
-}
-
-// The keys begin .. begin + count - 1. `path` is that of a tree's node, or null.
+// The keys begin .. begin + count - 1. `path` is that of a tree's node, or null. A key whose slot
+// lies outside of the pool is noted and stays zeros.
 template <typename T, typename Row>
 void gather(const AttentionParams<T>& p, const AttentionItem& item, const Workspace<Row>& w,
             const int32_t* path, KeyRows<Row>& keys) {
@@ -151,8 +139,14 @@ void gather(const AttentionParams<T>& p, const AttentionItem& item, const Worksp
       keys.v[i] = w.block_v + (index - request.pooled) * p.head_dim;
       continue;
     }
-    int64_t slot;
-    if (!slot_offset(p, item, index, slot)) continue;
+    const int64_t slot = request.slots[index];
+    if (static_cast<uint64_t>(slot) >= static_cast<uint64_t>(p.num_slots)) {
+      if (!__atomic_exchange_n(&p.bad_slot->found, 1, __ATOMIC_RELAXED)) {
+        p.bad_slot->request = item.request;
+        p.bad_slot->index = index;
+      }
+      continue;
+    }
     const int64_t at = i * p.head_dim;
     keys.k[i] = as_row(p.k_pool + slot * p.k_slot_stride + offset, w.tile_k + at, p.head_dim);
     keys.v[i] = as_row(p.v_pool + slot * p.v_slot_stride + offset, w.tile_v + at, p.head_dim);
