@@ -17,8 +17,8 @@ MAY_IMPORT = {
     "cpu": {"ops", "engine"},
 }
 # The entry point of SGLang's plug-ins offers the attention backends of all devices, and what a
-# server keeps of its traffic is written as training reads it.
-DOORS = [PACKAGE / "engine" / "plugin.py", PACKAGE / "engine" / "traffic.py"]
+# server keeps of its traffic, or leaves of its states, is written as training reads it.
+DOORS = [PACKAGE / "engine" / name for name in ("plugin.py", "traffic.py", "states.py")]
 
 
 def imported(file: Path) -> set[str]:

@@ -49,6 +49,18 @@ def test_a_block_is_extended_from_a_trained_drafter_with_a_smaller_one(folder, c
     train_config(folder, objective__extends=4, drafter__init="draft", drafter__block_size=8)
 
 
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"data__server": "http://127.0.0.1:1"}, "needs data.states"),
+        ({"data__server": "http://127.0.0.1:1", "data__states": "."}, r"drafter\.init"),
+    ],
+)
+def test_a_server_of_states_needs_a_folder_and_a_started_drafter(folder, changes, hint):
+    with pytest.raises(ConfigError, match=hint):
+        train_config(folder, drafter__init="target", **changes)
+
+
 def test_a_tap_out_of_range_is_refused():
     with pytest.raises(ConfigError, match=r"drafter.taps is \[0, 4\].*layers 0 to 3"):
         Target(tiny_causal_lm(), (0, 4))

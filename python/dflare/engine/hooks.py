@@ -18,6 +18,7 @@ from dflare.engine.names import ALGORITHM
 from dflare.engine.own_platform import own_platform
 from dflare.engine.refusals import REFUSALS
 from dflare.engine.request_guard import GUARDS
+from dflare.engine.states import leave_states, states_folder
 from dflare.errors import UnsupportedError
 
 
@@ -146,6 +147,14 @@ _IN_THE_SCHEDULER = (
         "self recv_req",
     ),
 )
+# Only where somebody asks for states: it loads what else the scheduler's process alone needs.
+_STATES = Hook(
+    "sglang.srt.layers.logits_processor.LogitsProcessor.forward",
+    leave_states,
+    HookType.AROUND,
+    "self input_ids hidden_states lm_head logits_metadata aux_hidden_states "
+    "hidden_states_before_norm",
+)
 _GUARDS = tuple(
     Hook(f"sglang.srt.{target}", function, HookType.AROUND, parameters)
     for target, function, parameters in (*GUARDS, *REFUSALS, *FAILED_STEP_HOOKS)
@@ -155,7 +164,8 @@ _GUARDS = tuple(
 def _at_load() -> tuple[Hook, ...]:
     """Those of every process and, on a platform of this package, the platform's."""
     platform = own_platform()
-    return _EVERYWHERE + _GUARDS + (platform.hooks() if platform else ())
+    states = (_STATES,) if states_folder() else ()
+    return _EVERYWHERE + _GUARDS + states + (platform.hooks() if platform else ())
 
 
 def hooks() -> tuple[Hook, ...]:

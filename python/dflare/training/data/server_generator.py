@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from dflare.errors import DFlareError
 from dflare.training.data.generate import Answer, Sampling
@@ -44,22 +45,8 @@ class ServerGenerator:
                 "stop_token_ids": list(self._sampling.stop_ids),
             },
         }
-        request = urllib.request.Request(
-            f"{self._url}/generate",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=_REQUEST_SECONDS) as response:
-                content = json.loads(response.read())
-        except (urllib.error.URLError, OSError) as error:
-            detail = (
-                error.read().decode()[:300] if isinstance(error, urllib.error.HTTPError) else ""
-            )
-            raise DFlareError(
-                f"the server at {self._url} did not answer: {error} {detail}; what it generated so "
-                "far is kept, start the command again to go on"
-            ) from error
+        hint = "what it generated so far is kept, start the command again to go on"
+        content = ask_server(self._url, body, hint)
         ids = [int(token) for token in content["output_ids"]]
         end = content["meta_info"]["finish_reason"].get("matched")
         if not isinstance(end, int):
@@ -91,18 +78,44 @@ class ServerGenerator:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def served_dtype(url: str) -> str:
-    """Ask a server what it computes in; ``auto`` where it leaves that to the model.
+def ask_server(url: str, body: dict[str, Any], hint: str) -> dict[str, Any]:
+    """Send one request to a server's ``/generate``.
+
+    Args:
+        url: Of the server, without a slash at the end.
+        body: Of the request.
+        hint: What to do if it fails.
+
+    Raises:
+        DFlareError: No answer, or a refusal.
+    """
+    request = urllib.request.Request(
+        f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=_REQUEST_SECONDS) as response:
+            return json.loads(response.read())
+    except (urllib.error.URLError, OSError) as error:
+        detail = error.read().decode()[:300] if isinstance(error, urllib.error.HTTPError) else ""
+        raise DFlareError(
+            f"the server at {url} did not answer: {error} {detail}; {hint}"
+        ) from error
+
+
+def server_info(url: str) -> dict[str, Any]:
+    """Ask a server for its arguments; its ``dtype`` is ``auto`` where that is the model's.
 
     Raises:
         DFlareError: No SGLang server answers there.
     """
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/server_info", timeout=30) as response:
-            return str(json.loads(response.read())["dtype"])
+            info = json.loads(response.read())
+            str(info["dtype"])
+            return info
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DFlareError(
-            f"no SGLang server answers at {url} ({error!r}); check --server, or start one"
+            f"no SGLang server answers at {url} ({error!r}); check the address, or start one"
         ) from error
 
 

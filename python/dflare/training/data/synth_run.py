@@ -13,7 +13,7 @@ from dflare.checkpoint import read_target_config
 from dflare.training.data.conversation import AnswersPrompts
 from dflare.training.data.generate import Generator, Sampling
 from dflare.training.data.prompts import Message, read_openers, read_prompts, stop_tokens
-from dflare.training.data.server_generator import ServerGenerator, own_server, served_dtype
+from dflare.training.data.server_generator import ServerGenerator, own_server, server_info
 from dflare.training.data.settings import GenerationSettings, SynthSettings
 from dflare.training.data.synth import MakeGenerator, Synth, minutes_from_now, prompts_file
 from dflare.training.data.target import (
@@ -173,7 +173,7 @@ def _over_http(
         def make(sampling: Sampling, length: int) -> AnswersPrompts:
             return ServerGenerator(url, rows, length, sampling)
 
-        dtype = served_dtype(url)
+        dtype = str(server_info(url)["dtype"])
         yield make, own_dtype if dtype == "auto" else dtype
 
 

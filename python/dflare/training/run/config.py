@@ -41,6 +41,9 @@ class DataSection(Section):
             learning the data by heart.
         tap_cache: Folder that keeps the target's states, so that it runs over each sequence once;
             none runs it in every step.
+        server: Address of an SGLang server with ``DFLARE_STATES`` that runs the target's layers
+            for this run, which then loads only its embedding and head.
+        states: The folder that the server's ``DFLARE_STATES`` names, as seen from here.
     """
 
     files: tuple[str, ...] = Field(min_length=1)
@@ -50,6 +53,8 @@ class DataSection(Section):
     held_out: int = Field(default=64, ge=0)
     tap_noise: float = Field(default=0.0, ge=0)
     tap_cache: str | None = None
+    server: str | None = None
+    states: str | None = None
 
     @field_validator("files")
     @classmethod
@@ -166,6 +171,13 @@ class TrainConfig(Section):
             raise ValueError(
                 f"drafter.init_layers has {len(self.drafter.init_layers)} entries for "
                 f"{self.drafter.layers} layers; give one target layer for each"
+            )
+        if (self.data.server is None) != (self.data.states is None):
+            raise ValueError("data.server needs data.states, the folder of states; give both")
+        if self.data.server is not None and self.drafter.init == "target":
+            raise ValueError(
+                "with data.server the target's layers are not here to start the drafter from; set "
+                "drafter.init to a trained drafter's folder, or to random"
             )
         extends, block_size = self.objective.extends, self.drafter.block_size
         if extends is not None and (

@@ -10,11 +10,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
+from transformers import AutoConfig
 
 from dflare.training.data.batches import Batch, Order, make_batch
 from dflare.training.data.corpus import Corpus, check_mask_token, load_corpus, split
+from dflare.training.data.served_target import ServedTarget
 from dflare.training.data.tap_cache import TapCache
-from dflare.training.data.target import Target, compute_dtype, load_target
+from dflare.training.data.target import Target, compute_dtype, load_target, target_path
 from dflare.training.drafter.init import (
     build_drafter,
     init_layers,
@@ -156,8 +158,12 @@ class Trainer:
     def load_target(config: TrainConfig) -> Target:
         """Load the target of a run as its trainer would, tapped."""
         device = start_ranks(config.run.device).device
-        section = config.target
+        section, data = config.target, config.data
         dtype = compute_dtype(device, config.run.dtype)
+        if data.server is not None and data.states is not None:
+            depth = AutoConfig.from_pretrained(target_path(section.name)).get_text_config()
+            taps = tap_ids(config.drafter, depth.num_hidden_layers)
+            return ServedTarget(section.name, taps, data.server, Path(data.states), device, dtype)
         target = load_target(section.name, (), device, dtype, section.attention)
         return Target(target.model, tap_ids(config.drafter, target.config.num_hidden_layers))
 
