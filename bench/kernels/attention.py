@@ -1,7 +1,8 @@
 """block_attention: the operator, PyTorch's ways, and what stock backends need besides attention.
 
 Arms: `dflare`, one layer with the schedule made before; `cluster`, the same with parts merged in
-clusters of blocks; `schedule`, that schedule, once a step;
+clusters of blocks; `wgmma`, the same by sm_90's products of warpgroups, for groups of more than 64
+rows; `schedule`, that schedule, once a step;
 `eager`, norm and RoPE in PyTorch, gather, scaled_dot_product_attention; `compile`, the same under
 torch.compile; `prologue`, what the libraries' arms (libraries.py) leave out: norm, RoPE and the
 block's K/V write; `gemm`, the QKV projection that comes before; `gemm+dflare` and `gemm+fa3`, the
@@ -25,6 +26,7 @@ from dflare.ops.reference_math import apply_rope, rms_norm
 ARMS = (
     "dflare",
     "cluster",
+    "wgmma",
     "schedule",
     "eager",
     "compile",
@@ -182,6 +184,21 @@ def own_makers(inputs: Inputs) -> dict[str, Callable[[], Arm]]:
 
         return Arm("cluster", run, work)
 
+    def warpgroups() -> Arm:
+        capability = torch.cuda.get_device_capability(sets[0]["qkv"].device)
+        if capability[0] != 9:
+            raise ValueError("compute capability {}.{}, needs 9.0".format(*capability))
+        group = pair.heads // pair.kv_heads
+        if group * pair.block <= 64 or pair.head_dim != 128:
+            raise ValueError("needs more than 64 rows a KV head, of 128 elements")
+        made = [schedule(i) for i in range(len(sets))]
+
+        def run(i: int) -> Tensor:
+            with asked_for("DFLARE_WGMMA"):
+                return call(ops.block_attention, sets[i], schedule=made[i])
+
+        return Arm("wgmma", run, work)
+
     def compiled() -> Arm:
         torch._dynamo.reset()
         attend = torch.compile(gather_and_attend, dynamic=False)
@@ -209,6 +226,7 @@ def own_makers(inputs: Inputs) -> dict[str, Callable[[], Arm]]:
     return {
         "dflare": dflare,
         "cluster": clustered,
+        "wgmma": warpgroups,
         "schedule": lambda: Arm("schedule", schedule, note="once a step, for all layers"),
         "eager": lambda: Arm("eager", lambda i: gather_and_attend(sets[i], inputs.context), work),
         "compile": compiled,

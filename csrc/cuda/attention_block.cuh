@@ -51,7 +51,8 @@ struct BlockHeads {
     }
   }
 
-  // Normalises, rotates and stores them as rows of a tile.
+  // Normalises, rotates and stores them as rows of a tile, laid out as Layout has it.
+  template <class Layout>
   __device__ __forceinline__ void store(const BlockAttentionParams& p, int first,
                                         const void* norm_weight, T* tile) {
     Row weight;
@@ -61,7 +62,7 @@ struct BlockHeads {
       heads[i].normalize(weight, p.eps, true);
       heads[i].rotate(turns[i]);
       heads[i].template store_with<T>(p.rope.rotary, [&](int place, uint4 elements) {
-        *reinterpret_cast<uint4*>(tile + tile_offset<kHeadDim>(row_of(first, i), place)) = elements;
+        *reinterpret_cast<uint4*>(tile + Layout::offset(row_of(first, i), place)) = elements;
       });
     }
   }
@@ -87,7 +88,7 @@ struct KeySource {
 };
 
 // V rows beyond the block's last must be zeros.
-template <class T, int kHeadDim, int kThreads>
+template <class T, int kHeadDim, int kThreads, class Layout>
 __device__ __forceinline__ void load_block_values(const AttentionItem& item, T* tile) {
   const BlockAttentionParams& p = item.p;
   constexpr int kChunks = kHeadDim / 8;
@@ -100,7 +101,7 @@ __device__ __forceinline__ void load_block_values(const AttentionItem& item, T* 
       v = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.qkv) + token * p.qkv_stride +
                                           head * kHeadDim + column);
     }
-    *reinterpret_cast<uint4*>(tile + tile_offset<kHeadDim>(row, column)) = v;
+    *reinterpret_cast<uint4*>(tile + Layout::offset(row, column)) = v;
   }
 }
 

@@ -16,6 +16,14 @@ struct AttentionTile {
   static constexpr int kRows = 16 * kWarps, kKeys = attention_keys(kHeadDim);
   static constexpr int kRowBytes = 2 * kHeadDim, kTileBytes = kKeys * kRowBytes;  // of K or of V
   static constexpr bool kQueryInRegisters = kHeadDim <= 128;
+  static constexpr int kStages = attention_stages(kHeadDim);
+  static constexpr int kLineBytes = kRowBytes;  // from a row of K or V to the next
+  // Where an element of a tile is, in elements.
+  static __device__ __forceinline__ int offset(int row, int column) {
+    return tile_offset<kHeadDim>(row, column);
+  }
+  // Lets the products of others see what this thread has written to a tile, after a barrier.
+  static __device__ __forceinline__ void publish() {}
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const FragmentLane<kHeadDim> down = FragmentLane<kHeadDim>::down(lane);

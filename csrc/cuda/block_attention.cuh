@@ -28,9 +28,9 @@
 namespace dflare {
 
 // One lane's share of the copies of context tiles.
-template <class T, int kHeadDim, int kWarps>
+template <class T, int kHeadDim, int kWarps, class Layout>
 struct ContextCopier {
-  static constexpr int kKeys = attention_keys(kHeadDim), kRowBytes = 2 * kHeadDim;
+  static constexpr int kKeys = attention_keys(kHeadDim);
   static constexpr int kChunks = kHeadDim / 8;         // 16-byte chunks of a key
   static constexpr int kKeysPerWarp = kKeys / kWarps;  // that a warp copies of a tile
   static constexpr int kKeysPerCopy = 32 / kChunks;    // that one instruction of a warp copies
@@ -38,8 +38,7 @@ struct ContextCopier {
 
   const AttentionItem& item;
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * kKeysPerWarp;
-  const uint32_t place =
-      ptx::keep(2u * tile_offset<kHeadDim>(first + lane / kChunks, lane % kChunks * 8));
+  const uint32_t place = ptx::keep(2u * Layout::offset(first + lane / kChunks, lane % kChunks * 8));
   const uint32_t source_lane = ptx::keep(static_cast<uint32_t>(lane / kChunks));
   const uint32_t looked_up =
       ptx::keep(static_cast<uint32_t>(item.first_key + first + lane % kKeysPerWarp));
@@ -62,20 +61,21 @@ struct ContextCopier {
       const int key_slot = __shfl_sync(0xffffffffu, slot, key + static_cast<int>(source_lane));
       // A key's position in its group of 8 moves its chunks (tile.cuh).
       const ptx::SharedAddress to =
-          ((stage + place) ^ static_cast<uint32_t>(key % 8 * 16)) + key * kRowBytes;
+          ((stage + place) ^ static_cast<uint32_t>(key % 8 * 16)) + key * Layout::kLineBytes;
       const uint64_t at = static_cast<uint32_t>(key_slot);
       ptx::cp_async_16(to, keys + at * k_stride, key_slot >= 0);
-      ptx::cp_async_16(to + kKeys * kRowBytes, values + at * v_stride, key_slot >= 0);
+      ptx::cp_async_16(to + Layout::kTileBytes, values + at * v_stride, key_slot >= 0);
     }
   }
 };
 
-template <class T, int kHeadDim, int kWarps>
+// Tile is an AttentionTile, or one with its members.
+template <class T, int kHeadDim, int kWarps, class Tile>
 __device__ __forceinline__ void attend_to_block_and_context(const BlockAttentionParams& p,
                                                             T* shared) {
-  using Tile = AttentionTile<T, kHeadDim, kWarps>;
+  using Rows = AttentionTile<T, kHeadDim, kWarps>;  // layout of the queries
   using Result = AttentionResult<T, kHeadDim, kWarps>;
-  constexpr int kThreads = 32 * kWarps, kKeys = Tile::kKeys, kStages = attention_stages(kHeadDim);
+  constexpr int kThreads = 32 * kWarps, kKeys = Tile::kKeys, kStages = Tile::kStages;
   constexpr int kStageElements = 2 * kKeys * kHeadDim, kStageBytes = 2 * kStageElements;
   constexpr int kQueryPasses = Tile::kRows / (kThreads / HeadRow<kHeadDim>::kLanes);
   // At B = 16, the usual size, one batch holds the block's keys.
@@ -91,7 +91,7 @@ __device__ __forceinline__ void attend_to_block_and_context(const BlockAttention
     return;
   }
   const ptx::SharedAddress stages = ptx::keep(ptx::shared_address(shared));
-  const ContextCopier<T, kHeadDim, kWarps> copier{item};
+  const ContextCopier<T, kHeadDim, kWarps, Tile> copier{item};
   int slot[kStages - 1];
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) slot[i] = copier.find_slot(i);
@@ -112,26 +112,26 @@ __device__ __forceinline__ void attend_to_block_and_context(const BlockAttention
   queries.request_heads(item, 0, query_source);
   T* const last_stage = shared + (kStages - 1) * kStageElements;
   T* const query_tile = Tile::kQueryInRegisters ? last_stage : shared + kStages * kStageElements;
-  queries.store(p, 0, p.q_norm_weight, query_tile);
+  queries.template store<Rows>(p, 0, p.q_norm_weight, query_tile);
 #pragma unroll 1
   for (int first = Queries::kRows; first < Tile::kRows; first += Queries::kRows) {
     queries.request_turns(item, first, query_source);
     queries.request_heads(item, first, query_source);
-    queries.store(p, first, p.q_norm_weight, query_tile);
+    queries.template store<Rows>(p, first, p.q_norm_weight, query_tile);
   }
   Tile tile;
   if constexpr (Tile::kQueryInRegisters) __syncthreads();
   tile.take_query(ptx::shared_address(query_tile));
   if constexpr (Tile::kQueryInRegisters) __syncthreads();  // the stage is free for keys
   if (item.has_block()) {
-    load_block_values<T, kHeadDim, kThreads>(item, last_stage + kKeys * kHeadDim);
+    load_block_values<T, kHeadDim, kThreads, Tile>(item, last_stage + kKeys * kHeadDim);
     keys.request_heads(item, 0, key_source);
-    keys.store(p, 0, p.k_norm_weight, last_stage);
+    keys.template store<Tile>(p, 0, p.k_norm_weight, last_stage);
 #pragma unroll 1
     for (int first = Keys::kRows; first < p.block_size; first += Keys::kRows) {
       keys.request_turns(item, first, key_source);
       keys.request_heads(item, first, key_source);
-      keys.store(p, first, p.k_norm_weight, last_stage);
+      keys.template store<Tile>(p, first, p.k_norm_weight, last_stage);
     }
   }
 
@@ -148,6 +148,7 @@ __device__ __forceinline__ void attend_to_block_and_context(const BlockAttention
       end = min(begin + kKeys, item.seq_len);
       ptx::cp_async_wait<kStages - 2>();
     }
+    Tile::publish();
     __syncthreads();  // the tile is complete, and nobody reads the one that is refilled next
     const auto copy_next = [&] {
       if (i < 0) return;
@@ -194,7 +195,8 @@ __global__ void __launch_bounds__(32 * kWarps,
                                   bounded_blocks(attention_blocks_per_sm(kHeadDim, kWarps)))
     block_attention_kernel(const __grid_constant__ BlockAttentionParams p) {
   DFLARE_DYNAMIC_SHARED_MEMORY(shared_bytes);
-  attend_to_block_and_context<T, kHeadDim, kWarps>(p, reinterpret_cast<T*>(shared_bytes));
+  attend_to_block_and_context<T, kHeadDim, kWarps, AttentionTile<T, kHeadDim, kWarps>>(
+      p, reinterpret_cast<T*>(shared_bytes));
 }
 
 template <class T, int kHeadDim, int kWarps>

@@ -57,4 +57,10 @@ inline bool asked_for(const char* variable) {
   return value != nullptr && std::strcmp(value, "1") == 0;
 }
 
+// Whether DFLARE_WGMMA=1 asks for the products of warpgroups, on a device of sm_90, which has them.
+inline bool wants_wgmma(const Checker& check) {
+  return asked_for("DFLARE_WGMMA") &&
+         device_attribute(check, cudaDevAttrComputeCapabilityMajor) == 9;
+}
+
 }  // namespace dflare::cuda

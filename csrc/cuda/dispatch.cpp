@@ -13,6 +13,9 @@ cudaError_t run_kv_project_wgmma(const KvProjectWriteParams& params, cudaStream_
 template <class T, int kHeadDim>
 cudaError_t run_block_attention(const BlockAttentionParams& params, cudaStream_t stream);
 
+template <class T, int kHeadDim>
+cudaError_t run_block_attention_wgmma(const BlockAttentionParams& params, cudaStream_t stream);
+
 namespace {
 
 template <class Run>
@@ -49,6 +52,13 @@ cudaError_t run_kv_project_wgmma(const KvProjectWriteParams& params, cudaStream_
 }
 
 cudaError_t run_block_attention(const BlockAttentionParams& params, cudaStream_t stream) {
+#if defined(DFLARE_SM90A) || defined(DFLARE_EMULATION)
+  if (params.plan.wgmma) {
+    return params.element == ElementType::kBf16
+               ? run_block_attention_wgmma<Bf16, 128>(params, stream)
+               : run_block_attention_wgmma<Fp16, 128>(params, stream);
+  }
+#endif
   return dispatch(params.element, params.head_dim, [&]<class T, int kHeadDim>() {
     return run_block_attention<T, kHeadDim>(params, stream);
   });

@@ -18,6 +18,7 @@ struct DeviceLimits {
   int sm_count;
   int shared_memory_per_sm;  // bytes
   bool clusters;             // blocks may reach each other's shared memory, and shall
+  bool wgmma;                // warpgroup products exist, and shall be used
 };
 
 template <class Int>
@@ -170,6 +171,17 @@ constexpr int attention_warps(int rows, int head_dim) {
   return rows > 64 && head_dim <= 128 ? 8 : 4;
 }
 
+// Whether block_attention's products are a warpgroup's: for wide groups, where mma.sync and not the
+// memory would be the limit, and where it is asked for, until a GPU has measured it.
+constexpr bool attention_takes_wgmma(int warps, int head_dim, bool wgmma) {
+  return wgmma && warps == 8 && head_dim == 128;
+}
+
+// It has an SM to itself, as the portable kernel of 128 rows, and room for a stage more: 96 KiB in
+// flight.
+constexpr int kAttentionWgmmaStages = 4;
+constexpr int kAttentionWgmmaSharedBytes = kAttentionWgmmaStages * 2 * 64 * 128 * 2;
+
 constexpr int attention_shared_bytes(int head_dim, int warps) {
   const int stages = attention_stages(head_dim) * 2 * attention_keys(head_dim) * head_dim * 2;
   return head_dim == 256 ? stages + 16 * warps * head_dim * 2 : stages;
@@ -190,6 +202,7 @@ struct AttentionPlan {
   int wave_items;     // items that the device runs at once
   int max_items;      // grid size: an item is one request's part of the context, or idle
   int max_partials;   // items of requests that are cut, whose partial results need scratch
+  bool wgmma;         // products of warpgroups (block_attention_wgmma.cuh)
   int cluster;        // items in a row whose blocks form clusters; 1: none do
 };
 
@@ -223,6 +236,7 @@ constexpr AttentionPlan plan_attention(int batch_size, int block_size, int num_h
   plan.warps = attention_warps(rows, head_dim);
   plan.row_tiles = ceil_div(rows, 16 * plan.warps);
   plan.units = kv_heads * plan.row_tiles;
+  plan.wgmma = attention_takes_wgmma(plan.warps, head_dim, device.wgmma);
   // A block also costs 1 KiB of shared memory that the driver keeps.
   const int by_shared_memory =
       device.shared_memory_per_sm / (attention_shared_bytes(head_dim, plan.warps) + 1024);

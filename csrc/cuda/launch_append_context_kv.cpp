@@ -38,12 +38,6 @@ ContextKvOutput output_params(const Arguments& x) {
   return out;
 }
 
-// Whether DFLARE_WGMMA=1 asks for the projection that sm_90 alone can run, on such a device.
-bool wants_wgmma(const Checker& check) {
-  return asked_for("DFLARE_WGMMA") &&
-         device_attribute(check, cudaDevAttrComputeCapabilityMajor) == 9;
-}
-
 // Projects `fused` and writes it to the pools, in one kernel or by way of a GEMM.
 void project_and_write(const Arguments& x, const Checker& check, const at::Tensor& fused,
                        const ContextKvOutput& out, bool overlap) {

@@ -18,7 +18,7 @@ AttentionPlan plan(const Checker& check, int64_t batch_size, int64_t block_size,
                    int64_t kv_heads, int64_t head_dim) {
   const DeviceLimits limits{device_attribute(check, cudaDevAttrMultiProcessorCount),
                             device_attribute(check, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                            wants_clusters(check)};
+                            wants_clusters(check), wants_wgmma(check)};
   return plan_attention(static_cast<int>(batch_size), static_cast<int>(block_size),
                         static_cast<int>(num_heads), static_cast<int>(kv_heads),
                         static_cast<int>(head_dim), limits);

@@ -109,6 +109,12 @@ __device__ __forceinline__ void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 }
 
+// Lets products, after a barrier, see what this thread has written to shared memory: stores, and
+// copies that it has waited for.
+__device__ __forceinline__ void publish_to_products() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
 // The same value; the compiler can neither read it before this nor keep an older one.
 __device__ __forceinline__ void settle(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 
@@ -188,6 +194,71 @@ DFLARE_WARPGROUP_MMA(Bf16, "bf16")
 DFLARE_WARPGROUP_MMA(Fp16, "f16")
 #undef DFLARE_WARPGROUP_MMA
 
+// d += a * b, d 64 x kColumns, of 16 columns of `a` that are in registers as mma_m16n8k16 has them,
+// a warp's rows after the other's; d[j] holds what mma_m16n8k16 leaves of columns 8 j to 8 j + 7. b
+// holds its columns as rows (matrix_descriptor) or, if transposed, its rows (panels_descriptor).
+template <class T, int kColumns, bool kTransposed>
+__device__ __forceinline__ void warpgroup_mma(float (&d)[kColumns / 8][4], const uint32_t (&a)[4],
+                                              uint64_t b);
+
+#define DFLARE_WARPGROUP_MMA(TYPE, NAME)                                                      \
+  template <>                                                                                 \
+  __device__ __forceinline__ void warpgroup_mma<TYPE, 64, false>(                             \
+      float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {                                 \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME                  \
+                 " {"                                                                         \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, "                                           \
+                 "%8, %9, %10, %11, %12, %13, %14, %15, "                                     \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, "                                   \
+                 "%24, %25, %26, %27, %28, %29, %30, %31"                                     \
+                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;\n"                                \
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), \
+                   "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), \
+                   "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), \
+                   "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), \
+                   "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), \
+                   "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), \
+                   "+f"(d[7][2]), "+f"(d[7][3])                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                       \
+  }
+DFLARE_WARPGROUP_MMA(Bf16, "bf16")
+DFLARE_WARPGROUP_MMA(Fp16, "f16")
+#undef DFLARE_WARPGROUP_MMA
+
+#define DFLARE_WARPGROUP_MMA(TYPE, NAME)                                                           \
+  template <>                                                                                      \
+  __device__ __forceinline__ void warpgroup_mma<TYPE, 128, true>(                                  \
+      float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {                                     \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME                      \
+                 " {"                                                                              \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, "                                                \
+                 "%8, %9, %10, %11, %12, %13, %14, %15, "                                          \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, "                                        \
+                 "%24, %25, %26, %27, %28, %29, %30, %31, "                                        \
+                 "%32, %33, %34, %35, %36, %37, %38, %39, "                                        \
+                 "%40, %41, %42, %43, %44, %45, %46, %47, "                                        \
+                 "%48, %49, %50, %51, %52, %53, %54, %55, "                                        \
+                 "%56, %57, %58, %59, %60, %61, %62, %63"                                          \
+                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"                                     \
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),      \
+                   "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),      \
+                   "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]),      \
+                   "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),      \
+                   "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]),      \
+                   "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),      \
+                   "+f"(d[7][2]), "+f"(d[7][3]), "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]),      \
+                   "+f"(d[8][3]), "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),      \
+                   "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), \
+                   "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]), "+f"(d[12][0]), "+f"(d[12][1]), \
+                   "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), \
+                   "+f"(d[13][3]), "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), \
+                   "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                            \
+  }
+DFLARE_WARPGROUP_MMA(Bf16, "bf16")
+DFLARE_WARPGROUP_MMA(Fp16, "f16")
+#undef DFLARE_WARPGROUP_MMA
+
 }  // namespace dflare::ptx
 
 #endif  // DFLARE_EMULATION
@@ -208,6 +279,14 @@ __device__ __forceinline__ uint64_t matrix_descriptor(SharedAddress tile) {
 // 16 * steps columns further.
 __device__ __forceinline__ uint64_t columns_further(uint64_t descriptor, int steps) {
   return descriptor + static_cast<uint64_t>(steps * 32 >> 4);
+}
+
+// Describes rows of a transposed operand: panels of 64 columns, `panel_bytes` apart, of rows as
+// above. Bits 16-29: bytes from a panel to the next, / 16. 16 rows further are 2048 bytes.
+__device__ __forceinline__ uint64_t panels_descriptor(SharedAddress panels, int panel_bytes) {
+  constexpr uint64_t kEightRows = 8 * 128;
+  return (panels & 0x3ffff) >> 4 | static_cast<uint64_t>(panel_bytes >> 4) << 16 |
+         kEightRows >> 4 << 32 | uint64_t{1} << 62;
 }
 
 }  // namespace dflare::ptx

@@ -20,6 +20,13 @@ __device__ __forceinline__ int tile_offset(int row, int column) {
   return row * kColumns + chunk * 8 + column % 8;
 }
 
+// The same in a tile of kRows rows that products of sm_90a read: panels of 64 columns, one behind
+// the other, whose rows are lines of 128 bytes.
+template <int kRows>
+__device__ __forceinline__ int panel_offset(int row, int column) {
+  return column / 64 * (kRows * 64) + tile_offset<64>(row, column % 64);
+}
+
 // Which piece of a 16 x 16 part of a tile a lane passes to ldmatrix, for one of the two orders in
 // which mma wants the pieces. It is computed once: moving by whole rows is then an immediate, and
 // by 16 columns an exclusive or (the swizzle acts on bits within a 128-byte line, which are zero in

@@ -42,6 +42,12 @@ void warpgroup_wait() {
 }
 inline void settle(float&) {}
 
+inline void publish_to_products() { emulation::publish_to_products(); }
+
+template <class T, int kColumns, bool kTransposed>
+void warpgroup_mma(float (&d)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b) {
+  emulation::warpgroup_product(0, b, kColumns, &d[0][0], widen<T>, a, kTransposed);
+}
 template <class T, int kTokens>
 void warpgroup_mma(float (&d)[kTokens / 2], uint64_t a, uint64_t b) {
   emulation::warpgroup_product(a, b, kTokens, d, widen<T>);

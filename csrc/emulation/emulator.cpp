@@ -11,12 +11,20 @@ namespace dflare::emulation {
 
 namespace {
 
-void land(const AsyncCopy& copy) {
+void land(AsyncCopy& copy) {
+  if (std::exchange(copy.landed, true)) return;
   if (copy.valid) {
     std::memcpy(copy.shared, copy.global, 16);
   } else {
     std::memset(copy.shared, 0, 16);
   }
+}
+
+// Which 16 bytes of the block's shared memory.
+size_t place_of(const Block& block, uintptr_t at) {
+  const size_t offset = at - reinterpret_cast<uintptr_t>(block.shared);
+  if (offset >= block.shared_bytes) fail("cp.async to an address beyond the block's shared memory");
+  return offset / 16;
 }
 
 }  // namespace
@@ -154,17 +162,13 @@ void cp_async(void* shared, const void* global, bool valid) {
     self.in_flight += 16;
     self.most_in_flight = std::max(self.most_in_flight, self.in_flight);
   }
-  const AsyncCopy copy{shared, global, valid};
+  Block& block = *self.warp->block;
+  block.unpublished.resize(block.shared_bytes / 16);
+  block.unpublished[place_of(block, reinterpret_cast<uintptr_t>(shared))] = true;
   auto& pending = self.uncommitted;
-  if (m.chance(0.5)) {
-    land(copy);
-  } else {
-    pending.push_back(copy);
-  }
-  if (!pending.empty() && m.chance(0.1)) {
-    land(pending.back());
-    pending.pop_back();
-  }
+  pending.push_back({shared, global, valid, false});
+  if (m.chance(0.5)) land(pending.back());
+  if (m.chance(0.1)) land(pending[m.below(pending.size())]);
 }
 
 void prefetch(const void* global, size_t bytes) {
@@ -188,11 +192,21 @@ void cp_async_wait(int pending) {
   Thread& self = *machine().running;
   auto& groups = self.groups;
   while (static_cast<int>(groups.size()) > pending) {
-    for (const AsyncCopy& copy : groups.front()) land(copy);
+    for (AsyncCopy& copy : groups.front()) {
+      land(copy);
+      self.unpublished.push_back(reinterpret_cast<uintptr_t>(copy.shared));
+    }
     groups.pop_front();
     self.in_flight -= self.group_bytes.front();
     self.group_bytes.pop_front();
   }
+}
+
+void publish_to_products() {
+  Thread& self = *machine().running;
+  Block& block = *self.warp->block;
+  for (uintptr_t at : self.unpublished) block.unpublished[place_of(block, at)] = false;
+  self.unpublished.clear();
 }
 
 void wait_for_prior_kernels() {

@@ -79,6 +79,9 @@ void cp_async(void* shared, const void* global, bool valid);
 void prefetch(const void* global, size_t bytes);
 void cp_async_commit();
 void cp_async_wait(int pending);
+// Lets products see what the thread's copies have written that it has waited for. (Of its stores
+// this model knows nothing.)
+void publish_to_products();
 
 void count_l2(size_t bytes);
 

@@ -137,6 +137,7 @@ class Operand {
   Operand(const Block& block, uint64_t descriptor)
       : block_(block),
         start_((descriptor & 0x3fff) << 4),
+        panel_((descriptor >> 16 & 0x3fff) << 4),
         eight_rows_((descriptor >> 32 & 0x3fff) << 4) {}
 
   static bool readable(uint64_t descriptor) {
@@ -145,22 +146,41 @@ class Operand {
   }
 
   void read(int row, float (*widen)(uint16_t), float (&out)[16]) const {
-    const auto base = reinterpret_cast<uintptr_t>(block_.shared);
     for (int piece = 0; piece < 2; ++piece) {
-      const uintptr_t at = swizzled(start_ + row / 8 * eight_rows_ + row % 8 * 128 + piece * 16);
-      const uintptr_t offset = (at - base) & 0x3ffff;  // addresses have 18 bits
-      if (offset + 16 > block_.shared_bytes) {
-        machine().error = "a descriptor names memory beyond the block's";
-        return;
-      }
-      const auto* elements = reinterpret_cast<const uint16_t*>(base + offset);
+      const uint16_t* elements = at(start_ + row / 8 * eight_rows_ + row % 8 * 128 + piece * 16);
+      if (elements == nullptr) return;
       for (int i = 0; i < 8; ++i) out[piece * 8 + i] = widen(elements[i]);
     }
   }
 
+  // Of rows and panels of 64 columns, 16 rows of a column.
+  void read_down(int column, float (*widen)(uint16_t), float (&out)[16]) const {
+    const uintptr_t top = start_ + column / 64 * panel_ + column % 64 / 8 * 16;
+    for (int row = 0; row < 16; ++row) {
+      const uint16_t* elements = at(top + row / 8 * eight_rows_ + row % 8 * 128);
+      if (elements == nullptr) return;
+      out[row] = widen(elements[column % 8]);
+    }
+  }
+
  private:
+  // The 16-byte piece that is at this address before the swizzle; null: an error.
+  const uint16_t* at(uintptr_t address) const {
+    const auto base = reinterpret_cast<uintptr_t>(block_.shared);
+    const uintptr_t offset = (swizzled(address) - base) & 0x3ffff;  // addresses have 18 bits
+    if (offset + 16 > block_.shared_bytes) {
+      machine().error = "a descriptor names memory beyond the block's";
+      return nullptr;
+    }
+    if (offset / 16 < block_.unpublished.size() && block_.unpublished[offset / 16]) {
+      machine().error = "a product reads what cp.async has written and no thread has published";
+      return nullptr;
+    }
+    return reinterpret_cast<const uint16_t*>(base + offset);
+  }
+
   const Block& block_;
-  const uintptr_t start_, eight_rows_;
+  const uintptr_t start_, panel_, eight_rows_;
 };
 
 void land(const Warp& warp, const Product& product) {
@@ -168,10 +188,21 @@ void land(const Warp& warp, const Product& product) {
   const Operand a(block, product.a), b(block, product.b);
   const int first_row = static_cast<int>(&warp - block.warps.data()) % 4 * 16;
   float left[16][16] = {};
-  for (int row = 0; row < 16; ++row) a.read(first_row + row, product.widen, left[row]);
+  if (product.left[0] == nullptr) {
+    for (int row = 0; row < 16; ++row) a.read(first_row + row, product.widen, left[row]);
+  } else {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 8; ++i) {  // as emulated_ptx.h's mma_m16n8k16
+        const uint32_t pair = product.left[lane][i / 2];
+        left[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i / 4 * 8 + i % 2] =
+            product.widen(static_cast<uint16_t>(pair >> i % 2 * 16));
+      }
+    }
+  }
   for (int token = 0; token < product.tokens; ++token) {
     float right[16] = {};
-    b.read(token, product.widen, right);
+    product.transposed ? b.read_down(token, product.widen, right)
+                       : b.read(token, product.widen, right);
     for (int row = 0; row < 16; ++row) {
       float& sum = product.d[row % 8 * 4 + token % 8 / 2][token / 8 * 4 + row / 8 * 2 + token % 2];
       for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k];
@@ -285,11 +316,13 @@ void warpgroup_wait(int pending_groups) {
   warp_operation("wgmma.wait_group", &pending_groups, operate);
 }
 
-void warpgroup_product(uint64_t a, uint64_t b, int tokens, float* d, float (*widen)(uint16_t)) {
+void warpgroup_product(uint64_t a, uint64_t b, int tokens, float* d, float (*widen)(uint16_t),
+                       const uint32_t* left, bool transposed) {
   struct Issued {
-    Product product;  // of the warp but for d
+    Product product;  // of the warp but for d and left
     float* d;
-  } mine{{.a = a, .b = b, .tokens = tokens, .widen = widen}, d};
+    const uint32_t* left;
+  } mine{{.a = a, .b = b, .tokens = tokens, .transposed = transposed, .widen = widen}, d, left};
   warp_operation("wgmma", &mine, [](void* const* operands) {
     Warp& warp = *machine().running->warp;
     Block& block = *warp.block;
@@ -300,9 +333,11 @@ void warpgroup_product(uint64_t a, uint64_t b, int tokens, float* d, float (*wid
         fail("lanes of a warp with different descriptors");
       }
       product.d[lane] = issued.d;
+      product.left[lane] = issued.left;
     }
     if (!warp.fenced) fail("wgmma without wgmma.fence since the last group");
-    if (!Operand::readable(product.a) || !Operand::readable(product.b)) {
+    const bool in_registers = product.left[0] != nullptr;
+    if (!(in_registers || Operand::readable(product.a)) || !Operand::readable(product.b)) {
       fail("a descriptor of another kind than rows with the 128-byte swizzle");
     }
     const size_t index = &warp - block.warps.data(), first = index / 4 * 4;

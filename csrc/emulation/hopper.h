@@ -7,7 +7,8 @@
 // after another, copies in any order. Reported as errors: use of what is no barrier, of one that
 // the copy engine does not know yet, more arrivals than a phase has, misaligned boxes, descriptors
 // that this model cannot read, warps of a warpgroup with different products, products without a
-// fence before them, blocks that end with copies or products under way.
+// fence before them, of what cp.async has written and nobody has published, blocks that end with
+// copies or products under way.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +32,9 @@ void prefetch_box(const TensorMap& map, int column, int row, int outer);
 void warpgroup_fence();
 void warpgroup_commit();
 void warpgroup_wait(int pending_groups);
-// d: the thread's tokens / 2 elements; widen: from an operand's 16 bits.
-void warpgroup_product(uint64_t a, uint64_t b, int tokens, float* d, float (*widen)(uint16_t));
+// d: the thread's tokens / 2 elements; widen: from an operand's 16 bits. The left operand is four
+// registers of each thread in place of `a` where they are given; b may be transposed.
+void warpgroup_product(uint64_t a, uint64_t b, int tokens, float* d, float (*widen)(uint16_t),
+                       const uint32_t* left = nullptr, bool transposed = false);
 
 }  // namespace dflare::emulation

@@ -35,7 +35,7 @@ enum class State {
 struct AsyncCopy {
   void* shared;
   const void* global;
-  bool valid;
+  bool valid, landed;
 };
 
 // The lanes' parts of one cp.async instruction of a warp, the n-th that each lane has issued.
@@ -61,10 +61,12 @@ struct BoxCopy {
 
 // A warp's sixteen rows of a warpgroup's product.
 struct Product {
-  uint64_t a, b;  // descriptors
-  int tokens;
+  uint64_t a, b;    // descriptors; a is 0 where the left operand is in registers
+  int tokens;       // columns
+  bool transposed;  // b
   float (*widen)(uint16_t);
   float* d[32];
+  const uint32_t* left[32];  // registers
 };
 
 struct Thread {
@@ -81,6 +83,7 @@ struct Thread {
   std::deque<int64_t> group_bytes;
   std::vector<AsyncCopy> uncommitted;
   std::deque<std::vector<AsyncCopy>> groups;
+  std::vector<uintptr_t> unpublished;  // places of copies that it has waited for
 };
 
 struct Warp {
@@ -130,6 +133,7 @@ struct Block {
   int64_t l2_bytes = 0;
   std::map<uintptr_t, Mbarrier> mbarriers;
   std::vector<BoxCopy> box_copies;
+  std::vector<bool> unpublished;              // 16-byte places of copies that products may not see
   int64_t in_flight = 0, most_in_flight = 0;  // bytes of box copies
 };
 

@@ -86,6 +86,7 @@ std::unique_ptr<Block> make_block(Grid& grid, dim3 index) {
       thread->in_flight = thread->most_in_flight = thread->uncommitted_bytes = 0;
       thread->group_bytes.clear();
       thread->uncommitted.clear();
+      thread->unpublished.clear();
       thread->groups.clear();
       thread->stack_pointer = thread->stack.prepare(enter);
       warp.threads.push_back(std::move(thread));

@@ -39,6 +39,7 @@ FLAGS = ["-std=c++17", "-O3", "-cubin", "-Xptxas", "-v"]
 # 16-byte loads. Any local memory access is a spill or an array that is not in registers.
 REQUIRED = {
     "block_attention_kernel": ("HMMA.16816.F32", "LDGSTS.E.BYPASS", "LDSM.16.M88", "LDSM.16.MT88"),
+    "block_attention_wgmma_kernel": ("HGMMA.64x", "LDGSTS.E.BYPASS", "FENCE.VIEW.ASYNC"),
     "kv_project_write_kernel": ("HMMA.16816.F32", "LDGSTS.E.BYPASS", "LDSM.16.M88"),
     "kv_project_wgmma_kernel": ("HGMMA.64x", "UTMALDG", "UTMAPF", "SYNCS.PHASECHK"),
     "fuse_norm_kernel": ("LDGSTS.E.BYPASS", "STG.E.128"),

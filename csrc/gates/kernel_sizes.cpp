@@ -71,6 +71,7 @@ int main() {
   print_attention(128, 4);
   print_attention(128, 8);
   print_attention(256, 4);
+  print("block_attention_wgmma_kernel", "128,8", 256, dflare::kAttentionWgmmaSharedBytes, 1);
   std::printf("block_attention_schedule_kernel 32 0 1\n");
   for (const char* element : {"Bf16", "Fp16"}) {
     std::printf("head_argmax_kernel<%s> %d %d 1\n", element, dflare::kHeadThreads,

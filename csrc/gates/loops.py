@@ -48,9 +48,9 @@ def measure(
     if not path:
         alone = Loop(0, 0, 0, 0, 0, 0, load_depth(function, ()))
         return alone if kernel.startswith("fuse_norm") else None
-    # One block barrier or one wait for products a tile; loops are unrolled.
-    ends = ("BAR.", "WARPGROUP.DEPBAR")
-    tiles = sum(each.text.startswith(ends) for each in path)
+    # A tile has one block barrier or, without any, one wait for products; loops are unrolled.
+    barriers = sum(each.text.startswith("BAR.") for each in path)
+    tiles = barriers or sum(each.text.startswith("WARPGROUP.DEPBAR") for each in path)
     modelled = architecture in MODELLED and "Bf16" in kernel
     # Whole warpgroups multiply; a producer's warp beside them is left out.
     cycles = issue_cycles(path, warps // 4 * 4, blocks) / tiles if modelled else 0

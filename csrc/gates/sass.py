@@ -85,6 +85,16 @@ def _target(function: Function, at: int) -> int | None:
     return function.labels.get(match[1]) if match and instruction.opcode == "BRA" else None
 
 
+def _returns(function: Function) -> set[int]:
+    """Where the copies of code for a diverged warp ("BRA.DIV") go back to the code itself."""
+    code, found = function.instructions, set()
+    for at, instruction in enumerate(code):
+        if instruction.text.startswith("BRA.DIV"):
+            copy = range(_target(function, at) or 0, len(code))
+            found.add(next(n for n in copy if re.match(r"BRA `", code[n].text)))
+    return found
+
+
 def main_loop(function: Function) -> list[Instruction]:
     """One iteration of the innermost loop with tensor-core instructions, along its usual path.
 
@@ -94,9 +104,10 @@ def main_loop(function: Function) -> list[Instruction]:
     out.
     """
     code, spans = function.instructions, []
+    returns = _returns(function)
     for end in range(len(code)):
         begin = _target(function, end)
-        if begin is None or begin > end:
+        if begin is None or begin > end or end in returns:
             continue
         if any(each.opcode in TENSOR for each in code[begin : end + 1]):
             spans.append((begin, end))

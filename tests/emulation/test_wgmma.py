@@ -112,7 +112,7 @@ def test_reads_whole_sectors_and_keeps_a_ring_of_stages_in_flight(
 FAST = {
     "the descriptor steps over eight rows": (
         FEW,
-        Plant(PTX, "kEightRows = 8 * 128", "kEightRows = 16 * 128"),
+        Plant(PTX, "kEightRows = 8 * 128", "kEightRows = 16 * 128", 0),
     ),
     "the last products are not waited for": (
         FEW,
@@ -130,7 +130,7 @@ FAST = {
 SLOW = {
     "the descriptor names another swizzle": (
         FEW,
-        Plant(PTX, "| uint64_t{1} << 62", "| uint64_t{2} << 62"),
+        Plant(PTX, "| uint64_t{1} << 62", "| uint64_t{2} << 62", 0),
     ),
     "the descriptor steps over 16 columns": (
         FEW,

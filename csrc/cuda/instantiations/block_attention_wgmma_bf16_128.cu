@@ -1,0 +1,6 @@
+#include "../block_attention_wgmma.cuh"
+
+namespace dflare {
+template cudaError_t run_block_attention_wgmma<Bf16, 128>(const BlockAttentionParams&,
+                                                          cudaStream_t);
+}  // namespace dflare
