@@ -88,7 +88,7 @@ FAST = {
         TILE, "    ptx::warpgroup_wait<0>();\n    settle(sum);", "    settle(sum);"
     ),
 }
-SLOW = {
+LONG = {
     "scores are not waited for": Plant(
         TILE, "    ptx::warpgroup_wait<0>();\n    settle(score);", "    settle(score);"
     ),
@@ -118,7 +118,7 @@ def test_reports(name: str) -> None:
     check_reported(FAST[name])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.long
+@pytest.mark.parametrize("name", LONG)
 def test_reports_each_bug(name: str) -> None:
-    check_reported(SLOW[name])
+    check_reported(LONG[name])
