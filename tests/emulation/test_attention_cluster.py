@@ -197,13 +197,13 @@ def test_reports_a_missing_cluster_barrier_with_every_seed(name: str) -> None:
             error(seed, plant)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", PLANTS)
 def test_reports_each_bug(name: str) -> None:
     expect_report(lambda seed: error(seed, PLANTS[name]), TOLERANCE)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("plant", barrier_removals(MERGE), ids=lambda plant: plant.which)
 def test_reports_the_removal_of_any_barrier(plant: Plant) -> None:
     expect_report(lambda seed: error(seed, plant), TOLERANCE)

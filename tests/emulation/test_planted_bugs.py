@@ -161,7 +161,7 @@ def barriers(file: str, case: AttentionCase | AppendCase) -> list[tuple]:
     return [(case, plant) for plant in barrier_removals(file)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("case", "plant"),
     [
@@ -176,7 +176,7 @@ def test_reports_the_removal_of_any_barrier(case: AttentionCase | AppendCase, pl
     check_reported(case, plant)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", SLOW)
 def test_reports_each_bug(name: str) -> None:
     check_reported(*SLOW[name])

@@ -227,7 +227,7 @@ SHARED = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", SHARED)
 def test_reports_each_bug_of_shared_states(name: str) -> None:
     """Those that the emulator sees as such with every seed."""
@@ -249,13 +249,13 @@ def test_reports(name: str) -> None:
     check_reported(*FAST[name])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", SLOW)
 def test_reports_each_bug(name: str) -> None:
     check_reported(*SLOW[name])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("after", ["  // the barriers", "  // all products"])
 @pytest.mark.parametrize("case", [FEW, ONE_REQUEST], ids=str)
 def test_reports_the_removal_of_any_barrier(case: AppendCase, after: str) -> None:
