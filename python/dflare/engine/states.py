@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dflare.errors import UnsupportedError
+from dflare.engine.named_folder import named_folder
 from dflare.training.data.state_files import is_wanted, write_error, write_states
 
 logger = logging.getLogger(__name__)
@@ -26,19 +26,7 @@ def states_folder() -> Path | None:
     Raises:
         UnsupportedError: it cannot be written to.
     """
-    name = os.environ.get(VARIABLE)
-    if not name:
-        return None
-    try:
-        Path(name).mkdir(parents=True, exist_ok=True)
-        if not os.access(name, os.W_OK):
-            raise PermissionError("no permission to write there")
-    except OSError as error:
-        raise UnsupportedError(
-            f"{VARIABLE}={name!r} ({error}); expected a folder to leave hidden states in, or no "
-            "such variable"
-        ) from error
-    return Path(name)
+    return named_folder(VARIABLE, "to leave hidden states in")
 
 
 def leave_states(

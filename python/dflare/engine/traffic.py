@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dflare.errors import UnsupportedError
+from dflare.engine.named_folder import named_folder
 from dflare.training.data.files import DataFile, Record, prompt_key
 from dflare.training.errors import DataError
 
@@ -38,21 +38,7 @@ def traffic_folder() -> Path | None:
     Raises:
         UnsupportedError: it cannot be written to.
     """
-    name = os.environ.get(VARIABLE)
-    if not name:
-        return None
-    folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        reason = "" if os.access(folder, os.W_OK) else "no permission to write there"
-    except OSError as error:
-        reason = str(error)
-    if reason:
-        raise UnsupportedError(
-            f"{VARIABLE}={name!r} ({reason}); expected a folder to keep token ids of served "
-            "requests in, or no such variable"
-        )
-    return folder
+    return named_folder(VARIABLE, "to keep token ids of served requests in")
 
 
 class TrafficLog:
