@@ -118,80 +118,52 @@ __device__ __forceinline__ void publish_to_products() {
 // The same value; the compiler can neither read it before this nor keep an older one.
 __device__ __forceinline__ void settle(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 
+// A product's sums as operands of its instruction, SUM(n) the n-th, and their places in its text.
+#define DFLARE_SUMS_8(SUM, n)                                                           \
+  "+f"(SUM(n)), "+f"(SUM(n + 1)), "+f"(SUM(n + 2)), "+f"(SUM(n + 3)), "+f"(SUM(n + 4)), \
+      "+f"(SUM(n + 5)), "+f"(SUM(n + 6)), "+f"(SUM(n + 7))
+#define DFLARE_SUMS_32(SUM, n)                                                  \
+  DFLARE_SUMS_8(SUM, n), DFLARE_SUMS_8(SUM, n + 8), DFLARE_SUMS_8(SUM, n + 16), \
+      DFLARE_SUMS_8(SUM, n + 24)
+#define DFLARE_SUMS_64(SUM, n) DFLARE_SUMS_32(SUM, n), DFLARE_SUMS_32(SUM, n + 32)
+#define DFLARE_PLACES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define DFLARE_PLACES_32                     \
+  DFLARE_PLACES_8                            \
+  ", "                                       \
+  "%8, %9, %10, %11, %12, %13, %14, %15, "   \
+  "%16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define DFLARE_PLACES_64                     \
+  DFLARE_PLACES_32                           \
+  ", "                                       \
+  "%32, %33, %34, %35, %36, %37, %38, %39, " \
+  "%40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, " \
+  "%56, %57, %58, %59, %60, %61, %62, %63"
+#define DFLARE_FLAT_SUM(n) d[n]
+#define DFLARE_TILED_SUM(n) d[(n) / 4][(n) % 4]
+
 // d += a * b^T, d 64 x kTokens, of 16 columns of tiles in shared memory (matrix_descriptor). Thread
 // t of the warpgroup holds, in d[4 j + i], row t / 32 * 16 + t % 32 / 4 + i / 2 * 8, column
 // 8 j + t % 4 * 2 + i % 2.
 template <class T, int kTokens>
 __device__ __forceinline__ void warpgroup_mma(float (&d)[kTokens / 2], uint64_t a, uint64_t b);
 
-#define DFLARE_WARPGROUP_MMA(TYPE, NAME)                                                           \
-  template <>                                                                                      \
-  __device__ __forceinline__ void warpgroup_mma<TYPE, 16>(float (&d)[8], uint64_t a, uint64_t b) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." NAME "." NAME                       \
-                 " {"                                                                              \
-                 "%0, %1, %2, %3, %4, %5, %6, %7"                                                  \
-                 "}, %8, %9, 1, 1, 1, 0, 0;\n"                                                     \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),         \
-                   "+f"(d[6]), "+f"(d[7])                                                          \
-                 : "l"(a), "l"(b));                                                                \
+#define DFLARE_WARPGROUP_MMA(TYPE, NAME, TOKENS, SUMS, A, B)                                \
+  template <>                                                                               \
+  __device__ __forceinline__ void warpgroup_mma<TYPE, TOKENS>(float (&d)[SUMS], uint64_t a, \
+                                                              uint64_t b) {                 \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32." NAME "." NAME       \
+                 " {" DFLARE_PLACES_##SUMS "}, " A ", " B ", 1, 1, 1, 0, 0;\n"              \
+                 : DFLARE_SUMS_##SUMS(DFLARE_FLAT_SUM, 0)                                   \
+                 : "l"(a), "l"(b));                                                         \
   }
-DFLARE_WARPGROUP_MMA(Bf16, "bf16")
-DFLARE_WARPGROUP_MMA(Fp16, "f16")
-#undef DFLARE_WARPGROUP_MMA
-
-#define DFLARE_WARPGROUP_MMA(TYPE, NAME)                                                         \
-  template <>                                                                                    \
-  __device__ __forceinline__ void warpgroup_mma<TYPE, 64>(float (&d)[32], uint64_t a,            \
-                                                          uint64_t b) {                          \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME                     \
-                 " {"                                                                            \
-                 "%0, %1, %2, %3, %4, %5, %6, %7, "                                              \
-                 "%8, %9, %10, %11, %12, %13, %14, %15, "                                        \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, "                                      \
-                 "%24, %25, %26, %27, %28, %29, %30, %31"                                        \
-                 "}, %32, %33, 1, 1, 1, 0, 0;\n"                                                 \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),       \
-                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),     \
-                   "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), \
-                   "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), \
-                   "+f"(d[30]), "+f"(d[31])                                                      \
-                 : "l"(a), "l"(b));                                                              \
-  }
-DFLARE_WARPGROUP_MMA(Bf16, "bf16")
-DFLARE_WARPGROUP_MMA(Fp16, "f16")
-#undef DFLARE_WARPGROUP_MMA
-
-#define DFLARE_WARPGROUP_MMA(TYPE, NAME)                                                         \
-  template <>                                                                                    \
-  __device__ __forceinline__ void warpgroup_mma<TYPE, 128>(float (&d)[64], uint64_t a,           \
-                                                           uint64_t b) {                         \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME                    \
-                 " {"                                                                            \
-                 "%0, %1, %2, %3, %4, %5, %6, %7, "                                              \
-                 "%8, %9, %10, %11, %12, %13, %14, %15, "                                        \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, "                                      \
-                 "%24, %25, %26, %27, %28, %29, %30, %31, "                                      \
-                 "%32, %33, %34, %35, %36, %37, %38, %39, "                                      \
-                 "%40, %41, %42, %43, %44, %45, %46, %47, "                                      \
-                 "%48, %49, %50, %51, %52, %53, %54, %55, "                                      \
-                 "%56, %57, %58, %59, %60, %61, %62, %63"                                        \
-                 "}, %64, %65, 1, 1, 1, 0, 0;\n"                                                 \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),       \
-                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),     \
-                   "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), \
-                   "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), \
-                   "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), \
-                   "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), \
-                   "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
-                   "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), \
-                   "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), \
-                   "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])                            \
-                 : "l"(a), "l"(b));                                                              \
-  }
-DFLARE_WARPGROUP_MMA(Bf16, "bf16")
-DFLARE_WARPGROUP_MMA(Fp16, "f16")
+DFLARE_WARPGROUP_MMA(Bf16, "bf16", 16, 8, "%8", "%9")
+DFLARE_WARPGROUP_MMA(Fp16, "f16", 16, 8, "%8", "%9")
+DFLARE_WARPGROUP_MMA(Bf16, "bf16", 64, 32, "%32", "%33")
+DFLARE_WARPGROUP_MMA(Fp16, "f16", 64, 32, "%32", "%33")
+DFLARE_WARPGROUP_MMA(Bf16, "bf16", 128, 64, "%64", "%65")
+DFLARE_WARPGROUP_MMA(Fp16, "f16", 128, 64, "%64", "%65")
 #undef DFLARE_WARPGROUP_MMA
 
 // d += a * b, d 64 x kColumns, of 16 columns of `a` that are in registers as mma_m16n8k16 has them,
@@ -201,63 +173,28 @@ template <class T, int kColumns, bool kTransposed>
 __device__ __forceinline__ void warpgroup_mma(float (&d)[kColumns / 8][4], const uint32_t (&a)[4],
                                               uint64_t b);
 
-#define DFLARE_WARPGROUP_MMA(TYPE, NAME)                                                      \
-  template <>                                                                                 \
-  __device__ __forceinline__ void warpgroup_mma<TYPE, 64, false>(                             \
-      float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {                                 \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME                  \
-                 " {"                                                                         \
-                 "%0, %1, %2, %3, %4, %5, %6, %7, "                                           \
-                 "%8, %9, %10, %11, %12, %13, %14, %15, "                                     \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, "                                   \
-                 "%24, %25, %26, %27, %28, %29, %30, %31"                                     \
-                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;\n"                                \
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), \
-                   "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), \
-                   "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), \
-                   "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), \
-                   "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), \
-                   "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), \
-                   "+f"(d[7][2]), "+f"(d[7][3])                                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                       \
+#define DFLARE_WARPGROUP_MMA(TYPE, NAME, COLUMNS, SUMS, A, B, TRANSPOSED)                   \
+  template <>                                                                               \
+  __device__ __forceinline__ void warpgroup_mma<TYPE, COLUMNS, TRANSPOSED>(                 \
+      float (&d)[COLUMNS / 8][4], const uint32_t (&a)[4], uint64_t b) {                     \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME      \
+                 " {" DFLARE_PLACES_##SUMS "}, {" A "}, " B ", 1, 1, 1, " #TRANSPOSED ";\n" \
+                 : DFLARE_SUMS_##SUMS(DFLARE_TILED_SUM, 0)                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                     \
   }
-DFLARE_WARPGROUP_MMA(Bf16, "bf16")
-DFLARE_WARPGROUP_MMA(Fp16, "f16")
+DFLARE_WARPGROUP_MMA(Bf16, "bf16", 64, 32, "%32, %33, %34, %35", "%36", 0)
+DFLARE_WARPGROUP_MMA(Fp16, "f16", 64, 32, "%32, %33, %34, %35", "%36", 0)
+DFLARE_WARPGROUP_MMA(Bf16, "bf16", 128, 64, "%64, %65, %66, %67", "%68", 1)
+DFLARE_WARPGROUP_MMA(Fp16, "f16", 128, 64, "%64, %65, %66, %67", "%68", 1)
 #undef DFLARE_WARPGROUP_MMA
-
-#define DFLARE_WARPGROUP_MMA(TYPE, NAME)                                                           \
-  template <>                                                                                      \
-  __device__ __forceinline__ void warpgroup_mma<TYPE, 128, true>(                                  \
-      float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {                                     \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME                      \
-                 " {"                                                                              \
-                 "%0, %1, %2, %3, %4, %5, %6, %7, "                                                \
-                 "%8, %9, %10, %11, %12, %13, %14, %15, "                                          \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, "                                        \
-                 "%24, %25, %26, %27, %28, %29, %30, %31, "                                        \
-                 "%32, %33, %34, %35, %36, %37, %38, %39, "                                        \
-                 "%40, %41, %42, %43, %44, %45, %46, %47, "                                        \
-                 "%48, %49, %50, %51, %52, %53, %54, %55, "                                        \
-                 "%56, %57, %58, %59, %60, %61, %62, %63"                                          \
-                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"                                     \
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),      \
-                   "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),      \
-                   "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]),      \
-                   "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),      \
-                   "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]),      \
-                   "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),      \
-                   "+f"(d[7][2]), "+f"(d[7][3]), "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]),      \
-                   "+f"(d[8][3]), "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),      \
-                   "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), \
-                   "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]), "+f"(d[12][0]), "+f"(d[12][1]), \
-                   "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), \
-                   "+f"(d[13][3]), "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), \
-                   "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])                  \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                            \
-  }
-DFLARE_WARPGROUP_MMA(Bf16, "bf16")
-DFLARE_WARPGROUP_MMA(Fp16, "f16")
-#undef DFLARE_WARPGROUP_MMA
+#undef DFLARE_SUMS_8
+#undef DFLARE_SUMS_32
+#undef DFLARE_SUMS_64
+#undef DFLARE_PLACES_8
+#undef DFLARE_PLACES_32
+#undef DFLARE_PLACES_64
+#undef DFLARE_FLAT_SUM
+#undef DFLARE_TILED_SUM
 
 }  // namespace dflare::ptx
 
